@@ -1,7 +1,7 @@
 """The jit boundary: every function the request path runs on the device, pure over plain pytrees.
 
-In: parameters, KV pages, per-row sampling state and packed inputs. Out: hidden states, tokens, log-probabilities and the
-same state, updated in place by donation. Knows nothing of sequences or policies; what a request can change is an
+In: parameters, KV pages, per-row sampling state and packed inputs. Out: hidden states, tokens, log-probabilities
+and the same state, updated in place by donation. Knows nothing of sequences or policies; what a request can change is an
 array argument here, so nothing a client sends may cause a compile.
 """
 
@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
+from pallas_kernels.page_write.api import page_write
+from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
 from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
+from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Attend
-from pallas_kernels.page_write.api import page_write
-from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from jaxllm.graph.models.decoder import Decoder, Params, merge
 
-Params = Any  # the plain pytree that nnx.to_pure_dict gives
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -57,9 +56,9 @@ class Graph:
     page_size: int
     num_pages: int
 
-    def model(self, params: Params) -> Any:
-        """The nnx module around these arrays; merging costs trace time only."""
-        return nnx.merge(self.graphdef, params)
+    def model(self, params: Params) -> Decoder:
+        """The module around these arrays; merging costs trace time only."""
+        return merge(self.graphdef, params)
 
 
 def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
@@ -67,7 +66,7 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
 
     `kv` is updated in place as the layers go by, so after the model call it holds the new pages.
     """
-    scale = graph.config.head_dim**-0.5
+    scale = graph.config.attention_scale
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         pages = page_write(*kv[layer], k, v, inputs.slots)
