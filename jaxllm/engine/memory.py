@@ -68,6 +68,7 @@ def plan_memory(
     if pages < 1 or (limit is not None and plan.cache_bytes > room):
         raise DoesNotFitError(
             f"{plan}\nthe cache needs {max(pages, 1) * spec.bytes_per_page / GIB:.2f} GiB and {room / GIB:.2f} GiB "
-            "is left: lower cache.num_pages, scheduler.max_num_seqs or scheduler.token_budget, or raise cache.memory_fraction"
+            "is left: lower cache.num_pages, scheduler.max_num_seqs or scheduler.token_budget, "
+            "or raise cache.memory_fraction"
         )
     return plan

@@ -1,8 +1,8 @@
 """The jit boundary: every function the request path runs on the device, pure over plain pytrees.
 
 In: parameters, KV pages, per-row sampling state and packed inputs. Out: hidden states, tokens, log-probabilities
-and the same state, updated in place by donation. Knows nothing of sequences or policies; what a request can change is an
-array argument here, so nothing a client sends may cause a compile.
+and the same state, updated in place by donation. Knows nothing of sequences or policies; what a request can change is
+an array argument here, so nothing a client sends may cause a compile.
 """
 
 from __future__ import annotations
