@@ -25,6 +25,10 @@ from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
 
+# Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
+_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window"))
+_ragged = jax.jit(paged_attention, static_argnames=("scale", "window"))
+_write = jax.jit(page_write)
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -69,13 +73,13 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
     scale = graph.config.attention_scale
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        pages = page_write(*kv[layer], k, v, inputs.slots)
+        pages = _write(*kv[layer], k, v, inputs.slots)
         kv[layer] = pages
         window = graph.config.windows[layer]
         if inputs.query_starts is None:
-            return paged_attention_decode(q, *pages, inputs.page_table, inputs.kv_lens, scale=scale, window=window)
+            return _decode(q, *pages, inputs.page_table, inputs.kv_lens, scale=scale, window=window)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
-        return paged_attention(q, *pages, *args, scale=scale, window=window)
+        return _ragged(q, *pages, *args, scale=scale, window=window)
 
     return attend
 
