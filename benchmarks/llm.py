@@ -139,13 +139,7 @@ def main() -> None:
     bench = Bench(options)
     bench.run()
     command = " ".join(["python", *sys.argv])
-    result = {
-        "shape": options.shape,
-        **machine(),
-        "commit": commit(options.commit),
-        "command": command,
-        "rows": bench.rows,
-    }
+    about = {"shape": options.shape, **machine(), "commit": commit(options.commit), "command": command}
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({**about, "rows": bench.rows}, indent=1) + "\n")
