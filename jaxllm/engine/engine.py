@@ -42,14 +42,14 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """One turn: decide, compute, account. Returns what each scheduled sequence learned."""
         plan = self.scheduler.schedule()
-        if plan is None:
-            return []
-        return self.scheduler.commit(plan, self.runner.run(plan))
+        results = self.runner.run(plan) if plan is not None else []
+        return self.scheduler.commit(plan, results)
 
     def add(self, request: Request) -> list[Sequence]:
         """Queue the request's n sequences; RequestError if they can never run, and then nothing is queued."""
         sequences = [Sequence(request, index) for index in range(request.params.n)]
-        self.scheduler.add(sequences)
+        for sequence in sequences:  # alike in length: if one is refused, the first is
+            self.scheduler.add(sequence)
         return sequences
 
     def abort(self, request_id: str) -> None:

@@ -22,8 +22,9 @@ from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.memory import MemoryPlan, plan_memory
+from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.runner import Runner
-from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
 from jaxllm.graph.kv_cache import KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
@@ -74,12 +75,15 @@ def start(
         params = _params(config, model_config, directory, device, tell)
     runner = _runner(config, model_config, params, device, report, tell)
     pool = PagePool(runner.kv[0][0].shape[0], config.cache.page_size)
-    scheduler = Scheduler(
-        config.scheduler,
-        pool,
-        PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache(),
+    limits = Limits(
+        token_budget=config.scheduler.token_budget,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        page_size=config.cache.page_size,
         max_model_len=config.model.max_model_len,
+        max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
+    prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
+    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
     log.info("%s", report)
     return Engine(config, model_config, scheduler, runner, tokenizer), report
 
