@@ -48,13 +48,11 @@ class FinishReason(enum.StrEnum):
 def _number(
     name: str, value: object, low: float, high: float, *, integer: bool = False, open_low: bool = False
 ) -> None:
-    kind = "an integer" if integer else "a number"
-    bounds = f"{kind} in {'(' if open_low else '['}{low:g}, {high:g}]"
-    good = isinstance(value, int) if integer else isinstance(value, int | float)
-    if isinstance(value, bool) or not good or not math.isfinite(value):
-        raise RequestError(name, value, f"must be {bounds}")
-    if value < low or value > high or (open_low and value == low):  # type: ignore[operator]
-        raise RequestError(name, value, f"must be {bounds}")
+    wanted = f"must be {'an integer' if integer else 'a number'} in {'(' if open_low else '['}{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, int if integer else int | float) or not math.isfinite(value):
+        raise RequestError(name, value, wanted)
+    if value < low or value > high or (open_low and value == low):
+        raise RequestError(name, value, wanted)
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:

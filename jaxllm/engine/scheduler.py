@@ -39,7 +39,9 @@ from jaxllm.engine.policy import Key, Policy, SequenceQueue, fcfs
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
+class Limits:
+    """What a step and a sequence may use at most."""
+
     token_budget: int  # most tokens computed in a step
     max_num_seqs: int  # rows: most sequences running at once
     page_size: int
@@ -73,7 +75,7 @@ class _Entry:
 class Scheduler:
     def __init__(
         self,
-        config: SchedulerConfig,
+        config: Limits,
         pool: PagePool,
         cache: PrefixIndex,
         policy: Policy = fcfs,
