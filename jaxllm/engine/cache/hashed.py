@@ -91,7 +91,7 @@ class PrefixCache:
             return
         for number in range(chain.num_acquired, min(chain.num_inserted, len(sequence.pages))):
             page = sequence.pages[number]
-            if self._keys.get(page) == chain.keys[number]:
+            if page in self._keys:
                 self._forget(page)
 
     def check(self) -> None:

@@ -107,9 +107,10 @@ def test_nobody_is_preempted_within_a_page_of_steps_after_an_admission(caching, 
 
 
 def test_a_step_that_preempts_admits_nobody():
-    host = Host(num_pages=25, caching=False)
-    for made in mixed_requests(seed=5, count=40):
+    host = Host(num_pages=25, max_num_seqs=3, policy="priority")
+    for made in mixed_requests(seed=5, count=80):
         host.add(made)
+        host.step()
     host.run()
     assert any(plan.preempted for plan in host.plans)
     assert not any(plan.preempted and plan.admitted for plan in host.plans)
