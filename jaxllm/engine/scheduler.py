@@ -172,7 +172,7 @@ class Scheduler:
         for sequence in prefills:
             if budget:
                 budget -= self._schedule_chunk(rows, sequence, budget)
-        # After a preemption pages are short: whoever came in now would be the next to go out.
+        # Pages are short after a preemption, and a row given up is not taken again within one plan.
         admitted = [] if preempted else self._admit(rows, budget)
         if not rows:
             return None

@@ -89,8 +89,7 @@ class PrefixCache:
         chain = self._chains.pop(sequence, None)
         if chain is None:
             return
-        for number in range(chain.num_acquired, min(chain.num_inserted, len(sequence.pages))):
-            page = sequence.pages[number]
+        for page in sequence.pages[chain.num_acquired :]:
             if page in self._keys:
                 self._forget(page)
 
