@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Collection, Mapping
 
 from jaxllm.core import JaxLLMError
@@ -54,13 +55,17 @@ class Fields:
             raise self.error(key, value, f"must be an integer >= {low}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A positive number, or also 0 where `zero` says so."""
         value = self.get(key)
         if value is MISSING and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
-            raise self.error(key, value, f"must be a number > {above:g}")
-        return float(value)
+        number = math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+            number = float(value)
+        if math.isnan(number) or (number == 0 and not zero):
+            raise self.error(key, value, f"must be a number {'>=' if zero else '>'} 0")
+        return number
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.get(key)
