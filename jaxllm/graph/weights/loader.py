@@ -122,7 +122,7 @@ def _open_files(directory: Path, weight_map: dict[str, str], problems: list[str]
     files: dict[str, TensorFile] = {}
     for name in dict.fromkeys(weight_map.values()) if weight_map else (SINGLE,):
         # Names are joined to the directory, so they must not lead out of it; links out, as in HF's cache, may.
-        if not name or Path(name).name != name or "\0" in name:
+        if name in ("", "..") or Path(name).name != name or "\0" in name:
             problems.append(f"{INDEX}: {name!r} is not the name of a file in the directory")
         elif not (directory / name).is_file():
             problems.append(f"{name}: no such file, though {INDEX} names it")
