@@ -204,6 +204,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     row: int | None = None  # place in the runner's per-row state while admitted
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it
     num_preempted: int = 0
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every step executable, the persistent compile cache, and the proof that no trace follows.
+"""Ahead-of-time compilation of every step executable, the persistent compile cache, and a count of compilations.
 
 In: a Graph, the parameters' and state's shapes, and the bucket ladder. Out: Executables, a table from static shapes to
 compiled functions. Knows nothing of sequences. A compiled function refuses other shapes, so a missing bucket is an

@@ -6,6 +6,7 @@ Knows nothing of which sequence owns which page.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -30,6 +31,9 @@ class KVCacheSpec:
         """Over all layers, keys and values."""
         per_token = 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
         return self.num_layers * self.page_size * per_token
+
+    def with_pages(self, num_pages: int) -> KVCacheSpec:
+        return dataclasses.replace(self, num_pages=num_pages)
 
     @property
     def page_shape(self) -> tuple[int, int, int, int]:

@@ -1,8 +1,8 @@
 """The jit boundary: every function the request path runs on the device, pure over plain pytrees.
 
-In: parameters, KV pages, per-row sampling state and packed inputs. Out: hidden states, tokens, log-probabilities and the
-same state, updated in place by donation. Knows nothing of sequences or policies; what a request can change is an
-array argument here, so nothing a client sends may cause a compile.
+In: parameters, KV pages, per-row sampling state and packed inputs. Out: hidden states, tokens, log-probabilities
+and the same state, updated in place by donation. Knows nothing of sequences or policies; what a request can change is
+an array argument here, so nothing a client sends may cause a compile.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
+from pallas_kernels.page_write.api import page_write
+from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
 from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
+from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Attend
-from pallas_kernels.page_write.api import page_write
-from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from jaxllm.graph.models.decoder import Decoder, Params, merge
 
-Params = Any  # the plain pytree that nnx.to_pure_dict gives
+# Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
+_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window"))
+_ragged = jax.jit(paged_attention, static_argnames=("scale", "window"))
+_write = jax.jit(page_write)
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -57,9 +60,9 @@ class Graph:
     page_size: int
     num_pages: int
 
-    def model(self, params: Params) -> Any:
-        """The nnx module around these arrays; merging costs trace time only."""
-        return nnx.merge(self.graphdef, params)
+    def model(self, params: Params) -> Decoder:
+        """The module around these arrays; merging costs trace time only."""
+        return merge(self.graphdef, params)
 
 
 def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
@@ -67,16 +70,16 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
 
     `kv` is updated in place as the layers go by, so after the model call it holds the new pages.
     """
-    scale = graph.config.head_dim**-0.5
+    scale = graph.config.attention_scale
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        pages = page_write(*kv[layer], k, v, inputs.slots)
+        pages = _write(*kv[layer], k, v, inputs.slots)
         kv[layer] = pages
         window = graph.config.windows[layer]
         if inputs.query_starts is None:
-            return paged_attention_decode(q, *pages, inputs.page_table, inputs.kv_lens, scale=scale, window=window)
+            return _decode(q, *pages, inputs.page_table, inputs.kv_lens, scale=scale, window=window)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
-        return paged_attention(q, *pages, *args, scale=scale, window=window)
+        return _ragged(q, *pages, *args, scale=scale, window=window)
 
     return attend
 
