@@ -24,7 +24,7 @@ from jaxllm.core import (
     TokenLogprobs,
     stream_seed,
 )
-from jaxllm.engine.decoding.mask import TokenMask
+from jaxllm.engine.decoding.mask import NOTHING_ALLOWED, TokenMask
 from jaxllm.graph.compile import COUNTS_CHUNK, Executables, Ladder
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples
 from jaxllm.graph.kv_cache import KVCache
@@ -122,7 +122,7 @@ class Runner:
         mode = max(wanted, key=MODE_ORDER.index)
         sampled = self._call_sampler(mode, bucket, last, list(zip(rows, masks)))
         host = jax.device_get(sampled)
-        return [self._token(row, i, host) if row.sample else None for i, row in enumerate(rows)]
+        return [self._token(row, i, host, masks[i]) if row.sample else None for i, row in enumerate(rows)]
 
     def _mask(self, row: ScheduledRow) -> np.ndarray | None:
         assert row.sequence.row is not None
@@ -182,7 +182,9 @@ class Runner:
             bias[i, : len(wanted)] = list(wanted.values())
         return ids, bias
 
-    def _token(self, row: ScheduledRow, i: int, host: Sampled) -> SampledToken:
+    def _token(self, row: ScheduledRow, i: int, host: Sampled, mask: np.ndarray | None) -> SampledToken:
+        if mask is not None and not mask.any():
+            return SampledToken(token_id=-1, error=NOTHING_ALLOWED)
         if host.bad[i]:
             return SampledToken(token_id=-1, error=NUMERICAL_ERROR)
         token, wanted = int(host.token_ids[i]), row.sequence.request.params.logprobs
