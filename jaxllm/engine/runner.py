@@ -6,6 +6,7 @@ step and reads the answers back. Knows nothing of policy, queues, stop condition
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,14 +205,14 @@ class Runner:
         if not any(n is not None and span for n, span in zip(wanted, spans)):
             return [()] * len(rows)
         tokens = self.ladder.mixed(shape.tokens).tokens
-        hidden = (
-            hidden if tokens == shape.tokens else np.pad(jax.device_get(hidden), ((0, tokens - shape.tokens), (0, 0)))
-        )
+        rows_of_hidden: Any = hidden
+        if tokens != shape.tokens:  # a decode bucket: its few rows take the smallest prompt bucket
+            rows_of_hidden = np.pad(jax.device_get(hidden), ((0, tokens - shape.tokens), (0, 0)))
         targets = np.zeros(tokens, np.int32)
-        starts = np.cumsum([0, *[row.count for row in rows]])
+        starts = list(itertools.accumulate((row.count for row in rows), initial=0))
         for row, span, at in zip(rows, spans, starts):
             targets[at : at + len(span)] = row.sequence.tokens[span.start : span.stop]
-        found = jax.device_get(self.executables.prompt_logprobs(tokens)(self.params, hidden, targets))
+        found = jax.device_get(self.executables.prompt_logprobs(tokens)(self.params, rows_of_hidden, targets))
         return [
             () if n is None else tuple(_logprobs(int(targets[at + i]), at + i, found, n) for i in range(len(span)))
             for n, span, at in zip(wanted, spans, starts)
