@@ -24,7 +24,7 @@ class GenerationDefaults:
 
 
 def read_generation_defaults(directory: str | Path) -> GenerationDefaults:
-    """Raises ModelConfigError where a value is of the wrong type; no file means no suggestions."""
+    """Raises ConfigError where a value is of the wrong type; no file means no suggestions."""
     file = Path(directory) / "generation_config.json"
     if not file.exists():
         return GenerationDefaults()
