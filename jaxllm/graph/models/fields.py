@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection, Mapping
 
 from jaxllm.config import ConfigError
+from jaxllm.core import shown
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +21,8 @@ MISSING = object()
 
 def refuse(key: str, value: object, allowed: str, file: str | None = None) -> ConfigError:
     """The error for a model description that is wrong or not supported."""
-    shown = "(missing)" if value is MISSING else repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return ConfigError(f"{file + ': ' if file else ''}{key} = {shown}: {allowed}")
+    found = "(missing)" if value is MISSING else shown(value)
+    return ConfigError(f"{file + ': ' if file else ''}{key} = {found}: {allowed}")
 
 
 class Fields:
