@@ -11,21 +11,18 @@ import math
 import sys
 from collections.abc import Collection, Mapping
 
-from jaxllm.core import JaxLLMError
+from jaxllm.config import ConfigError
+from jaxllm.core import shown
 
 logger = logging.getLogger(__name__)
 
 MISSING = object()
 
 
-class ConfigError(JaxLLMError, ValueError):
-    """A model description is wrong or not supported. Names the file, the key, the value and what is allowed."""
-
-    def __init__(self, key: str, value: object, allowed: str, file: str | None = None) -> None:
-        self.key, self.value, self.allowed, self.file = key, value, allowed, file
-        shown = "(missing)" if value is MISSING else repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        super().__init__(f"{file + ': ' if file else ''}{key} = {shown}: {allowed}")
+def refuse(key: str, value: object, allowed: str, file: str | None = None) -> ConfigError:
+    """The error for a model description that is wrong or not supported."""
+    found = "(missing)" if value is MISSING else shown(value)
+    return ConfigError(f"{file + ': ' if file else ''}{key} = {found}: {allowed}")
 
 
 class Fields:
@@ -36,7 +33,7 @@ class Fields:
         self._read: set[str] = set()
 
     def error(self, key: str, value: object, allowed: str) -> ConfigError:
-        return ConfigError(self.prefix + key, value, allowed, self.file)
+        return refuse(self.prefix + key, value, allowed, self.file)
 
     def get(self, key: str) -> object:
         """The raw value, MISSING when absent or null."""

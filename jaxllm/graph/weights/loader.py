@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
 from jaxllm.graph.models.decoder import Params
-from jaxllm.graph.models.fields import ConfigError
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 

@@ -8,10 +8,10 @@ import jax
 import pytest
 from helpers.goldens import DIRECTORY, NAMES
 
-from jaxllm.core import JaxLLMError
+from jaxllm.config import ConfigError
+from jaxllm.core import JaxLLMError, SamplingParams
 from jaxllm.graph.models.config import ModelConfig, RopeConfig
 from jaxllm.graph.models.decoder import abstract, axes
-from jaxllm.graph.models.fields import ConfigError
 from jaxllm.graph.models.generation import GenerationDefaults, read_generation_defaults
 
 LLAMA_3_1_8B = {
@@ -288,10 +288,13 @@ def test_generation_defaults_are_read_where_the_file_names_them(tmp_path):
     assert read_generation_defaults(tmp_path) == GenerationDefaults()
     suggested = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [7, 9]}
     (tmp_path / "generation_config.json").write_text(json.dumps(suggested))
-    expected = GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, eos_token_ids=(7, 9))
-    assert read_generation_defaults(tmp_path) == expected
+    params = SamplingParams(temperature=0.6, top_p=0.9, top_k=20)
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(params=params, eos_token_ids=(7, 9))
     (tmp_path / "generation_config.json").write_text('{"temperature": 0, "eos_token_id": 3}')
-    assert read_generation_defaults(tmp_path) == GenerationDefaults(temperature=0.0, eos_token_ids=(3,))
-    (tmp_path / "generation_config.json").write_text('{"top_p": "high"}')
-    with pytest.raises(ConfigError, match="top_p"):
-        read_generation_defaults(tmp_path)
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(
+        params=SamplingParams(temperature=0), eos_token_ids=(3,)
+    )
+    for wrong in ('"high"', "1.5"):
+        (tmp_path / "generation_config.json").write_text(f'{{"top_p": {wrong}}}')
+        with pytest.raises(ConfigError, match=r"generation_config\.json: top_p = "):
+            read_generation_defaults(tmp_path)
