@@ -74,7 +74,8 @@ def start(
         config = resolve(config, model_config.context_length, device.platform)
         tokenizer = _tokenizer(directory)
         generation = read_generation_defaults(directory)
-        ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids))
+        named = tokenizer.eos_token_ids if tokenizer is not None else ()
+        ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
     with _timed(report, "weights"):
         params = _params(config, model_config, directory, device, tell)
