@@ -23,3 +23,62 @@ def attention(q, k_pages, v_pages, table, lengths, starts, *, scale, window, sof
                 weights = np.exp(scores - scores.max())
                 out[starts[r] + i, n] = weights @ v[low : position + 1, n // (N // K)] / weights.sum()
     return out
+
+
+def threefry_bits(key, V):
+    """Threefry-2x32-20 as Salmon et al. (2011) define it, of blocks (0, v), words xored, in Python integers' numpy."""
+    mask, rotations = np.uint64(0xFFFFFFFF), (13, 15, 26, 6, 17, 29, 16, 24)
+    words = [np.uint64(key[0]), np.uint64(key[1])]
+    words.append(words[0] ^ words[1] ^ np.uint64(0x1BD11BDA))
+    a = np.full(V, words[0], np.uint64)
+    b = (np.arange(V, dtype=np.uint64) + words[1]) & mask
+    for i in range(20):
+        a = (a + b) & mask
+        r = np.uint64(rotations[i % 8])
+        b = ((b << r) | (b >> (np.uint64(32) - r))) & mask ^ a
+        if i % 4 == 3:
+            s = i // 4 + 1
+            a = (a + words[s % 3]) & mask
+            b = (b + words[(s + 1) % 3] + np.uint64(s)) & mask
+    return a ^ b
+
+
+def kept(logits, temperature, top_k, top_p, min_p):
+    """Which tokens of one row survive, by sorting."""
+    x = logits.astype(np.float64)
+    weights = np.exp((x - x.max()) / temperature)
+    keep = (weights >= min_p) & np.isfinite(x)
+    best = np.argsort(-np.where(keep, x, -np.inf), kind="stable")
+    if 0 < top_k < keep.sum():
+        keep &= x >= x[best[top_k - 1]]
+    if top_p < 1:
+        mass = np.cumsum(np.where(keep, weights, 0.0)[best])
+        last = min(np.searchsorted(mass, top_p * mass[-1]), len(best) - 1)
+        keep &= x >= x[best[last]]
+    return keep
+
+
+def sample(logits, keys, temperature, top_k, top_p, min_p, slack=1e-5):
+    """Tokens, and whether each is beyond doubt: as clear when the thresholds move by `slack`, and won by a margin."""
+    tokens, certain = [], []
+    for row in range(len(logits)):
+        if temperature[row] == 0:
+            tokens.append(int(np.argmax(logits[row])))
+            certain.append(True)
+            continue
+        T, x = np.float64(temperature[row]), logits[row].astype(np.float64)
+        u = np.minimum((threefry_bits(keys[row], logits.shape[1]) + 0.5) / 2**32, 1 - 2.0**-24)
+        noisy = (x - x.max()) / T - np.log(-np.log1p(-u))
+        winners = []
+        for factor in (1.0, 1 - slack, 1 + slack):
+            p, m = (min(1.0, np.float64(value) * factor) for value in (top_p[row], min_p[row]))
+            p = 1.0 if top_p[row] == 1 else p
+            m = 1.0 if min_p[row] == 1 else m
+            score = np.where(kept(logits[row], T, top_k[row], p, m), noisy, -np.inf)
+            winners.append(int(np.argmax(score)))
+            margin = score.max() - np.partition(score, -2)[-2] if len(score) > 1 else np.inf
+            if not margin > 1e-3:
+                winners.append(-1)
+        tokens.append(winners[0])
+        certain.append(len(set(winners)) == 1)
+    return np.array(tokens), np.array(certain)
