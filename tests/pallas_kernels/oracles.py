@@ -25,13 +25,13 @@ def attention(q, k_pages, v_pages, table, lengths, starts, *, scale, window, sof
     return out
 
 
-def threefry_bits(key, V):
-    """Threefry-2x32-20 as Salmon et al. (2011) define it, of blocks (0, v), words xored, in Python integers' numpy."""
+def threefry(key, x0, x1):
+    """Threefry-2x32-20 as Salmon et al. (2011) define it; words as u64 arrays below 2^32."""
     mask, rotations = np.uint64(0xFFFFFFFF), (13, 15, 26, 6, 17, 29, 16, 24)
     words = [np.uint64(key[0]), np.uint64(key[1])]
     words.append(words[0] ^ words[1] ^ np.uint64(0x1BD11BDA))
-    a = np.full(V, words[0], np.uint64)
-    b = (np.arange(V, dtype=np.uint64) + words[1]) & mask
+    a = (np.asarray(x0, np.uint64) + words[0]) & mask
+    b = (np.asarray(x1, np.uint64) + words[1]) & mask
     for i in range(20):
         a = (a + b) & mask
         r = np.uint64(rotations[i % 8])
@@ -40,6 +40,11 @@ def threefry_bits(key, V):
             s = i // 4 + 1
             a = (a + words[s % 3]) & mask
             b = (b + words[(s + 1) % 3] + np.uint64(s)) & mask
+    return a, b
+
+
+def threefry_bits(key, V):
+    a, b = threefry(key, np.zeros(V), np.arange(V))
     return a ^ b
 
 
