@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pallas_kernels.sampling import api
 from pallas_kernels.sampling.reference import first_argmax
@@ -25,44 +26,47 @@ MOST = IN_PROMPT - 1  # the rest of it: how often the token was generated, at mo
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampleInputs:
-    """What B rows ask of the sampler. Neutral values: temperature 1, top_p 1, min_p 0, top_k 0, presence 0,
-    frequency 0, repetition 1, bias_ids V, every mask bit set.
+    """What B rows ask of the sampler.
+
+    Neutral: temperature, top_p, repetition 1; min_p, top_k, presence, frequency 0; bias_ids V; every mask bit set.
     """
 
-    row: jax.Array  # i32[B], the row's line in counts; S for rows that are padding
-    keys: jax.Array  # u32[B, 2]
-    position: jax.Array  # i32[B], of the token to be drawn
-    temperature: jax.Array  # f32[B]
-    top_p: jax.Array  # f32[B]
-    min_p: jax.Array  # f32[B]
-    presence: jax.Array  # f32[B]
-    frequency: jax.Array  # f32[B]
-    repetition: jax.Array  # f32[B]
-    top_k: jax.Array  # i32[B]
-    bias_ids: jax.Array  # i32[B, Nb], distinct; V = no entry
-    bias: jax.Array  # f32[B, Nb]
-    mask: jax.Array  # u32[B, ceil(V / 32)], bit t % 32 of word t // 32 = token t allowed
+    row: Int[Array, " B"]  # line of counts; S for padding
+    keys: UInt[Array, "B 2"]
+    position: Int[Array, " B"]  # of the token to be drawn
+    temperature: Float[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+    repetition: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    bias_ids: Int[Array, "B Nb"]  # distinct; V = no entry
+    bias: Float[Array, "B Nb"]
+    mask: UInt[Array, "B Vw"]  # bit t % 32 of word t // 32 = token t allowed
 
 
 class Sampled(NamedTuple):
-    token: jax.Array  # i32[B]
-    logprob: jax.Array  # f32[B], of the token
-    rank: jax.Array  # i32[B], 1 = the most likely token
-    top_ids: jax.Array  # i32[B, num_logprobs], most likely first
-    top_logprobs: jax.Array  # f32[B, num_logprobs]
-    counts: jax.Array  # u16[S + 1, V]
-    bad: jax.Array  # bool[B], a logit was not finite or no token was allowed: everything else of the row is void
+    """One entry a row. A bad row had a logit that was not finite, or no allowed token: its other entries are void."""
+
+    token: Int[Array, " B"]
+    logprob: Float[Array, " B"]
+    rank: Int[Array, " B"]  # 1 = the most likely token
+    top_ids: Int[Array, "B n"]  # the n = num_logprobs most likely, best first
+    top_logprobs: Float[Array, "B n"]
+    counts: UInt[Array, "S1 V"]
+    bad: Bool[Array, " B"]
 
 
-def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f32[B, V] -> the largest logit's token i32[B], the lowest among ties; bad bool[B]."""
+def greedy(logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """The largest logit's token, the lowest among ties; and which rows hold a logit that is not finite."""
     return first_argmax(logits), ~jnp.isfinite(logits).all(axis=1)
 
 
 def sample(
-    logits: jax.Array,  # f32[B, V]
+    logits: Float[Array, "B V"],
     inputs: SampleInputs,
-    counts: jax.Array,  # u16[S + 1, V]
+    counts: UInt[Array, "S1 V"],
     *,
     num_logprobs: int,
     implementation: str | None = None,
@@ -81,16 +85,13 @@ def sample(
         inputs.min_p,
         implementation=implementation,
     )
-    logprob, rank, top_ids, top_logprobs = logprobs(logits, token, num_logprobs=num_logprobs)
+    logprob, rank, top_ids, top_logprobs = token_logprobs(logits, token, num_logprobs)
     return Sampled(token, logprob, rank, top_ids, top_logprobs, _add(counts, inputs.row, token, bad), bad)
 
 
-def logprobs(
-    logits: jax.Array,  # f32[B, V]
-    token: jax.Array,  # i32[B]
-    *,
-    num_logprobs: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def token_logprobs(
+    logits: Float[Array, "B V"], token: Int[Array, " B"], num_logprobs: int
+) -> tuple[Float[Array, " B"], Int[Array, " B"], Int[Array, "B n"], Float[Array, "B n"]]:
     """Logprob and rank of each row's token, and the ids and logprobs of the num_logprobs most likely, best first."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)
     total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
@@ -99,10 +100,10 @@ def logprobs(
     return (chosen - total)[:, 0], rank, top_ids.astype(jnp.int32), top - total
 
 
-def position_keys(keys: jax.Array, position: jax.Array) -> jax.Array:
-    """u32[B, 2], i32[B] -> u32[B, 2]: each position of a request has a key of its own."""
+def position_keys(keys: UInt[Array, "B 2"], position: Int[Array, " B"]) -> UInt[Array, "B 2"]:
+    """Each position of a request has a key of its own."""
 
-    def one(key: jax.Array, data: jax.Array) -> jax.Array:
+    def one(key: Array, data: Array) -> Array:
         folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), data)
         return jax.random.key_data(folded)
 
@@ -110,14 +111,13 @@ def position_keys(keys: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def set_counts(
-    counts: jax.Array,  # u16[S + 1, V]
-    row: jax.Array,  # i32[]
-    token_ids: jax.Array,  # i32[C]
-    n: jax.Array,  # i32[], how many of token_ids count
-    in_prompt: jax.Array,  # bool[], whether they are prompt or generated
-    *,
-    fresh: jax.Array | bool = False,  # bool[], forget the row's counts first
-) -> jax.Array:
+    counts: UInt[Array, "S1 V"],
+    row: Int[Array, ""],
+    token_ids: Int[Array, " C"],
+    n: Int[Array, ""],  # how many of token_ids count
+    in_prompt: Bool[Array, ""],  # whether they are prompt or generated
+    fresh: Bool[Array, ""] | bool = False,  # forget the row's counts first
+) -> UInt[Array, "S1 V"]:
     """Add a chunk of a sequence's tokens to its row's counts, as a row is admitted or resumed."""
     V = counts.shape[1]
     index = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
@@ -128,8 +128,8 @@ def set_counts(
     return counts.at[row].set((generated | prompt).astype(counts.dtype))
 
 
-def _adjusted(logits: jax.Array, inputs: SampleInputs, counts: jax.Array) -> jax.Array:
-    """Mask, bias and penalties; counts are the rows' own, u16[B, V]."""
+def _adjusted(logits: Float[Array, "B V"], inputs: SampleInputs, counts: UInt[Array, "B V"]) -> Float[Array, "B V"]:
+    """Mask, bias and penalties; counts are the rows' own."""
     B, V = logits.shape
     bits = inputs.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
     logits = jnp.where(bits.reshape(B, -1)[:, :V] == 1, logits, -jnp.inf)
@@ -143,7 +143,9 @@ def _adjusted(logits: jax.Array, inputs: SampleInputs, counts: jax.Array) -> jax
     return logits - inputs.presence[:, None] * (generated > 0).astype(jnp.float32)
 
 
-def _add(counts: jax.Array, row: jax.Array, token: jax.Array, bad: jax.Array) -> jax.Array:
+def _add(
+    counts: UInt[Array, "S1 V"], row: Int[Array, " B"], token: Int[Array, " B"], bad: Bool[Array, " B"]
+) -> UInt[Array, "S1 V"]:
     old = counts[row, token]
     new = jnp.where(old & MOST < MOST, old + 1, old)
     return counts.at[jnp.where(bad, counts.shape[0], row), token].set(new, mode="drop")

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import kernel_oracles as oracles
+from helpers.kernel_backends import jitted, pairs
 
 from pallas_kernels.sampling import reference
 from pallas_kernels.sampling.api import sample
 from pallas_kernels.sampling.specs import SAMPLING_SPECS, SamplingSpec
-from tests.pallas_kernels import oracles
-from tests.pallas_kernels.backends import jitted, pairs
 
 
 @pytest.mark.parametrize(("name", "spec"), pairs("sampling", SAMPLING_SPECS))
