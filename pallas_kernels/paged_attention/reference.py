@@ -151,11 +151,10 @@ def _attend(
         visible = within[:, None, :] & (key[:, None, :] <= positions[:, :, None])  # [X, M, block]
         if window is not None:
             visible &= key[:, None, :] > positions[:, :, None] - window
-        visible = visible[:, None]
-        scores = jnp.where(visible, scores, _LOWEST)
+        scores = jnp.where(visible[:, None], scores, _LOWEST)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
         shrink = jnp.exp(highest - new_highest)
-        weights = jnp.where(visible, jnp.exp(scores - new_highest[..., None]), 0.0)
+        weights = jnp.exp(scores - new_highest[..., None])  # of a row that sees nothing yet: undone by a shrink of 0
         # The barrier keeps the multiply-add out of the sum's kernel, which rounds it differently by shape.
         new_total = total * shrink + lax.optimization_barrier(weights.sum(axis=-1))
         weights = weights.astype(q.dtype)
