@@ -28,10 +28,8 @@ class PageWriteSpec:
         """k_pages, v_pages, k, v, slots."""
         rng = np.random.default_rng(seed)
         size = self.P * self.page_size
-        pools = [
-            rng.standard_normal((self.P, self.K, self.page_size, self.H)).astype(jnp.dtype(self.dtype))
-            for _ in range(2)
-        ]
+        shape, dtype = (self.P, self.K, self.page_size, self.H), jnp.dtype(self.dtype)
+        pools = [rng.standard_normal(shape).astype(dtype) for _ in range(2)]
         for pool in pools:
             pool[rng.integers(0, self.P, 3)] = np.nan  # unwritten memory
         tokens = [

@@ -3,8 +3,10 @@
 In: queries, one layer's pages, page tables, lengths, already checked by api.py. Out: attention outputs.
 An online softmax runs over blocks of keys at fixed absolute positions, from the first block any query can see to the
 last: the cost follows the rows' lengths, never the width of the page table, and no [T, length] array exists. A block
-that a row cannot see changes nothing in it, bit for bit, so a row's result does not depend on its neighbours.
-It does not know how pages are allocated or written.
+that a row cannot see changes nothing in it, bit for bit. On XLA's CPU backend a query's result is the same bits alone
+or in company and in any chunking, and from H = 64 up the same in decode as in the ragged form (below, within 1e-7 in
+f32); XLA's GPU backend chooses its matmuls by shape and promises none of it.
+This module does not know how pages are allocated or written.
 """
 
 from __future__ import annotations
