@@ -60,9 +60,7 @@ def paged_attention(
             f"got {query_starts.dtype}{list(query_starts.shape)}"
         )
     run = dispatch("paged_attention", implementation=implementation, platform=platform)
-    return run(
-        q, k_pages, v_pages, page_table, kv_lens, query_starts, scale=scale, window=window, soft_cap=soft_cap
-    )
+    return run(q, k_pages, v_pages, page_table, kv_lens, query_starts, scale=scale, window=window, soft_cap=soft_cap)
 
 
 def paged_attention_decode(
