@@ -18,8 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
-from jaxllm.core import RequestError, SamplingParams
+from jaxllm.config import EngineConfig, model_directory, resolve
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.engine import Engine
@@ -74,7 +73,10 @@ def start(
         model_config = ModelConfig.from_directory(directory)
         config = resolve(config, model_config.context_length, device.platform)
         tokenizer = _tokenizer(directory)
-        model_config, default_params = _suggestions(directory, model_config, tokenizer)
+        generation = read_generation_defaults(directory)
+        named = tokenizer.eos_token_ids if tokenizer is not None else ()
+        ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
+        model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
     with _timed(report, "weights"):
         params = _params(config, model_config, directory, device, tell)
     runner = _runner(config, model_config, params, device, report, tell)
@@ -89,29 +91,11 @@ def start(
     prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
     log.info("%s", report)
-    return Engine(config, model_config, scheduler, runner, tokenizer, default_params), report
+    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params), report
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
-
-
-def _suggestions(
-    directory: Path, model_config: ModelConfig, tokenizer: Tokenizer | None
-) -> tuple[ModelConfig, SamplingParams]:
-    """End tokens are those of every file that names some; sampling defaults are generation_config.json's."""
-    found = read_generation_defaults(directory)
-    endings = (*found.eos_token_ids, *model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))
-    suggested = {
-        name: value
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        if (value := getattr(found, name)) is not None
-    }
-    try:
-        params = SamplingParams(**suggested)
-    except RequestError as error:
-        raise ConfigError(f"{directory / 'generation_config.json'}: {error}") from None
-    return dataclasses.replace(model_config, eos_token_ids=tuple(dict.fromkeys(endings))), params
 
 
 def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:

@@ -17,6 +17,7 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 
 PAGE_SIZE, NUM_PAGES, CONTEXT = 4, 256, 256
+DEFAULT = SamplingParams(max_tokens=64)
 Say = Callable[[Sequence], list[int | str]]
 
 
@@ -52,7 +53,9 @@ def _prompt_logprobs(row) -> tuple[TokenLogprobs, ...]:
     return tuple(_logprobs(row.sequence.tokens[place], place) for place in places)
 
 
-def scripted_engine(tokenizer: Tokenizer, say: Say, *, max_num_seqs: int = 4, token_budget: int = 16) -> Engine:
+def scripted_engine(
+    tokenizer: Tokenizer, say: Say, *, default_params: SamplingParams = DEFAULT, max_num_seqs: int = 4
+) -> Engine:
     model = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         num_layers=1,
@@ -67,9 +70,9 @@ def scripted_engine(tokenizer: Tokenizer, say: Say, *, max_num_seqs: int = 4, to
     )
     config = resolve(load(environ={}, page_size=PAGE_SIZE), CONTEXT, "cpu")
     pool = PagePool(NUM_PAGES, PAGE_SIZE)
-    limits = Limits(token_budget=token_budget, max_num_seqs=max_num_seqs, page_size=PAGE_SIZE, max_model_len=CONTEXT)
+    limits = Limits(token_budget=16, max_num_seqs=max_num_seqs, page_size=PAGE_SIZE, max_model_len=CONTEXT)
     scheduler = Scheduler(limits, pool, PrefixCache(pool))
-    return Engine(config, model, scheduler, ScriptedRunner(say), tokenizer, SamplingParams(max_tokens=64))
+    return Engine(config, model, scheduler, ScriptedRunner(say), tokenizer, default_params)
 
 
 def saying(tokenizer: Tokenizer, answers: dict[str, str] | str) -> Say:

@@ -1,5 +1,6 @@
 """LLM over a real engine with a scripted runner: whole results, streams, bad input in its place, aborts."""
 
+import dataclasses
 import io
 import sys
 
@@ -76,8 +77,8 @@ def test_params_are_one_for_all_or_one_each(llm):
 
 
 def test_without_params_the_models_own_suggestions_hold(tokenizer):
-    engine = scripted_engine(tokenizer, saying(tokenizer, ANSWERS))
-    engine.default_params = SamplingParams(stop="l", max_tokens=50)
+    suggested = SamplingParams(stop="l", max_tokens=50)
+    engine = scripted_engine(tokenizer, saying(tokenizer, ANSWERS), default_params=suggested)
     assert texts(LLM(engine=engine).generate("one")) == ["he"]
 
 
@@ -206,9 +207,8 @@ def test_a_bad_conversation_alone_raises(llm):
 
 
 def test_a_model_without_a_tokenizer_takes_ids_and_refuses_chats(tokenizer):
-    engine = scripted_engine(tokenizer, saying(tokenizer, ANSWERS))
-    engine.tokenizer = None
-    llm = LLM(engine=engine)
+    scripted = scripted_engine(tokenizer, saying(tokenizer, ANSWERS))
+    llm = LLM(engine=dataclasses.replace(scripted, tokenizer=None))
     (output,) = llm.generate([5, 6])
     assert output.outputs[0].text == ""
     assert output.outputs[0].token_ids
