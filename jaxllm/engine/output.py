@@ -162,14 +162,15 @@ class _State:
         return all(completion.finish_reason is not None for completion in self.completions)
 
     def apply(self, output: TokenOutput, now: float) -> None:
-        if output.sequence.index == 0:
+        index = output.sequence.index
+        if index == 0:
             self._num_cached = output.sequence.num_cached
-            count = self.request.params.prompt_logprobs
-            if count is not None:
+            if output.prompt_logprobs:
+                count = self.request.params.prompt_logprobs or 0
                 self._prompt_logprobs += [_trimmed(logprobs, count) for logprobs in output.prompt_logprobs]
-        if output.token_id is not None and self.timings.first_token_s is None:
+        if self.timings.first_token_s is None and output.token_id is not None:
             self.timings.first_token_s = now
-        self.completions[output.sequence.index].apply(output)
+        self.completions[index].apply(output)
 
     def update(self, now: float) -> RequestOutput | None:
         """What to tell the user now: news when streaming, else everything at the end."""
@@ -226,11 +227,14 @@ class OutputProcessor:
             except Exception as error:  # one request's fault must not reach the others
                 log.exception("request %s: making its text failed", sequence.request.id)
                 completion.fail(f"making the text failed: {type(error).__name__}")
-            state.touched.add(sequence.index)
-            touched[sequence.request.id] = state
-            if completion.finish_reason is not None and output.finish_reason is None:
+            reason = completion.finish_reason
+            if state.stream:
+                state.touched.add(sequence.index)
+            if state.stream or reason is not None:  # nobody is told before the end who does not listen
+                touched[sequence.request.id] = state
+            if reason is not None and output.finish_reason is None:
                 stop = completion.stop_reason
-                ended.append(Ended(sequence, completion.finish_reason, stop if isinstance(stop, str) else None))
+                ended.append(Ended(sequence, reason, stop if isinstance(stop, str) else None))
         updates = [self._update(state, now) for state in touched.values()]
         return Processed([update for update in updates if update is not None], ended)
 
