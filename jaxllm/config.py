@@ -259,6 +259,12 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"config file {os.fspath(path)!r} is not valid TOML: {error}") from None
 
 
+def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Those of our environment variables that are set."""
+    found = os.environ if environ is None else environ
+    return {name: found[name] for name in ENVIRONMENT if found.get(name)}
+
+
 def load(
     toml_path: str | os.PathLike[str] | None = None, *, environ: Mapping[str, str] | None = None, **overrides: Any
 ) -> EngineConfig:
@@ -267,8 +273,7 @@ def load(
     An override is one of our names (`page_size=16`), vLLM's name for it (`block_size=16`) or a section
     (`cache={"page_size": 16}`); None means not given.
     """
-    environ = os.environ if environ is None else environ
-    from_environ = {setting: environ[name] for name, setting in ENVIRONMENT.items() if environ.get(name)}
+    from_environ = {ENVIRONMENT[name]: value for name, value in environment(environ).items()}
     values: dict[tuple[str, str], Any] = {}
     if toml_path is not None:
         values |= _flatten(_read_toml(toml_path), f" in {os.fspath(toml_path)}")

@@ -53,7 +53,8 @@ class FinishReason(enum.StrEnum):
 def _number(
     name: str, value: object, low: float, high: float, *, integer: bool = False, open_low: bool = False
 ) -> None:
-    wanted = f"must be {'an integer' if integer else 'a number'} in {'(' if open_low else '['}{low:g}, {high:g}]"
+    bounds = f"{low}, {high}" if integer else f"{low:g}, {high:g}"
+    wanted = f"must be {'an integer' if integer else 'a number'} in {'(' if open_low else '['}{bounds}]"
     if isinstance(value, bool) or not isinstance(value, int if integer else int | float) or not math.isfinite(value):
         raise RequestError(name, value, wanted)
     if value < low or value > high or (open_low and value == low):

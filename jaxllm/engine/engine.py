@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxllm.config import EngineConfig
-from jaxllm.core import Request, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
+from jaxllm.core import FinishReason, Request, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
@@ -62,6 +62,10 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Take a request back; unknown and finished ids are ignored, as they cross in flight."""
         self.scheduler.abort(request_id)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
+        """End a sequence for a reason that only its text shows, such as a stop string."""
+        self.scheduler.finish(sequence, reason, stop_reason)
 
     @property
     def has_work(self) -> bool:
