@@ -11,6 +11,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxllm.config import EngineConfig
 from jaxllm.core import Request, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
 from jaxllm.engine.intake import Intake
@@ -23,6 +26,8 @@ class StepRunner(Protocol):
     """What the engine needs of a runner; tests give it one without a device."""
 
     def run(self, plan: StepPlan) -> list[RowResult]: ...
+
+    def hidden_states(self, token_ids: SequenceOf[int], start: int, pages: SequenceOf[int]) -> NDArray[np.float32]: ...
 
 
 @dataclass

@@ -12,18 +12,18 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from collections.abc import Sequence
 
 from jaxllm.config import ConfigError
 from jaxllm.core import RowResult, SampledToken, StepPlan
+from jaxllm.engine.engine import StepRunner
 
 NUMERICAL = "numerical_error: the model's logits for this sequence are not finite"
 HOST = "internal_error: choosing this sequence's token failed"
 KINDS = ("nan_row", "host_row", "raise", "hang", "exit")
-
-
-class StepRunner(Protocol):
-    def run(self, plan: StepPlan) -> list[RowResult]: ...
 
 
 class InjectedFault(RuntimeError):
@@ -80,3 +80,6 @@ class FaultyRunner:
                 error = NUMERICAL if fault.kind == "nan_row" else HOST
                 results[row] = replace(results[row], sampled=SampledToken(token_id=-1, error=error))
         return results
+
+    def hidden_states(self, token_ids: Sequence[int], start: int, pages: Sequence[int]) -> NDArray[np.float32]:
+        return self.inner.hidden_states(token_ids, start, pages)

@@ -11,11 +11,13 @@ import faulthandler
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.core import FinishReason, RequestError, Sequence, TokenOutput
+from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
 
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 
 Receive = Callable[[float], list[Command]]  # waits at most so many seconds for the first command
 Send = Callable[[Event], None]
-Operation = Callable[["EngineLoop", dict[str, Any]], Any]
+Operation = Callable[["EngineLoop", dict[str, Any]], Any]  # a value, or a generator to advance once a turn
 
 IDLE_WAIT_S = 0.5
 SWEEP_S = 0.05  # how often queue timeouts are looked at
@@ -68,13 +70,15 @@ class EngineLoop:
     stopped: bool = False
     step_failures: int = 0
     _flights: dict[str, _Flight] = field(default_factory=dict)
+    _jobs: deque[tuple[int, Generator[None, None, Any]]] = field(default_factory=deque)
+    borrowed: set[int] = field(default_factory=set)  # pages that a job holds
     _failed_in_a_row: int = 0
     _sick_steps: int = 0
     _next_sweep_s: float = 0.0
 
     def run(self, facts: dict[str, Any] | None = None) -> None:
         """Until a Stop command. Raises EngineBroken when the engine cannot go on."""
-        self._measure()
+        self.measure()
         self.send(self.ready(facts or {}))
         while not self.stopped:
             for command in self.receive(0.0 if self._can_step else self._patience()):
@@ -89,7 +93,7 @@ class EngineLoop:
 
     @property
     def _can_step(self) -> bool:
-        return self.engine.has_work and not self.progress.paused
+        return (self.engine.has_work and not self.progress.paused) or bool(self._jobs)
 
     def _patience(self) -> float:
         return SWEEP_S if self._flights else IDLE_WAIT_S
@@ -97,9 +101,11 @@ class EngineLoop:
     def _turn(self) -> None:
         if time.monotonic() >= self._next_sweep_s:
             self._sweep()
-        if self._can_step:
+        if self._jobs:
+            self._advance(*self._jobs.popleft())
+        if self.engine.has_work and not self.progress.paused:
             self._step()
-        self._measure()
+        self.measure()
 
     # ---- commands ----
 
@@ -140,10 +146,29 @@ class EngineLoop:
             self.send(Reply(command.id, error=f"not_supported: the engine has no operation {command.operation!r}"))
             return
         try:
-            self.send(Reply(command.id, operation(self, command.arguments)))
+            value = operation(self, command.arguments)
         except Exception as error:  # one operation's failure must not end the streams
-            log.exception("operation %s failed", command.operation)
-            self.send(Reply(command.id, error=f"internal_error: {type(error).__name__}"))
+            self._answer_failure(command.id, error)
+            return
+        if isinstance(value, Generator):
+            self._jobs.append((command.id, value))
+        else:
+            self.send(Reply(command.id, value))
+
+    def _advance(self, number: int, job: Generator[None, None, Any]) -> None:
+        try:
+            next(job)
+        except StopIteration as end:
+            self.send(Reply(number, end.value))
+        except Exception as error:
+            self._answer_failure(number, error)
+        else:
+            self._jobs.append((number, job))
+
+    def _answer_failure(self, number: int, error: Exception) -> None:
+        log.error("an operation failed", exc_info=error)
+        code = "numerical_error" if isinstance(error, FloatingPointError) else "internal_error"
+        self.send(Reply(number, error=f"{code}: {type(error).__name__}"))
 
     # ---- steps ----
 
@@ -176,7 +201,7 @@ class EngineLoop:
         self.send(Step(news))
         reset_prefix_cache(self, {})
         try:
-            self.engine.check()
+            self.engine.scheduler.check(self.borrowed)
         except AssertionError as error:
             raise EngineBroken(f"the books do not balance after a failed step: {error}") from error
         if self._failed_in_a_row >= 2:
@@ -209,7 +234,7 @@ class EngineLoop:
         if flight is not None and all(sequence.finished for sequence in flight.sequences):
             del self._flights[request_id]
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         stats = self.engine.scheduler.metrics.as_dict()
         pool = self.engine.scheduler.pool
         stats |= {
@@ -268,9 +293,14 @@ def reset_prefix_cache(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str,
 
 def check(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, float]:
     """The books balance; what they say now."""
-    loop.engine.check()
-    loop._measure()
+    loop.engine.scheduler.check(loop.borrowed)
+    loop.measure()
     return loop.progress.stats
+
+
+def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, None, list[float]]:
+    engine = loop.engine
+    return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -278,6 +308,7 @@ OPERATIONS: dict[str, Operation] = {
     "resume": resume,
     "reset_prefix_cache": reset_prefix_cache,
     "check": check,
+    "embed": embedding,
 }
 
 

@@ -80,6 +80,13 @@ class Runner:
         prompts = self._prompt_logprobs(rows, hidden, shape)
         return [RowResult(token, prompt) for token, prompt in zip(sampled, prompts, strict=True)]
 
+    def hidden_states(self, token_ids: SequenceOf[int], start: int, pages: SequenceOf[int]) -> np.ndarray:
+        """The model's last hidden states of one sequence's tokens from `start` on, f32[count, D], through prefill."""
+        shape = self.ladder.mixed(len(token_ids))
+        packed = pack(shape, token_ids, [len(token_ids)], [start + len(token_ids)], [pages])
+        hidden, _, self.kv = self.executables.forward(shape)(self.params, self.kv, packed)
+        return np.asarray(jax.device_get(hidden)[: len(token_ids)], np.float32)
+
     def warm_up(self) -> None:
         """Run every executable once on padding, so that no request pays for a first launch."""
         for shape in self.ladder.shapes():
