@@ -244,7 +244,7 @@ class ScheduledRow(NamedTuple):
 
     sequence: Sequence
     start: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple.count, which nobody wants of a row
     sample: bool
 
 

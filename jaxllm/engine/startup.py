@@ -6,6 +6,7 @@ directory is said before device memory is taken.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -26,9 +27,10 @@ from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
-from jaxllm.graph.kv_cache import KVCacheSpec, allocate
+from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
+from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
@@ -59,7 +61,7 @@ def _timed(report: StartReport, phase: str) -> Iterator[None]:
 
 
 def start(
-    config: EngineConfig, *, device: jax.Device | None = None, progress: Progress | None = None
+    config: EngineConfig, *, device: Device = None, progress: Progress | None = None
 ) -> tuple[Engine, StartReport]:
     """Raises ConfigError, WeightsError or DoesNotFitError with what to change."""
     report = StartReport()
@@ -71,6 +73,10 @@ def start(
         model_config = ModelConfig.from_directory(directory)
         config = resolve(config, model_config.context_length, device.platform)
         tokenizer = _tokenizer(directory)
+        generation = read_generation_defaults(directory)
+        named = tokenizer.eos_token_ids if tokenizer is not None else ()
+        ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
+        model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
     with _timed(report, "weights"):
         params = _params(config, model_config, directory, device, tell)
     runner = _runner(config, model_config, params, device, report, tell)
@@ -85,16 +91,14 @@ def start(
     prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
     log.info("%s", report)
-    return Engine(config, model_config, scheduler, runner, tokenizer), report
+    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params), report
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
 
 
-def _params(
-    config: EngineConfig, model_config: ModelConfig, directory: Path, device: jax.Device, tell: Progress
-) -> Params:
+def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
     dtype = jnp.dtype(config.model.dtype)
     if config.model.load_format == "dummy":
         params = random.dummy(model_config, dtype, config.seed, device)
@@ -109,7 +113,7 @@ def _runner(
     config: EngineConfig,
     model_config: ModelConfig,
     params: Params,
-    device: jax.Device,
+    device: Device,
     report: StartReport,
     tell: Progress,
 ) -> Runner:
@@ -132,7 +136,7 @@ def _runner(
 
 
 def _compile(
-    config: EngineConfig, model_config: ModelConfig, params: Params, kv: list, counts: jax.Array, tell: Progress
+    config: EngineConfig, model_config: ModelConfig, params: Params, kv: KVCache, counts: jax.Array, tell: Progress
 ) -> tuple[Executables, Ladder]:
     if config.compile.directory is not None:
         use_cache(config.compile.directory)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxllm.graph.models.fields import ModelConfigError
+from jaxllm.graph.models.fields import refuse
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -37,7 +37,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and switches of one model. Raises ModelConfigError when they do not fit together."""
+    """Sizes and switches of one model. Raises ConfigError when they do not fit together."""
 
     family: str = "llama"
     vocab_size: int
@@ -64,17 +64,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
-                raise ModelConfigError(name, getattr(self, name), "must be an integer >= 1")
+                raise refuse(name, getattr(self, name), "must be an integer >= 1")
         if self.num_heads % self.num_kv_heads:
-            raise ModelConfigError(
-                "num_heads", self.num_heads, f"must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
+            raise refuse("num_heads", self.num_heads, f"must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
-            raise ModelConfigError("head_dim", self.head_dim, "must be even: rope turns pairs")
+            raise refuse("head_dim", self.head_dim, "must be even: rope turns pairs")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
-            raise ModelConfigError("windows", self.windows, f"must have num_layers ({self.num_layers}) entries")
+            raise refuse("windows", self.windows, f"must have num_layers ({self.num_layers}) entries")
 
     @property
     def attention_scale(self) -> float:
@@ -94,13 +92,13 @@ class ModelConfig:
 
 
 def read_json(file: Path) -> dict[str, object]:
-    """A JSON object from a file, or a ModelConfigError saying why there is none."""
+    """A JSON object from a file, or a ConfigError saying why there is none."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelConfigError("file", str(file), f"cannot be read ({error.strerror or error})") from error
+        raise refuse("file", str(file), f"cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
-        raise ModelConfigError("file", str(file), f"is not JSON ({error})") from error
+        raise refuse("file", str(file), f"is not JSON ({error})") from error
     if not isinstance(raw, dict):
-        raise ModelConfigError("file", str(file), "must hold a JSON object")
+        raise refuse("file", str(file), "must hold a JSON object")
     return raw

@@ -1,6 +1,6 @@
 """Reading a config.json field by field: checked types, named errors, and a list of what nobody read.
 
-In: the parsed JSON object and the file it came from. Out: plain Python values, or a ModelConfigError naming file, key,
+In: the parsed JSON object and the file it came from. Out: plain Python values, or a ConfigError naming file, key,
 value and what is allowed. Knows nothing of model families: they declare which fields they read.
 """
 
@@ -11,20 +11,18 @@ import math
 import sys
 from collections.abc import Collection, Mapping
 
-from jaxllm.core import JaxLLMError, shown
+from jaxllm.config import ConfigError
+from jaxllm.core import shown
 
 logger = logging.getLogger(__name__)
 
 MISSING = object()
 
 
-class ModelConfigError(JaxLLMError, ValueError):
-    """A model description is wrong or not supported. Names the file, the key, the value and what is allowed."""
-
-    def __init__(self, key: str, value: object, allowed: str, file: str | None = None) -> None:
-        self.key, self.value, self.allowed, self.file = key, value, allowed, file
-        found = "(missing)" if value is MISSING else shown(value)
-        super().__init__(f"{file + ': ' if file else ''}{key} = {found}: {allowed}")
+def refuse(key: str, value: object, allowed: str, file: str | None = None) -> ConfigError:
+    """The error for a model description that is wrong or not supported."""
+    found = "(missing)" if value is MISSING else shown(value)
+    return ConfigError(f"{file + ': ' if file else ''}{key} = {found}: {allowed}")
 
 
 class Fields:
@@ -34,8 +32,8 @@ class Fields:
         self.raw, self.file, self.prefix = raw, file, prefix
         self._read: set[str] = set()
 
-    def error(self, key: str, value: object, allowed: str) -> ModelConfigError:
-        return ModelConfigError(self.prefix + key, value, allowed, self.file)
+    def error(self, key: str, value: object, allowed: str) -> ConfigError:
+        return refuse(self.prefix + key, value, allowed, self.file)
 
     def get(self, key: str) -> object:
         """The raw value, MISSING when absent or null."""

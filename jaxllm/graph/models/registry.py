@@ -1,6 +1,6 @@
 """Which family reads which architecture name. A new family is one file and one line here.
 
-In: a parsed config.json. Out: the family it names, or a ModelConfigError listing the names known.
+In: a parsed config.json. Out: the family it names, or a ConfigError listing the names known.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
 from jaxllm.graph.models.decoder import Params
-from jaxllm.graph.models.fields import ModelConfigError
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -146,7 +146,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         raise WeightsError(directory, [f"must hold {SINGLE} or {INDEX}"])
     try:
         weight_map = read_json(directory / INDEX).get("weight_map")
-    except ModelConfigError as error:
+    except ConfigError as error:
         raise WeightsError(directory, [str(error)]) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(directory, [f"{INDEX}: weight_map must map tensor names to file names"])

@@ -8,10 +8,10 @@ import jax
 import pytest
 from helpers.goldens import DIRECTORY, NAMES
 
-from jaxllm.core import JaxLLMError
+from jaxllm.config import ConfigError
+from jaxllm.core import JaxLLMError, SamplingParams
 from jaxllm.graph.models.config import ModelConfig, RopeConfig
 from jaxllm.graph.models.decoder import abstract, axes
-from jaxllm.graph.models.fields import ModelConfigError
 from jaxllm.graph.models.generation import GenerationDefaults, read_generation_defaults
 
 LLAMA_3_1_8B = {
@@ -229,7 +229,7 @@ def test_windows_follow_each_familys_own_keys():
     ],
 )
 def test_a_wrong_value_is_named_with_its_file_its_key_and_what_is_allowed(raw, changes, key, said):
-    with pytest.raises(ModelConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         ModelConfig.from_hf(raw | changes, "some/config.json")
     assert str(caught.value).startswith(f"some/config.json: {key} = ")
     assert said in str(caught.value)
@@ -251,7 +251,7 @@ def test_unknown_keys_are_ignored_with_one_debug_note(caplog):
 def test_a_config_file_that_is_not_one_is_an_error_naming_the_file(tmp_path, text, said):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ModelConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=said) as caught:
         ModelConfig.from_directory(tmp_path)
     assert "config.json" in str(caught.value)
 
@@ -270,7 +270,7 @@ def test_a_config_made_by_hand_is_checked_too(changes):
         "d_ff": 8,
     }
     ModelConfig(**sizes)
-    with pytest.raises(ModelConfigError, match=next(iter(changes))):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
         ModelConfig(**sizes | changes)
 
 
@@ -288,10 +288,13 @@ def test_generation_defaults_are_read_where_the_file_names_them(tmp_path):
     assert read_generation_defaults(tmp_path) == GenerationDefaults()
     suggested = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [7, 9]}
     (tmp_path / "generation_config.json").write_text(json.dumps(suggested))
-    expected = GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, eos_token_ids=(7, 9))
-    assert read_generation_defaults(tmp_path) == expected
+    params = SamplingParams(temperature=0.6, top_p=0.9, top_k=20)
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(params=params, eos_token_ids=(7, 9))
     (tmp_path / "generation_config.json").write_text('{"temperature": 0, "eos_token_id": 3}')
-    assert read_generation_defaults(tmp_path) == GenerationDefaults(temperature=0.0, eos_token_ids=(3,))
-    (tmp_path / "generation_config.json").write_text('{"top_p": "high"}')
-    with pytest.raises(ModelConfigError, match="top_p"):
-        read_generation_defaults(tmp_path)
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(
+        params=SamplingParams(temperature=0), eos_token_ids=(3,)
+    )
+    for wrong in ('"high"', "1.5"):
+        (tmp_path / "generation_config.json").write_text(f'{{"top_p": {wrong}}}')
+        with pytest.raises(ConfigError, match=r"generation_config\.json: top_p = "):
+            read_generation_defaults(tmp_path)
