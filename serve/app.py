@@ -1,7 +1,7 @@
 """The ASGI application: one table of routes, the gate around it, errors in one shape.
 
 In: a Front. Out: an ASGI app. A route is a function of (front, call) or (front, call, body); the table says which, and
-what pydantic model its body has, so that /openapi.json is made of the same table. Knows nothing of sockets or processes.
+what pydantic model its body has, so that /openapi.json is made of the same table. Knows nothing of sockets.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.core import Request
+from jaxllm.engine.decoding.stop import TokenPieces
 from jaxllm.engine.messages import Abort, Add, Beat, Control, Event, Failed, News, Ready, Reply, Step
-from serve.assemble import TokenText
 from serve.errors import ApiError, from_engine
 from serve.links import Link
 from serve.streams import Piece, Reader, Stream
@@ -78,7 +78,7 @@ class EngineClient:
     def __init__(
         self,
         link: Link,
-        tokenizer: TokenText | None = None,
+        tokenizer: TokenPieces | None = None,
         supervision: Supervision | None = None,
         *,
         stream_limit_tokens: int = 65536,
@@ -88,7 +88,7 @@ class EngineClient:
         self.supervision = supervision or Supervision()
         self.streams: dict[str, Stream] = {}
         self.on_lost: Callable[[str], None] = lambda why: None
-        self.on_end: Callable[[Stream], None] = lambda stream: None  # metrics
+        self.on_ready: Callable[[], None] = lambda: None  # before the first request is taken
         self.aborted = 0
         self._tokenizer, self._limit, self._queue_timeout_s = tokenizer, stream_limit_tokens, queue_timeout_s
         self._readers: dict[str, Reader] = {}
@@ -111,6 +111,10 @@ class EngineClient:
             await self._warm.wait()
             if self.health.lost is not None:
                 raise ApiError(500, self.health.lost, code="engine_died")
+
+    async def warm(self) -> None:
+        """Returns when the engine is ready for the first time, or lost."""
+        await self._warm.wait()
 
     async def close(self) -> None:
         self._closing = True
@@ -142,7 +146,6 @@ class EngineClient:
             self.aborted += 1
             self.link.send(Abort(stream.id))
             stream.end("abort")
-        self.on_end(stream)
 
     def abort(self, request_id: str, error: ApiError | None = None) -> bool:
         """Ends a request on another's behalf: its reader sees finish_reason abort, or the error."""
@@ -285,6 +288,7 @@ class EngineClient:
         match event:
             case Ready():
                 self.health.up, self.health.ready = True, event
+                self.on_ready()
                 self._warm.set()
             case Beat():
                 self.health.beat = event

@@ -22,11 +22,13 @@ from serve.client import EngineClient
 from serve.errors import ApiError, from_request_error, invalid
 from serve.metrics import FrontMetrics
 from serve.middleware import Call
+from serve.openai.store import Store
 from serve.settings import FrontSettings
 from serve.streams import Piece, Stream
 
 log = logging.getLogger(__name__)
 
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 GONE = ApiError(499, "the client left", code="client_gone")
 
 
@@ -34,28 +36,32 @@ GONE = ApiError(499, "the client left", code="client_gone")
 class Front:
     settings: FrontSettings
     client: EngineClient
-    intake: Intake
     metrics: FrontMetrics
-    make_store: Callable[[int], Any]
     tokenizer: Any = None  # jaxllm.tokenizer.Tokenizer, or None
     created_s: int = field(default_factory=lambda: int(time.time()))
+    intake: Intake = field(init=False)
     admission: Admission = field(init=False)
     token_rate: RateLimit = field(init=False)
     pool: ThreadPoolExecutor = field(init=False)
-    stored: Any = field(init=False)  # what /v1/responses keeps; its module says what that is
+    stored: Store = field(init=False)  # of /v1/responses
 
     def __post_init__(self) -> None:
+        self.intake = Intake(vocab_size=0, max_model_len=0, tokenizer=self.tokenizer)
         self.admission = Admission(self.settings.max_queue, self.settings.max_queue_tokens)
         self.token_rate = RateLimit(self.settings.tokens_per_minute, "tokens")
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="text")
-        self.stored = self.make_store(self.settings.max_stored_responses)
+        self.stored = Store(self.settings.max_stored_responses)
+        self.client.on_ready = self.adopt
         self.metrics.bind(self.client, self.admission)
 
     def adopt(self) -> None:
-        """Limits that only the warm engine knows."""
+        """What only the warm engine knows; before that no request is taken."""
         ready = self.client.health.ready
         if ready is not None:
-            self.intake.max_model_len = ready.max_model_len
+            known = self.intake
+            known.max_model_len, known.vocab_size = ready.max_model_len, ready.vocab_size
+            known.eos_token_ids, known.bos_token_id = ready.eos_token_ids, ready.bos_token_id
+            known.default_params = ready.default_params
             self.admission.max_slots = self.settings.max_queue + ready.max_num_seqs
 
     async def off_loop[T](self, function: Callable[..., T], *arguments: Any) -> T:
@@ -79,7 +85,8 @@ class Front:
 
     @property
     def sampling_defaults(self) -> dict[str, float]:
-        return {} if self.tokenizer is None else dict(self.tokenizer.sampling_defaults)
+        """What the model's author recommends, for requests that do not say."""
+        return {name: getattr(self.intake.default_params, name) for name in RECOMMENDED}
 
     def salt(self, call: Call, cache_salt: str | None) -> str:
         """Tenants never share cached pages."""

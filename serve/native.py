@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from jaxllm.core import Request
+from jaxllm.core import Request, SamplingParams
 from serve.errors import ApiError, invalid
 from serve.front import Front, collect
 from serve.middleware import Call
@@ -16,11 +17,7 @@ from serve.openai.protocol import AbortBody, DetokenizeBody, GenerateBody, Token
 from serve.responses import DONE, PING, Answer, EventStream, as_json, event
 from serve.streams import Piece, Stream
 
-PARAMS = frozenset(
-    "n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty logit_bias seed stop "
-    "stop_token_ids ignore_eos min_tokens max_tokens prompt_logprobs allowed_token_ids bad_words skip_special_tokens "
-    "include_stop_str_in_output".split()
-)
+PARAMS = frozenset(item.name for item in dataclasses.fields(SamplingParams)) - {"detokenize", "logprobs"}
 SGLANG_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 

@@ -41,7 +41,8 @@ async def version(front: Front, call: Call) -> Answer:
 async def server_info(front: Front, call: Call) -> Answer:
     known, settings = front.client.health, front.settings
     facts = {} if known.ready is None else known.ready.facts
-    stats = {name: value if math.isfinite(value) else None for name, value in known.beat.stats.items()}
+    now = await front.client.control("check") if known.up else known.beat.stats
+    stats = {name: value if math.isfinite(value) else None for name, value in now.items()}
     return as_json(
         {
             "version": package_version(),

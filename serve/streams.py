@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxllm.core import FinishReason, Request, TokenLogprobs
+from jaxllm.engine.decoding.stop import TokenPieces
 from jaxllm.engine.messages import News
-from serve.assemble import TextAssembler, TokenText
+from serve.assemble import TextAssembler
 from serve.errors import ApiError, from_engine
 
 
@@ -46,8 +47,8 @@ class Piece:
 class Reader:
     """The half of a stream that lives in the reader thread: tokens to text, one assembler a sequence."""
 
-    def __init__(self, request: Request, tokenizer: TokenText | None) -> None:
-        self._assemblers = [TextAssembler(tokenizer, request.params) for _ in range(request.params.n)]
+    def __init__(self, request: Request, tokenizer: TokenPieces | None) -> None:
+        self._assemblers = [TextAssembler(tokenizer, request) for _ in range(request.params.n)]
         self._ended = [False] * request.params.n
         self._wants_logprobs = request.params.logprobs is not None
         self._keeps_stop = request.params.include_stop_str_in_output

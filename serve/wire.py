@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.config import Config
@@ -33,8 +33,7 @@ class GuardedProtocol(asyncio.Protocol):
         self._refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is not a subclass of it
         self._inner.connection_made(transport)
         if len(self._inner.connections) > self._settings.max_connections:
             self._refuse(ApiError(503, "too many connections", code="too_many_connections", retry_after_s=5))

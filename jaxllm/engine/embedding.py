@@ -1,4 +1,4 @@
-"""Embeddings between steps: one prompt's hidden states, computed in chunks on pages borrowed from the pool, then pooled.
+"""Embeddings between steps: a prompt's hidden states, computed in chunks on pages lent by the pool, then pooled.
 
 In: token ids and a kind of pooling. Out: a generator the loop advances once a turn, whose value is the vector. The
 executables are those of prefill, so nothing new is compiled. Knows nothing of queues, texts or HTTP.

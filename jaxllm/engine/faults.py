@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from collections.abc import Sequence
 
 from jaxllm.config import ConfigError
 from jaxllm.core import RowResult, SampledToken, StepPlan

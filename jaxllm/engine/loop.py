@@ -88,8 +88,17 @@ class EngineLoop:
             self.progress.turn_began_s = None
 
     def ready(self, facts: dict[str, Any]) -> Ready:
-        limits, pool = self.engine.scheduler.config, self.engine.scheduler.pool
-        return Ready(limits.max_model_len, limits.max_num_seqs, pool.num_pages * pool.page_size, facts)
+        limits, pool, intake = self.engine.scheduler.config, self.engine.scheduler.pool, self.engine.intake
+        return Ready(
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            capacity_tokens=pool.num_pages * pool.page_size,
+            vocab_size=intake.vocab_size,
+            eos_token_ids=intake.eos_token_ids,
+            bos_token_id=intake.bos_token_id,
+            default_params=intake.default_params,
+            facts=facts,
+        )
 
     @property
     def _can_step(self) -> bool:

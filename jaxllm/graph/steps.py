@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 from pallas_kernels.page_write.api import page_write
-from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
@@ -24,6 +23,7 @@ from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
+from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window"))

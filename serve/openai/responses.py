@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.core import Request
@@ -17,36 +15,10 @@ from serve.openai.logprobs import Namer, chat_logprobs
 from serve.openai.messages import render
 from serve.openai.params import check_length, make_params
 from serve.openai.protocol import ResponsesBody, parse
+from serve.openai.store import Stored
 from serve.openai.usage import usage_of
 from serve.responses import PING, Answer, EventStream, as_json, event
 from serve.streams import Piece, Stream
-
-
-@dataclass
-class Stored:
-    tenant: str
-    answer: dict[str, Any]
-    messages: list[dict[str, Any]]
-    request_id: str
-
-
-@dataclass
-class Store:
-    """The newest responses, oldest forgotten first."""
-
-    limit: int
-    items: OrderedDict[str, Stored] = field(default_factory=OrderedDict)
-
-    def put(self, stored: Stored) -> None:
-        self.items[stored.answer["id"]] = stored
-        while len(self.items) > self.limit:
-            self.items.popitem(last=False)
-
-    def get(self, response_id: str, tenant: str) -> Stored:
-        found = self.items.get(response_id)
-        if found is None or found.tenant != tenant:
-            raise ApiError(404, f"no response {response_id[:80]!r}", param="response_id", code="response_not_found")
-        return found
 
 
 def _text_of(content: Any, where: str) -> str:
