@@ -84,11 +84,16 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     """The real engine; JAX is imported here and not before."""
     from jaxllm.engine.startup import start
 
-    engine, report = start(load(settings.get("config_file"), **settings.get("overrides", {})))
+    config = load(settings.get("config_file"), **settings.get("overrides", {}))
+    faults = parse_faults(config.fault)
+    engine, report = start(config)
+    if faults:
+        engine.runner = FaultyRunner(engine.runner, faults)
     facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
-    if report.memory is not None:
-        facts["memory"] = str(report.memory)
     facts["dtype"] = engine.config.model.dtype
+    if report.memory is not None:
+        facts["weights_bytes"] = report.memory.weights_bytes
+        facts["cache_bytes"] = report.memory.cache_bytes
     return engine, facts
 
 
@@ -106,9 +111,6 @@ def run(build: Build) -> int:
         send(Failed(str(error) or type(error).__name__, CANNOT_START))
         channel.close()
         return CANNOT_START
-    faults = parse_faults(settings.get("fault", ""))
-    if faults:
-        engine.runner = FaultyRunner(engine.runner, faults)
     loop = EngineLoop(engine, channel.receive, send)
     watch(loop.progress, channel.sender(), lambda: os._exit(HUNG), stall_s=settings.get("stall_s", 60.0), beat_s=0.5)
     try:

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import tokenizers
+from helpers.fake_runner import FakeRunner
 
 from jaxllm.config import load, resolve
 from jaxllm.core import SampledToken, TokenLogprobs
@@ -21,7 +22,6 @@ from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import BYTE_OF_CHARACTER, Tokenizer
-from helpers.fake_runner import FakeRunner
 
 SPECIALS = {"<|bos|>": 256, "<|eos|>": 257, "<|turn|>": 258}
 BOS, EOS = 256, 257
@@ -39,22 +39,42 @@ def byte_tokenizer() -> Tokenizer:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False}
+            {
+                "id": i,
+                "content": text,
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
             for text, i in SPECIALS.items()
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": dict(BYTE_OF_CHARACTER), "merges": []},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": dict(BYTE_OF_CHARACTER),
+            "merges": [],
+        },
     }
     rust = tokenizers.Tokenizer.from_str(json.dumps(spec))
     return Tokenizer(
-        rust, spec, special={"bos_token": "<|bos|>", "eos_token": "<|eos|>"}, templates={"default": TEMPLATE},
-        eos_token_ids=(EOS,), bos_token_id=BOS,
+        rust,
+        spec,
+        special={"bos_token": "<|bos|>", "eos_token": "<|eos|>"},
+        templates={"default": TEMPLATE},
+        eos_token_ids=(EOS,),
+        bos_token_id=BOS,
     )
 
 
@@ -93,13 +113,25 @@ def build_engine(
     """(Engine, facts), as the engine's process builds it."""
     time.sleep(start_s)
     settings = dict(
-        model="none", load_format="dummy", page_size=page_size, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=token_budget, num_pages=num_pages,
+        model="none",
+        load_format="dummy",
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=token_budget,
+        num_pages=num_pages,
     )
     config = resolve(load(environ={}, **settings), context, "cpu")
     model = ModelConfig(
-        vocab_size=VOCAB, num_layers=1, d_model=16, num_heads=1, num_kv_heads=1, head_dim=16, d_ff=16,
-        context_length=context, eos_token_ids=(EOS,), bos_token_id=BOS,
+        vocab_size=VOCAB,
+        num_layers=1,
+        d_model=16,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        d_ff=16,
+        context_length=context,
+        eos_token_ids=(EOS,),
+        bos_token_id=BOS,
     )
     pool = PagePool(num_pages, page_size)
     limits = Limits(token_budget=token_budget, max_num_seqs=max_num_seqs, page_size=page_size, max_model_len=context)

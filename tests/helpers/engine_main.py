@@ -8,6 +8,7 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from helpers.byte_model import build_engine  # noqa: E402
+
 from serve.engine_process import run  # noqa: E402
 
 if __name__ == "__main__":

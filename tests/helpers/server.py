@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import uvloop
+from helpers.byte_model import build_engine, byte_tokenizer
 
 from serve.client import EngineClient, Supervision
 from serve.front import Front
@@ -26,7 +27,6 @@ from serve.links import ProcessLink, ThreadLink
 from serve.metrics import FrontMetrics
 from serve.run import bind, make_server
 from serve.settings import FrontSettings, hash_key
-from helpers.byte_model import build_engine, byte_tokenizer
 
 ADMIN = "admin-key"
 HEAD = {"authorization": f"Bearer {ADMIN}"}
@@ -41,14 +41,18 @@ class Server:
         self.settings = front_settings or settings()
         if process:
             command = [sys.executable, str(Path(__file__).with_name("engine_main.py"))]
-            self.link = ProcessLink(command, json.dumps({"engine": engine, **(env_settings or {})}).encode(),
-                                    subprocess.DEVNULL)
+            self.link = ProcessLink(
+                command, json.dumps({"engine": engine, **(env_settings or {})}).encode(), subprocess.DEVNULL
+            )
         else:
             self.link = ThreadLink(partial(build_engine, **engine))
         self.tokenizer = byte_tokenizer()
         client = EngineClient(
-            self.link, self.tokenizer, supervision or Supervision(),
-            stream_limit_tokens=self.settings.stream_limit_tokens, queue_timeout_s=self.settings.queue_timeout_s,
+            self.link,
+            self.tokenizer,
+            supervision or Supervision(),
+            stream_limit_tokens=self.settings.stream_limit_tokens,
+            queue_timeout_s=self.settings.queue_timeout_s,
         )
         self.front = Front(self.settings, client, FrontMetrics(), self.tokenizer)
         self.lost = None
