@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from serve.middleware import ADMIN, PUBLIC, Call, Gate, respond, values
 from serve.openai import chat, completions, embeddings, models, protocol, responses
 from serve.openapi import describe, docs_page
 from serve.responses import Answer, as_json
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[..., Awaitable[ASGIApp]]
 
@@ -98,15 +101,23 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call: Call = scope["jaxllm.call"]
         call.path_params = scope.get("path_params")
+        try:
+            answer = await self._answer(scope, call)
+            await answer(scope, receive, send)
+        except ApiError as error:  # raised before an answer began: streams end themselves
+            await respond(send, error, call.method)
+        except Exception:
+            log.exception("%s failed; request %s", self._entry.path, call.request_id)
+            await respond(send, ApiError(500, "internal error", code="internal_error"), call.method)
+
+    async def _answer(self, scope: Scope, call: Call) -> ASGIApp:
         handler, entry = self._entry.handler, self._entry
         if entry.method != "POST":
-            answer = await handler(self._front, call)
-        elif entry.empty_body and not call.body:
-            answer = await handler(self._front, call, {})
-        else:
-            kind = next(iter(values(scope["headers"], b"content-type")), b"")
-            answer = await handler(self._front, call, read_json(call.body, kind))
-        await answer(scope, receive, send)
+            return await handler(self._front, call)
+        if entry.empty_body and not call.body:
+            return await handler(self._front, call, {})
+        kind = next(iter(values(scope["headers"], b"content-type")), b"")
+        return await handler(self._front, call, read_json(call.body, kind))
 
 
 def _documents(front: Front) -> list[Entry]:

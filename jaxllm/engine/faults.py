@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +78,7 @@ class FaultyRunner:
             if fault.kind in ("nan_row", "host_row") and fault.value < len(results):
                 row = int(fault.value)
                 error = NUMERICAL if fault.kind == "nan_row" else HOST
-                results[row] = replace(results[row], sampled=SampledToken(token_id=-1, error=error))
+                results[row] = RowResult(SampledToken(token_id=-1, error=error), results[row].prompt_logprobs)
         return results
 
     def hidden_states(self, token_ids: Sequence[int], start: int, pages: Sequence[int]) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from jaxllm.core import Request
+from jaxllm.core import MAX_N, Request
 from serve.errors import invalid, unsupported
 from serve.front import Front, collect
 from serve.middleware import Call
@@ -131,7 +131,7 @@ class Chat:
 async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | EventStream:
     body = parse(ChatBody, raw)
     front.check_model(body.model)
-    front.check_open(max(1, min(body.n, 10**6)))
+    front.check_open(body.n if 1 <= body.n <= MAX_N else 1)  # n itself is judged with the other numbers
     request = await front.off_loop(prepare, front, call, body)
     chat = Chat(front, body, request)
     if not body.stream:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from jaxllm.core import Request, TokenLogprobs
+from jaxllm.core import MAX_N, Request, TokenLogprobs
 from serve.front import Front, collect, merged
 from serve.middleware import Call
 from serve.openai.logprobs import Namer, completion_logprobs, completion_tops, prompt_logprobs
@@ -118,7 +118,7 @@ class Completion:
 async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | EventStream:
     body = parse(CompletionBody, raw)
     front.check_model(body.model)
-    front.check_open(max(1, min(body.n, 10**6)))
+    front.check_open(body.n if 1 <= body.n <= MAX_N else 1)  # n itself is judged with the other numbers
     requests = await front.off_loop(prepare, front, call, body)
     completion = Completion(front, call, body, requests)
     if not body.stream:

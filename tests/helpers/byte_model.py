@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from helpers.fake_runner import FakeRunner
 
-from jaxllm.config import load, resolve
+from jaxllm.config import ConfigError, load, resolve
 from jaxllm.core import SampledToken, TokenLogprobs
 from jaxllm.engine.cache.hashed import PrefixCache
 from jaxllm.engine.cache.pages import PagePool
@@ -108,10 +108,11 @@ class SpeakingRunner:
 
 
 def build_engine(
-    *, step_s=0.0, num_pages=128, page_size=8, max_num_seqs=8, token_budget=64, context=512, fault="", start_s=0.0
+    *, step_s=0.0, num_pages=128, page_size=8, max_num_seqs=8, token_budget=64, context=512, fault="", start_error=""
 ):
     """(Engine, facts), as the engine's process builds it."""
-    time.sleep(start_s)
+    if start_error:
+        raise ConfigError(start_error)
     settings = dict(
         model="none",
         load_format="dummy",
