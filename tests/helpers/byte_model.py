@@ -108,9 +108,19 @@ class SpeakingRunner:
 
 
 def build_engine(
-    *, step_s=0.0, num_pages=128, page_size=8, max_num_seqs=8, token_budget=64, context=512, fault="", start_error=""
+    *,
+    step_s=0.0,
+    num_pages=128,
+    page_size=8,
+    max_num_seqs=8,
+    token_budget=64,
+    context=512,
+    fault="",
+    start_error="",
+    start_s=0.0,
 ):
     """(Engine, facts), as the engine's process builds it."""
+    time.sleep(start_s)
     if start_error:
         raise ConfigError(start_error)
     settings = dict(

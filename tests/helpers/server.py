@@ -37,7 +37,8 @@ def settings(**changes):
 
 
 class Server:
-    def __init__(self, front_settings=None, *, process=False, supervision=None, env_settings=None, **engine):
+    def __init__(self, front_settings=None, *, process=False, wait=True, supervision=None, env_settings=None, **engine):
+        self._wait = wait
         self.settings = front_settings or settings()
         if process:
             command = [sys.executable, str(Path(__file__).with_name("engine_main.py"))]
@@ -68,8 +69,10 @@ class Server:
 
     def __enter__(self):
         self._thread.start()
+        self.until(lambda: self._server.started)
         self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
-        self.wait_ready()
+        if self._wait:
+            self.wait_ready()
         return self
 
     def __exit__(self, *_):
@@ -79,7 +82,8 @@ class Server:
         assert not self._thread.is_alive()
 
     def wait_ready(self, seconds=20.0):
-        self.until(lambda: self.status("/ready") == 200, seconds)
+        self.until(lambda: self.status("/ready") == 200 or self.lost, seconds)
+        assert self.lost is None, self.lost
 
     def status(self, path):
         try:
