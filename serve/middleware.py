@@ -53,6 +53,7 @@ class Call:
     tenant: str
     body: bytes
     receive: Receive  # gives nothing but the disconnect any more
+    send: Send  # below every wrapper: for the bodies of streams, where each layer costs on every token
     query: bytes = b""
     path_params: dict[str, str] | None = None
 
@@ -117,7 +118,7 @@ class Gate:
                 self.requests.spend(tenant, 1)
             body = await self._read_body(scope, receive)
             scope["jaxllm.call"] = Call(
-                scope["method"], scope["path"], request_id, tenant, body, receive, scope["query_string"]
+                scope["method"], scope["path"], request_id, tenant, body, receive, send, scope["query_string"]
             )
             await self.app(scope, receive, sending)
         except ApiError as error:

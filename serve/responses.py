@@ -65,6 +65,7 @@ class EventStream:
         try:
             first = await anext(events, b"")  # an error here is still a status of its own
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+            send = scope["jaxllm.call"].send
             await send({"type": "http.response.body", "body": first, "more_body": True})
             try:
                 async for chunk in events:
