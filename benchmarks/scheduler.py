@@ -16,7 +16,7 @@ import time
 from jaxllm.core import Request, RowResult, SampledToken, SamplingParams, Sequence
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
-from jaxllm.engine.scheduler import Scheduler, Limits
+from jaxllm.engine.scheduler import Limits, Scheduler
 
 VOCAB = 151_936
 
@@ -25,9 +25,7 @@ def running_scheduler(rows: int, context: int, steps: int, page_size: int, *, ca
     """A scheduler with `rows` sequences that have computed their prompts of `context` tokens."""
     limit = context + steps + 2
     pool = PagePool(rows * -(-limit // page_size), page_size)
-    config = Limits(
-        token_budget=rows * context, max_num_seqs=rows, page_size=page_size, max_model_len=limit + 1
-    )
+    config = Limits(token_budget=rows * context, max_num_seqs=rows, page_size=page_size, max_model_len=limit + 1)
     scheduler = Scheduler(config, pool, PrefixCache(pool) if caching else NoPrefixCache())
     params = SamplingParams(max_tokens=None, stop_token_ids=(VOCAB + 1,))
     for row in range(rows):

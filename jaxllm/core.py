@@ -25,6 +25,12 @@ MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 128
 
 
+def shown(value: object) -> str:
+    """A value fit for a message: long ones lose their middle, so that a path keeps its file name."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:58]}...{text[-59:]}"
+
+
 class JaxLLMError(Exception):
     """Base of every error a user can cause or see."""
 
@@ -34,9 +40,7 @@ class RequestError(JaxLLMError, ValueError):
 
     def __init__(self, field_name: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field_name, value, allowed
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        super().__init__(f"{field_name} = {shown}: {allowed}")
+        super().__init__(f"{field_name} = {shown(value)}: {allowed}")
 
 
 class GrammarKind(enum.StrEnum):

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from jaxllm.config import EngineConfig
 from jaxllm.core import Request, RequestError, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
+from jaxllm.engine.decoding.mask import check_mask
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
@@ -84,12 +85,10 @@ class Engine:
         if len(ids) >= limit:
             allowed = f"must have at most {limit - 1} tokens, to leave room for one in the context of {limit}"
             raise RequestError("prompt", f"{len(ids)} tokens", allowed)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", list(params.logit_bias or ()))
-        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise RequestError("stop", (*params.stop, *params.bad_words), "needs a tokenizer; the model has none")
-        return Request(
+        request = Request(
             id=request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_token_ids=ids,
             params=params,
@@ -99,6 +98,8 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
         )
+        check_mask(request, self.model_config.vocab_size)
+        return request
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         if self.tokenizer is None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from jaxllm.config import EngineConfig
 from jaxllm.core import JaxLLMError
-from jaxllm.graph.kv_cache import KVCacheSpec
+from jaxllm.graph.kv_cache import Device, KVCacheSpec
 from jaxllm.graph.models.config import ModelConfig
 
 GIB = 2**30
@@ -54,7 +53,7 @@ def workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def plan_memory(
-    config: EngineConfig, model: ModelConfig, spec: KVCacheSpec, weights_bytes: int, device: jax.Device
+    config: EngineConfig, model: ModelConfig, spec: KVCacheSpec, weights_bytes: int, device: Device
 ) -> MemoryPlan:
     """`spec.num_pages` is ignored: it is what this decides, unless config.cache.num_pages pins it."""
     stats = device.memory_stats() if device.platform != "cpu" else None

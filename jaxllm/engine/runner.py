@@ -6,6 +6,7 @@ step and reads the answers back. Knows nothing of policy, queues, stop condition
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from jaxllm.core import (
     TokenLogprobs,
     stream_seed,
 )
-from jaxllm.engine.decoding.mask import TokenMask
+from jaxllm.engine.decoding.mask import NOTHING_ALLOWED, TokenMask
 from jaxllm.graph.compile import COUNTS_CHUNK, Executables, Ladder
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples
 from jaxllm.graph.kv_cache import KVCache
@@ -122,7 +123,7 @@ class Runner:
         mode = max(wanted, key=MODE_ORDER.index)
         sampled = self._call_sampler(mode, bucket, last, list(zip(rows, masks)))
         host = jax.device_get(sampled)
-        return [self._token(row, i, host) if row.sample else None for i, row in enumerate(rows)]
+        return [self._token(row, i, host, masks[i]) if row.sample else None for i, row in enumerate(rows)]
 
     def _mask(self, row: ScheduledRow) -> np.ndarray | None:
         assert row.sequence.row is not None
@@ -182,7 +183,9 @@ class Runner:
             bias[i, : len(wanted)] = list(wanted.values())
         return ids, bias
 
-    def _token(self, row: ScheduledRow, i: int, host: Sampled) -> SampledToken:
+    def _token(self, row: ScheduledRow, i: int, host: Sampled, mask: np.ndarray | None) -> SampledToken:
+        if mask is not None and not mask.any():
+            return SampledToken(token_id=-1, error=NOTHING_ALLOWED)
         if host.bad[i]:
             return SampledToken(token_id=-1, error=NUMERICAL_ERROR)
         token, wanted = int(host.token_ids[i]), row.sequence.request.params.logprobs
@@ -202,14 +205,14 @@ class Runner:
         if not any(n is not None and span for n, span in zip(wanted, spans)):
             return [()] * len(rows)
         tokens = self.ladder.mixed(shape.tokens).tokens
-        hidden = (
-            hidden if tokens == shape.tokens else np.pad(jax.device_get(hidden), ((0, tokens - shape.tokens), (0, 0)))
-        )
+        rows_of_hidden: Any = hidden
+        if tokens != shape.tokens:  # a decode bucket: its few rows take the smallest prompt bucket
+            rows_of_hidden = np.pad(jax.device_get(hidden), ((0, tokens - shape.tokens), (0, 0)))
         targets = np.zeros(tokens, np.int32)
-        starts = np.cumsum([0, *[row.count for row in rows]])
+        starts = list(itertools.accumulate((row.count for row in rows), initial=0))
         for row, span, at in zip(rows, spans, starts):
             targets[at : at + len(span)] = row.sequence.tokens[span.start : span.stop]
-        found = jax.device_get(self.executables.prompt_logprobs(tokens)(self.params, hidden, targets))
+        found = jax.device_get(self.executables.prompt_logprobs(tokens)(self.params, rows_of_hidden, targets))
         return [
             () if n is None else tuple(_logprobs(int(targets[at + i]), at + i, found, n) for i in range(len(span)))
             for n, span, at in zip(wanted, spans, starts)

@@ -26,7 +26,7 @@ from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
-from jaxllm.graph.kv_cache import KVCacheSpec, allocate
+from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.steps import Graph
@@ -59,7 +59,7 @@ def _timed(report: StartReport, phase: str) -> Iterator[None]:
 
 
 def start(
-    config: EngineConfig, *, device: jax.Device | None = None, progress: Progress | None = None
+    config: EngineConfig, *, device: Device = None, progress: Progress | None = None
 ) -> tuple[Engine, StartReport]:
     """Raises ConfigError, WeightsError or DoesNotFitError with what to change."""
     report = StartReport()
@@ -92,9 +92,7 @@ def _tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
 
 
-def _params(
-    config: EngineConfig, model_config: ModelConfig, directory: Path, device: jax.Device, tell: Progress
-) -> Params:
+def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
     dtype = jnp.dtype(config.model.dtype)
     if config.model.load_format == "dummy":
         params = random.dummy(model_config, dtype, config.seed, device)
@@ -109,7 +107,7 @@ def _runner(
     config: EngineConfig,
     model_config: ModelConfig,
     params: Params,
-    device: jax.Device,
+    device: Device,
     report: StartReport,
     tell: Progress,
 ) -> Runner:
@@ -132,7 +130,7 @@ def _runner(
 
 
 def _compile(
-    config: EngineConfig, model_config: ModelConfig, params: Params, kv: list, counts: jax.Array, tell: Progress
+    config: EngineConfig, model_config: ModelConfig, params: Params, kv: KVCache, counts: jax.Array, tell: Progress
 ) -> tuple[Executables, Ladder]:
     if config.compile.directory is not None:
         use_cache(config.compile.directory)

@@ -12,7 +12,7 @@ import concurrent.futures
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from jaxllm.graph.steps import Graph, SampleMode
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
+Key = tuple[Any, ...]  # what an executable is, then its static shapes
+Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -39,7 +41,7 @@ class CompileCounter:
         self.compiles = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_s: float, **kwargs: object) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.compiles += event == self.EVENT
 
 
@@ -81,8 +83,8 @@ class Ladder:
 class Executables:
     """Compiled step functions by what they are and their bucket, and how long each took."""
 
-    table: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
-    seconds: dict[Hashable, float] = field(default_factory=dict)
+    table: dict[Key, jax.stages.Compiled] = field(default_factory=dict)
+    seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def forward(self, shape: StepShape) -> jax.stages.Compiled:
@@ -103,8 +105,8 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[tuple[Hashable, Any, tuple]]:
-    """(key, jitted function, abstract arguments) of everything the request path runs."""
+def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
+    """Everything the request path runs."""
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
     vocab = graph.config.vocab_size
@@ -151,7 +153,7 @@ def compile_all(
     executables = Executables()
     jobs = list(_jobs(graph, ladder, params, kv, counts))
 
-    def compile_one(key: Hashable, lowered: jax.stages.Lowered) -> None:
+    def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()
         executables.table[key] = lowered.compile()
         executables.seconds[key] = time.perf_counter() - start

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+Device = Any  # jax.Device, which type checkers take for a variable
 LayerPages = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 KVCache = list[LayerPages]
 
@@ -40,7 +42,7 @@ class KVCacheSpec:
         return self.num_pages, self.num_kv_heads, self.page_size, self.head_dim
 
 
-def allocate(spec: KVCacheSpec, device: jax.Device) -> KVCache:
+def allocate(spec: KVCacheSpec, device: Device) -> KVCache:
     """Zeroed pages made on the device; never staged through the host."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     zeros = jax.jit(lambda: jnp.zeros(spec.page_shape, spec.dtype), out_shardings=sharding)

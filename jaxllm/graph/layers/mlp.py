@@ -1,6 +1,6 @@
 """The gated feed-forward block: down(silu(gate x) * up x), gate and up merged in one matrix.
 
-In and out: hidden states [..., D]. The product of gate and up is formed in f32 and cast once.
+In and out: hidden states [..., D]. silu and the product are formed in f32 and cast once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxllm.graph.layers.linear import linear, project
+from jaxllm.graph.layers.linear import linear
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.models.config import ModelConfig
 
@@ -27,9 +27,7 @@ class MLP(nnx.Module):
         self.down_bias = parameter((d_model,), ("embed",), dtype, rngs, "zeros") if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate_up = project(x, self.gate_up[...])
-        if self.gate_up_bias is not None:
-            gate_up = gate_up + self.gate_up_bias[...].astype(jnp.float32)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
+        gate_up = linear(x, self.gate_up[...], None if self.gate_up_bias is None else self.gate_up_bias[...])
+        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
         hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
         return linear(hidden, self.down[...], None if self.down_bias is None else self.down_bias[...])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxllm.graph.models.fields import ConfigError
+from jaxllm.graph.models.fields import refuse
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -64,15 +64,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be an integer >= 1")
+                raise refuse(name, getattr(self, name), "must be an integer >= 1")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError("num_heads", self.num_heads, f"must be a multiple of num_kv_heads ({self.num_kv_heads})")
+            raise refuse("num_heads", self.num_heads, f"must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
-            raise ConfigError("head_dim", self.head_dim, "must be even: rope turns pairs")
+            raise refuse("head_dim", self.head_dim, "must be even: rope turns pairs")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
-            raise ConfigError("windows", self.windows, f"must have num_layers ({self.num_layers}) entries")
+            raise refuse("windows", self.windows, f"must have num_layers ({self.num_layers}) entries")
 
     @property
     def attention_scale(self) -> float:
@@ -96,9 +96,9 @@ def read_json(file: Path) -> dict[str, object]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("file", str(file), f"cannot be read ({error.strerror or error})") from error
+        raise refuse("file", str(file), f"cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError("file", str(file), f"is not JSON ({error})") from error
+        raise refuse("file", str(file), f"is not JSON ({error})") from error
     if not isinstance(raw, dict):
-        raise ConfigError("file", str(file), "must hold a JSON object")
+        raise refuse("file", str(file), "must hold a JSON object")
     return raw

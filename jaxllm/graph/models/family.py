@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from jaxllm.graph.models.config import ModelConfig, RopeConfig, RopeKind
-from jaxllm.graph.models.fields import MISSING, ConfigError, Fields
+from jaxllm.graph.models.fields import MISSING, Fields, refuse
 
 DTYPES = ("bfloat16", "float16", "float32")
 Windows = tuple[int | None, ...]
@@ -149,7 +149,7 @@ def _read_scaling(fields: Fields, scaling: Fields, rope: RopeConfig, context_len
             raise scaling.error("low_freq_factor", low, f"must be below high_freq_factor ({high:g})")
         return dataclasses.replace(rope, factor=scaling.number("factor"), low_freq_factor=low, high_freq_factor=high)
     if rope.theta <= 1:
-        raise ConfigError("rope_theta", rope.theta, "must be a number > 1 for yarn", fields.file)
+        raise refuse("rope_theta", rope.theta, "must be a number > 1 for yarn", fields.file)
 
     def optional(key: str) -> float | None:
         return scaling.number(key) if scaling.has(key) else None

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Collection, Mapping
 
-from jaxllm.core import JaxLLMError
+from jaxllm.config import ConfigError
+from jaxllm.core import shown
 
 logger = logging.getLogger(__name__)
 
 MISSING = object()
 
 
-class ConfigError(JaxLLMError, ValueError):
-    """A model description is wrong or not supported. Names the file, the key, the value and what is allowed."""
-
-    def __init__(self, key: str, value: object, allowed: str, file: str | None = None) -> None:
-        self.key, self.value, self.allowed, self.file = key, value, allowed, file
-        shown = "(missing)" if value is MISSING else repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        super().__init__(f"{file + ': ' if file else ''}{key} = {shown}: {allowed}")
+def refuse(key: str, value: object, allowed: str, file: str | None = None) -> ConfigError:
+    """The error for a model description that is wrong or not supported."""
+    found = "(missing)" if value is MISSING else shown(value)
+    return ConfigError(f"{file + ': ' if file else ''}{key} = {found}: {allowed}")
 
 
 class Fields:
@@ -35,7 +33,7 @@ class Fields:
         self._read: set[str] = set()
 
     def error(self, key: str, value: object, allowed: str) -> ConfigError:
-        return ConfigError(self.prefix + key, value, allowed, self.file)
+        return refuse(self.prefix + key, value, allowed, self.file)
 
     def get(self, key: str) -> object:
         """The raw value, MISSING when absent or null."""
@@ -54,13 +52,17 @@ class Fields:
             raise self.error(key, value, f"must be an integer >= {low}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A positive number, or also 0 where `zero` says so."""
         value = self.get(key)
         if value is MISSING and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
-            raise self.error(key, value, f"must be a number > {above:g}")
-        return float(value)
+        number = math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+            number = float(value)
+        if math.isnan(number) or (number == 0 and not zero):
+            raise self.error(key, value, f"must be a number {'>=' if zero else '>'} 0")
+        return number
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.get(key)
