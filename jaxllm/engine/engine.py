@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxllm.config import EngineConfig
-from jaxllm.core import Request, RequestError, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
+from jaxllm.core import Grammar, Request, RequestError, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
 from jaxllm.engine.decoding.mask import check_mask
+from jaxllm.engine.decoding.structured import GrammarCompiler
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ class Engine:
     runner: StepRunner
     tokenizer: Tokenizer | None = None  # None: token ids in, token ids out
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
+    grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     _ids: itertools.count = field(default_factory=itertools.count)
     _seeds: random.Random = field(init=False)
 
@@ -48,7 +50,8 @@ class Engine:
 
     def add(self, request: Request) -> list[Sequence]:
         """Queue the request's n sequences; RequestError if they can never run, and then nothing is queued."""
-        sequences = [Sequence(request, index) for index in range(request.params.n)]
+        grammar = self._grammar(request)
+        sequences = [Sequence(request, index, grammar=grammar) for index in range(request.params.n)]
         for sequence in sequences:  # alike in length: if one is refused, the first is
             self.scheduler.add(sequence)
         return sequences
@@ -56,6 +59,15 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Take a request back; unknown and finished ids are ignored, as they cross in flight."""
         self.scheduler.abort(request_id)
+
+    def _grammar(self, request: Request) -> Grammar | None:
+        """Compiled before, or now while others wait: see GrammarCompiler.submit."""
+        spec = request.params.grammar
+        if spec is None:
+            return None
+        if self.grammars is None:
+            raise RequestError(spec.field, spec.source, "needs a tokenizer; the model has none")
+        return self.grammars.compile(spec)
 
     @property
     def has_work(self) -> bool:

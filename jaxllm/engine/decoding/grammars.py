@@ -30,7 +30,9 @@ def json_object(field: str = "response_format") -> GrammarSpec:
     return json_schema({"type": "object"}, field)
 
 
-def json_schema(schema: Mapping[str, Any] | bool, field: str = "response_format", *, strict: bool = True) -> GrammarSpec:
+def json_schema(
+    schema: Mapping[str, Any] | bool, field: str = "response_format", *, strict: bool = True
+) -> GrammarSpec:
     """Text that the schema accepts. Not strict: keywords that cannot be enforced are ignored instead of refused."""
     if not isinstance(schema, Mapping | bool):
         raise RequestError(field, schema, "the schema must be a JSON object")
