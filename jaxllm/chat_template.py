@@ -161,22 +161,25 @@ def shape_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
 
 
 class Marks:
-    """Puts a mark into strings where a special token begins or could be completed by a neighbour.
+    """Tells the special tokens that a template wrote from the same characters in a conversation's strings.
 
-    The mark is a number that occurs nowhere in the inputs: digits pass unharmed through case changes, trimming and
-    JSON. It stands before each special token's text, at the end of a string that ends in the beginning of one, and
-    at the start of a string that starts with the end of one, so that pieces joined by a template are found too.
+    Two marks are put into the strings before rendering: `owner` before each special token's text, and `cut` at the end
+    of a string that ends in the beginning of one and at the start of a string that starts with the end of one, so that
+    strings which a template joins do not make one together. What carries no owner mark and no cut is the template's.
+    The marks are numbers that occur nowhere else: digits pass unharmed through case changes, trimming and JSON.
     """
 
-    def __init__(self, special_texts: Sequence[str], mark: str) -> None:
-        self.mark, self.count = mark, 0
+    def __init__(self, special_texts: Sequence[str], number: str) -> None:
+        self.count = 0  # strings that were marked
+        self._owner, self._cut = f"{number}1", f"{number}2"
+        self._either = re.compile(f"{number}[12]")
         self._texts = special_texts
         self._beginnings = {text[:i] for text in special_texts for i in range(1, len(text))}
         self._endings = {text[i:] for text in special_texts for i in range(1, len(text))}
         self._longest = max(map(len, special_texts), default=0)
-        alternatives = "|".join(re.escape(text) for text in special_texts)
-        self._special = re.compile(alternatives) if special_texts else None
-        self._marked_or_not = re.compile(f"({re.escape(mark)})?({alternatives})") if special_texts else None
+        alternatives = "|".join(map(re.escape, special_texts)) or "(?!)"
+        self._special = re.compile(alternatives)
+        self._owned_or_not = re.compile(f"({self._owner})?({alternatives})")
 
     @classmethod
     def for_inputs(cls, special_texts: Sequence[str], inputs: Any) -> Marks:
@@ -188,13 +191,13 @@ class Marks:
 
     def text(self, text: str) -> str:
         found = text
-        if self._special and any(special in text for special in self._texts):
-            found = self._special.sub(lambda match: self.mark + match[0], text)
+        if any(special in text for special in self._texts):
+            found = self._special.sub(lambda match: self._owner + match[0], text)
         sizes = range(1, min(len(text), self._longest) + 1)
         if any(text[:size] in self._endings for size in sizes):
-            found = self.mark + found
+            found = self._cut + found
         if any(text[-size:] in self._beginnings for size in sizes):
-            found += self.mark
+            found += self._cut
         self.count += found != text
         return found
 
@@ -204,7 +207,7 @@ class Marks:
         return self.text(key) if whole else key
 
     def apply(self, value: Any) -> Any:
-        """The same value with every string marked."""
+        """The same value with its strings marked."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
@@ -217,19 +220,22 @@ class Marks:
         """Roles are one of a few known words, and some templates build a special token from them."""
         return {key: inner if key == "role" else self.apply(inner) for key, inner in message.items()}
 
-    def unmarked(self, text: str) -> list[str]:
+    def remove(self, text: str) -> str:
+        """The text without marks."""
+        return self._either.sub("", text)
+
+    def owned_by_template(self, text: str) -> list[str]:
         """The special tokens in a text, in order, without those that carry a mark."""
-        matches: Iterator[re.Match[str]] = self._marked_or_not.finditer(text) if self._marked_or_not else iter(())
-        return [match[2] for match in matches if not match[1]]
+        return [match[2] for match in self._owned_or_not.finditer(text) if not match[1]]
 
     def guard(self, text: str) -> str:
-        """The text without marks, each unmarked special token between guard characters."""
-        assert self._marked_or_not is not None
-        text = text.replace(GUARD_OPEN, "").replace(GUARD_CLOSE, "")  # nobody else writes these
-        guarded = self._marked_or_not.sub(
-            lambda match: match[2] if match[1] else GUARD_OPEN + match[2] + GUARD_CLOSE, text
-        )
-        return guarded.replace(self.mark, "")
+        """The text without marks, each special token of the template's between guard characters."""
+
+        def guarded(match: re.Match[str]) -> str:
+            return match[2] if match[1] else GUARD_OPEN + match[2] + GUARD_CLOSE
+
+        text = text.replace(GUARD_OPEN, "").replace(GUARD_CLOSE, "")  # nobody else may write these
+        return self.remove(self._owned_or_not.sub(guarded, text))
 
 
 def _strings(value: Any) -> Iterator[str]:

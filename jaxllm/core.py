@@ -283,7 +283,7 @@ class ScheduledRow(NamedTuple):
 
     sequence: Sequence
     start: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple.count, which nobody wants of a row
     sample: bool
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from jaxllm import chat_template
 from jaxllm.chat_template import GUARD_CLOSE, GUARD_OPEN, ChatError, Marks, Message
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-SAMPLING_DEFAULTS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-SAMPLING_DEFAULTS |= {"max_new_tokens": "max_tokens"}  # the name in generation_config.json -> ours
 
 
 class TokenizerError(ValueError):
@@ -154,24 +152,28 @@ class TokenBytes:
 # ---- the tokenizer ----
 
 
-@dataclass(eq=False)
 class Tokenizer:
-    """One model's tokenizer. `spec` is tokenizer.json; the rest is what the files beside it say."""
+    """One model's tokenizer: tokenizer.json (`rust` and, as JSON, `spec`) and what the files beside it say."""
 
-    rust: tokenizers.Tokenizer
-    spec: dict[str, Any]
-    special: dict[str, str] = field(default_factory=dict)  # "eos_token" -> "</s>"
-    templates: dict[str, str] = field(default_factory=dict)
-    eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
-    sampling_defaults: dict[str, Any] = field(default_factory=dict)  # what generation_config.json recommends
-    _compiled: dict[str, Any] = field(default_factory=dict, repr=False)
-    _inside: dict[int, bytes] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        self.rust.no_truncation()
-        self.rust.no_padding()
-        self._token_bytes = TokenBytes(self.rust, self.spec.get("decoder"))
+    def __init__(
+        self,
+        rust: tokenizers.Tokenizer,
+        spec: dict[str, Any],
+        *,
+        special: Mapping[str, str] | None = None,
+        templates: Mapping[str, str] | None = None,
+        eos_token_ids: Sequence[int] = (),
+        bos_token_id: int | None = None,
+    ) -> None:
+        rust.no_truncation()
+        rust.no_padding()
+        self.rust, self.spec = rust, spec
+        self.special = dict(special or {})  # "eos_token" -> "</s>"
+        self.templates = dict(templates or {})  # name -> source
+        self.eos_token_ids, self.bos_token_id = tuple(eos_token_ids), bos_token_id
+        self._token_bytes = TokenBytes(rust, spec.get("decoder"))
+        self._inside: dict[int, bytes] = {}
+        self._compiled: dict[str, Any] = {}
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
@@ -199,9 +201,6 @@ class Tokenizer:
             own = rust.token_to_id(special[name]) if name in special else None
             return list(dict.fromkeys([*written, *([] if own is None else [own])]))
 
-        recommended = {
-            ours: generation[name] for name, ours in SAMPLING_DEFAULTS.items() if generation.get(name) is not None
-        }
         return cls(
             rust=rust,
             spec=spec,
@@ -209,7 +208,6 @@ class Tokenizer:
             templates=_read_templates(directory, config),
             eos_token_ids=tuple(ids_of("eos_token")),
             bos_token_id=next(iter(ids_of("bos_token")), None),
-            sampling_defaults=recommended if generation.get("do_sample") is not False else {"temperature": 0.0},
         )
 
     @cached_property
@@ -310,8 +308,7 @@ class Tokenizer:
     ) -> ChatPrompt:
         """The conversation's text and ids; special tokens typed into it stay plain text.
 
-        Rendering runs a second time only when a string of the conversation could be (part of) a special token: with a
-        mark put where such text begins. An occurrence that carries a mark, or that a mark cuts, is the user's.
+        Rendering runs a second time, on marked strings, only when one of them could be (part of) a special token.
         """
         shaped, kit = chat_template.shape_messages(messages), chat_template.shape_tools(tools)
         render = self._renderer(tools, add_generation_prompt, template)
@@ -321,11 +318,11 @@ class Tokenizer:
         if marks.count == 0:
             return ChatPrompt(text, self.encode(text, add_special_tokens=False))
         traced = render(*marked)
-        if traced.replace(marks.mark, "") != text:
+        if marks.remove(traced) != text:
             raise ChatError(
                 "a message holds a special token's text, which the model's chat template rewrites; remove it"
             )
-        if marks.unmarked(traced) == marks.unmarked(text):
+        if marks.owned_by_template(traced) == marks.owned_by_template(text):
             return ChatPrompt(text, self.encode(text, add_special_tokens=False))
         return ChatPrompt(text, self._encode_guarded(marks.guard(traced)))
 

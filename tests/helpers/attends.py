@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+
 
 def causal(config):
     """No cache: queries [..., T, N, H] see the keys of the same call, as in training."""
@@ -65,7 +67,7 @@ class Paged:
         table = jnp.where(used, jnp.asarray(self.table), -123456)[None]
 
         def attend(layer, q, k, v):
-            cache[layer] = page_write(*cache[layer], k, v, slots)
+            cache[layer] = tuple(write(pages, new, slots) for pages, new in zip(cache[layer], (k, v)))
             how = {"scale": config.attention_scale, "window": config.windows[layer]}
             if len(positions) == 1:
                 return paged_attention_decode(q, *cache[layer], table, kv_lens, **how)
@@ -75,4 +77,10 @@ class Paged:
         return attend
 
 
-WAYS = {"dense": Dense}
+def write(pages, new, slots):
+    """Tokens [T, K, H] into pages [P, K, page_size, H] at page * page_size + offset."""
+    size = pages.shape[2]
+    return pages.at[slots // size, :, slots % size].set(new)
+
+
+WAYS = {"dense": Dense, "paged": Paged}

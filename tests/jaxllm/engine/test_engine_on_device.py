@@ -231,7 +231,7 @@ def test_abort_frees_everything_and_the_others_go_on(build):
     alone = run(engine, [(prompt(11), greedy(20))])[0]
     kept = engine.add(engine.make_request(prompt(11), greedy(20)))[0]
     for i in range(5):
-        engine.add(engine.make_request(prompt(30 + i), greedy(50, n=2), request_id=f"gone-{i}"))
+        engine.add(engine.make_request(prompt(30 + i), greedy(50).replace(n=2), request_id=f"gone-{i}"))
     for step in range(5):
         engine.step()
         engine.abort(f"gone-{step}")

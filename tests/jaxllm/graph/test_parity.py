@@ -1,6 +1,7 @@
 """Every family's logits are those of Hugging Face transformers, prefill and decode, however attention is done."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def prefill_and_decode(config, params, way, prompt, tokens):
     """Logits of the whole prompt at once, then of one token a step; one compile for both."""
     graphdef, _ = abstract(config, jnp.float32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is all the time
     def run(params, prompt, tokens):
         model = merge(graphdef, params)
 
@@ -41,14 +42,14 @@ def prefill_and_decode(config, params, way, prompt, tokens):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_of_prefill_and_twenty_decode_steps_are_those_of_transformers(name, way, record_property):
+def test_logits_of_prefill_and_twenty_decode_steps_are_those_of_transformers(name, way):
     expected = golden(name)
     config = ModelConfig.from_directory(expected.directory)
     params = load(expected.directory, config, jnp.float32)
     prefill, decode = prefill_and_decode(config, params, WAYS[way](), expected.prompt, expected.tokens[:-1])
     worst_prefill = np.abs(prefill - expected.prefill_logits).max()
     worst_decode = np.abs(decode - expected.decode_logits).max()
-    record_property("worst", f"prefill {worst_prefill:.1e} decode {worst_decode:.1e}")
+    print(f"{name} {way}: largest difference {worst_prefill:.1e} in prefill, {worst_decode:.1e} in decode")
     assert decode.shape[0] == 20
     assert worst_prefill < TOLERANCE
     assert worst_decode < TOLERANCE
