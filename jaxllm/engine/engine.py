@@ -6,7 +6,6 @@ Knows nothing of text assembly, streams, HTTP or meshes.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -14,8 +13,8 @@ from typing import Protocol
 
 from jaxllm.config import EngineConfig
 from jaxllm.core import Grammar, Request, RequestError, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
-from jaxllm.engine.decoding.mask import check_mask
 from jaxllm.engine.decoding.structured import GrammarCompiler
+from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
@@ -36,11 +35,18 @@ class Engine:
     tokenizer: Tokenizer | None = None  # None: token ids in, token ids out
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
-    _ids: itertools.count = field(default_factory=itertools.count)
-    _seeds: random.Random = field(init=False)
+    intake: Intake = field(init=False)
 
     def __post_init__(self) -> None:
-        self._seeds = random.Random(self.config.seed)
+        self.intake = Intake(
+            vocab_size=self.model_config.vocab_size,
+            max_model_len=self.config.model.max_model_len,
+            eos_token_ids=self.model_config.eos_token_ids,
+            bos_token_id=self.model_config.bos_token_id,
+            tokenizer=self.tokenizer,
+            default_params=self.default_params,
+            seeds=random.Random(self.config.seed),
+        )
 
     def step(self) -> list[TokenOutput]:
         """One turn: decide, compute, account. Returns what each scheduled sequence learned."""
@@ -89,48 +95,4 @@ class Engine:
         cache_salt: str = "",
     ) -> Request:
         """Check and encode what a user sent. Raises RequestError naming field, value and allowed range."""
-        params = params or self.default_params
-        ids = self._encode(prompt) if isinstance(prompt, str) else self._check_ids("prompt", prompt)
-        limit = self.config.model.max_model_len
-        if not ids:
-            raise RequestError("prompt", prompt, "must hold at least one token (this model has no start token)")
-        if len(ids) >= limit:
-            allowed = f"must have at most {limit - 1} tokens, to leave room for one in the context of {limit}"
-            raise RequestError("prompt", f"{len(ids)} tokens", allowed)
-        self._check_ids("logit_bias", list(params.logit_bias or ()))
-        if self.tokenizer is None and (params.stop or params.bad_words):
-            raise RequestError("stop", (*params.stop, *params.bad_words), "needs a tokenizer; the model has none")
-        request = Request(
-            id=request_id if request_id is not None else f"request-{next(self._ids)}",
-            prompt_token_ids=ids,
-            params=params,
-            eos_token_ids=self.model_config.eos_token_ids,
-            bad_word_ids=self._bad_word_ids(params.bad_words),
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            priority=priority,
-            cache_salt=cache_salt,
-        )
-        check_mask(request, self.model_config.vocab_size)
-        return request
-
-    def _encode(self, prompt: str) -> tuple[int, ...]:
-        if self.tokenizer is None:
-            raise RequestError("prompt", prompt, "must be token ids; the model directory has no tokenizer.json")
-        ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=True))
-        start = self.model_config.bos_token_id
-        return ids if ids or start is None else (start,)
-
-    def _check_ids(self, name: str, ids: SequenceOf[int]) -> tuple[int, ...]:
-        vocab = self.model_config.vocab_size
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise RequestError(name, token, f"token ids must be integers in [0, {vocab - 1}]")
-        return tuple(ids)
-
-    def _bad_word_ids(self, words: SequenceOf[str]) -> tuple[tuple[int, ...], ...]:
-        """Each word as it stands and after a space: a tokenizer spells the two differently."""
-        if not words or self.tokenizer is None:
-            return ()
-        spelled = (text for word in words for text in (word, " " + word.lstrip()))
-        ids = (tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in spelled)
-        return tuple(dict.fromkeys(found for found in ids if found))
+        return self.intake.make_request(prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt)

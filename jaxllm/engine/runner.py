@@ -60,7 +60,7 @@ class Runner:
     steps: int = 0
     _masks: dict[int, TokenMask] = field(default_factory=dict)  # by row
     _keys: dict[int, tuple[int, int]] = field(default_factory=dict)  # by row
-    _neutral: dict[int, tuple[Any, Any, Any]] = field(default_factory=dict)  # by bucket: no bias, all allowed
+    _neutral: dict[int, tuple[Any, Any, Any, Any]] = field(default_factory=dict)  # by bucket
 
     def run(self, plan: StepPlan) -> list[RowResult]:
         """One step on the device. Raises only for faults of the whole step; a sick row carries its own error."""
@@ -132,9 +132,10 @@ class Runner:
     def _call_sampler(
         self, mode: SampleMode, bucket: int, last: jax.Array, rows: list[tuple[ScheduledRow, np.ndarray | None]]
     ) -> Sampled:
-        scratch = self.counts.shape[0] - 1
-        packed = pack_samples(bucket, [self._sample_row(row, scratch) for row, _ in rows], scratch)
-        bias_ids, bias, mask = self._neutral_arrays(bucket)
+        packed, bias_ids, bias, mask = self._neutral_arrays(bucket)
+        if mode is not SampleMode.GREEDY:
+            scratch = self.counts.shape[0] - 1
+            packed = pack_samples(bucket, [self._sample_row(row, scratch) for row, _ in rows], scratch)
         if any(row.sequence.request.params.logit_bias for row, _ in rows if row.sample):
             bias_ids, bias = self._bias_arrays(bucket, [row for row, _ in rows])
         if any(bits is not None for _, bits in rows):
@@ -165,12 +166,13 @@ class Runner:
             repetition=params.repetition_penalty,
         )
 
-    def _neutral_arrays(self, bucket: int) -> tuple[Any, Any, Any]:
-        """Device arrays that change nothing, made once a bucket: most batches send no bias and no mask."""
+    def _neutral_arrays(self, bucket: int) -> tuple[Any, Any, Any, Any]:
+        """Device arrays that ask for nothing, made once a bucket: most batches send no bias and no mask."""
         if bucket not in self._neutral:
             ids = np.full((bucket, MAX_LOGIT_BIAS), self.vocab_size, np.int32)
             mask = np.full((bucket, -(-self.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-            arrays = ids, np.zeros((bucket, MAX_LOGIT_BIAS), np.float32), mask
+            packed = pack_samples(bucket, [], self.counts.shape[0] - 1)
+            arrays = packed, ids, np.zeros((bucket, MAX_LOGIT_BIAS), np.float32), mask
             self._neutral[bucket] = jax.device_put(arrays, self.counts.sharding)
         return self._neutral[bucket]
 

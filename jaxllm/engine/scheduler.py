@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 from jaxllm.core import (
     FinishReason,
@@ -92,7 +91,7 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}
         self._running, self._waiting = SequenceQueue(), SequenceQueue()
         self._held: dict[str, list[Sequence]] = {}  # siblings waiting for the first of them to compute the prompt
-        self._free_rows = list(range(config.max_num_seqs))  # a heap: the lowest first
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._failed: list[TokenOutput] = []  # news that no row of the current plan will carry
 
     @property
@@ -132,7 +131,7 @@ class Scheduler:
     def abort(self, request_id: str) -> list[Sequence]:
         """Ends every unfinished sequence of a request, wherever it is; returns them. Unknown ids end nothing."""
         sequences = list(self._requests.get(request_id, ()))
-        for sequence in reversed(sequences):  # held siblings first, so that none is put in line on the way
+        for sequence in sequences:
             self.finish(sequence, FinishReason.ABORT)
         return sequences
 
@@ -171,9 +170,9 @@ class Scheduler:
         prefills = self._schedule_decodes(rows, preempted)
         budget = self.config.token_budget - len(rows)
         for sequence in prefills:
-            if budget and sequence.row is not None:  # a decode may have preempted it
+            if budget:
                 budget -= self._schedule_chunk(rows, sequence, budget)
-        # After a preemption pages are short: whoever came in now would be the next to go out.
+        # Pages are short after a preemption, and a row given up is not taken again within one plan.
         admitted = [] if preempted else self._admit(rows, budget)
         if not rows:
             return None
@@ -251,10 +250,13 @@ class Scheduler:
     # What a step computes.
 
     def _schedule_decodes(self, rows: list[ScheduledRow], preempted: list[Sequence]) -> list[Sequence]:
-        """Schedules every running sequence that lacks one token, by policy; returns those that lack more."""
+        """Schedules every running sequence that lacks one token, by policy; returns those that lack more.
+
+        Preemption takes the last of them, which is never one that was looked at before.
+        """
         page_size, running, prefills = self.config.page_size, self._running, []
         place = 0
-        while place < len(running):  # preemption takes from the end, which is never before `place`
+        while place < len(running):
             sequence = running[place]
             place += 1
             length, start = len(sequence.tokens), sequence.num_computed
@@ -292,7 +294,7 @@ class Scheduler:
             self.cache.acquire(sequence, pages)
             sequence.pages = pages + self._take(wanted - len(pages))
             sequence.num_computed = len(pages) * self.config.page_size
-            sequence.row = heappop(self._free_rows)
+            sequence.row = self._free_rows.pop()
             if not entry.admitted:
                 entry.admitted = True
                 sequence.num_cached = sequence.num_computed
@@ -359,7 +361,7 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         assert sequence.row is not None
-        heappush(self._free_rows, sequence.row)
+        self._free_rows.append(sequence.row)
         self.pool.free(reversed(sequence.pages))  # the last page first: a prefix outlives its continuations
         sequence.row, sequence.pages = None, []
 

@@ -6,6 +6,7 @@ directory is said before device memory is taken.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -31,6 +32,7 @@ from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
 from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
+from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
@@ -73,6 +75,10 @@ def start(
         model_config = ModelConfig.from_directory(directory)
         config = resolve(config, model_config.context_length, device.platform)
         tokenizer = _tokenizer(directory)
+        generation = read_generation_defaults(directory)
+        named = tokenizer.eos_token_ids if tokenizer is not None else ()
+        ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
+        model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
     with _timed(report, "weights"):
         params = _params(config, model_config, directory, device, tell)
     runner = _runner(config, model_config, params, device, report, tell)
@@ -88,7 +94,7 @@ def start(
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
     log.info("%s", report)
     grammars = _grammars(directory, model_config)
-    return Engine(config, model_config, scheduler, runner, tokenizer, grammars=grammars), report
+    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:

@@ -124,7 +124,7 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = params, counts, hidden(rows), spec(jnp.int32, rows, len(SAMPLE_COLUMNS)), *bias, mask
+        args = params, counts, hidden(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
         for mode in SampleMode:
             yield (
                 ("sample", rows, mode),

@@ -6,9 +6,9 @@ rows of tokens) derived there instead of sent. Knows nothing of sequences, polic
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,53 +99,43 @@ def unpack(shape: StepShape, packed: Int[Array, " n"], *, page_size: int, num_pa
     return StepInputs(token_ids, positions, slots, kv_lens, table, starts)
 
 
-SAMPLE_COLUMNS = (  # name, is it a float; one int32 column each in the packed sampling array
-    ("row", False),
-    ("key0", False),
-    ("key1", False),
-    ("position", False),
-    ("temperature", True),
-    ("top_p", True),
-    ("top_k", False),
-    ("min_p", True),
-    ("presence", True),
-    ("frequency", True),
-    ("repetition", True),
-)
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """One row's sampling request, host side; field order follows SAMPLE_COLUMNS."""
+class SampleRow(NamedTuple):
+    """One row's sampling request, host side: one int32 column each in the packed sampling array."""
 
     row: int
     key0: int = 0
     key1: int = 0
     position: int = 0
+    top_k: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0
     min_p: float = 0.0
     presence: float = 0.0
     frequency: float = 0.0
     repetition: float = 1.0
 
 
+SAMPLE_COLUMNS = len(SampleRow._fields)
+INTEGER_COLUMNS = SampleRow._fields.index("temperature")  # the columns before are integers, the rest floats
+
+
 def pack_samples(size: int, samples: Sequence[SampleRow], scratch_row: int) -> np.ndarray:
     """int32[size, columns]; floats travel as their bits. Rows past the given ones write to the scratch row."""
-    columns = np.zeros((len(SAMPLE_COLUMNS), size), np.int32)
-    padded = [*samples, *[SampleRow(row=scratch_row)] * (size - len(samples))]
-    records = [dataclasses.astuple(sample) for sample in padded]
-    for i, (_, is_float) in enumerate(SAMPLE_COLUMNS):
-        values = [record[i] for record in records]
-        columns[i] = (
-            np.array(values, np.float32).view(np.int32) if is_float else np.array(values, np.int64).astype(np.int32)
-        )
-    return np.ascontiguousarray(columns.T)
+    packed = np.empty((size, SAMPLE_COLUMNS), np.int32)
+    packed[:] = _bits([SampleRow(row=scratch_row)])
+    if samples:
+        packed[: len(samples)] = _bits(samples)
+    return packed
+
+
+def _bits(samples: Sequence[SampleRow]) -> np.ndarray:
+    values = np.array(samples, np.float64)  # holds every 32-bit integer exactly
+    integers = values[:, :INTEGER_COLUMNS].astype(np.int64).astype(np.int32)
+    return np.concatenate([integers, values[:, INTEGER_COLUMNS:].astype(np.float32).view(np.int32)], axis=1)
 
 
 def unpack_samples(packed: Int[Array, "B columns"]) -> dict[str, Array]:
     """Named columns of `pack_samples`, in the trace: floats as f32, the rest as i32."""
-    bits = {name: packed[:, i] for i, (name, _) in enumerate(SAMPLE_COLUMNS)}
-    floats = {name for name, is_float in SAMPLE_COLUMNS if is_float}
-    return {n: jax.lax.bitcast_convert_type(v, jnp.float32) if n in floats else v for n, v in bits.items()}
+    columns = {name: packed[:, i] for i, name in enumerate(SampleRow._fields)}
+    floats = SampleRow._fields[INTEGER_COLUMNS:]
+    return columns | {name: jax.lax.bitcast_convert_type(columns[name], jnp.float32) for name in floats}

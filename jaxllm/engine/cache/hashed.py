@@ -89,9 +89,8 @@ class PrefixCache:
         chain = self._chains.pop(sequence, None)
         if chain is None:
             return
-        for number in range(chain.num_acquired, min(chain.num_inserted, len(sequence.pages))):
-            page = sequence.pages[number]
-            if self._keys.get(page) == chain.keys[number]:
+        for page in sequence.pages[chain.num_acquired :]:
+            if page in self._keys:
                 self._forget(page)
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ export class Plot {
     });
     this.table = element("table");
     this.details = element("details", { ontoggle: () => this.fillTable() }, element("summary", {}, "As a table"), this.table);
-    this.root = element("figure", { class: "plot" }, element("figcaption", {}, title, ...legend), this.canvas, this.details);
+    this.root = element("figure", { class: "plot" }, element("figcaption", {}, element("span", { class: "title" }, title), ...legend), this.canvas, this.details);
     this.canvas.addEventListener("pointermove", (event) => this.point(event.offsetX));
     this.canvas.addEventListener("pointerleave", () => this.point(null));
     this.canvas.addEventListener("keydown", (event) => this.key(event));

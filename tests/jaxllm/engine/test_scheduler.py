@@ -1,11 +1,14 @@
 """Order, budget, chunks, admission and abort."""
 
+import gc
+import weakref
+
 import pytest
 from helpers.fake_runner import Host, expected_tokens
 from helpers.requests import request
 
 from jaxllm.core import FinishReason, RequestError, RowResult, SampledToken, Sequence
-from jaxllm.engine.cache.hashed import NoPrefixCache
+from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.scheduler import Limits, Scheduler
 
@@ -183,6 +186,23 @@ def test_an_id_can_be_used_again_when_its_request_has_ended():
     assert len(host.finished) == 2
 
 
+def test_nothing_remembers_a_sequence_that_has_ended():
+    pool = PagePool(16, 4)
+    limits = Limits(token_budget=64, max_num_seqs=4, page_size=4, max_model_len=40)
+    scheduler = Scheduler(limits, pool, PrefixCache(pool))
+    references = []
+    for number in range(4):
+        sequence = Sequence(request(id=str(number), prompt=9, max_tokens=1, n=1 + number % 2))
+        references.append(weakref.ref(sequence))
+        scheduler.add(sequence)
+    scheduler.abort("3")
+    plan = scheduler.schedule()
+    scheduler.commit(plan, [RowResult(SampledToken(1)) for _ in plan.rows])
+    del sequence, plan
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+
+
 def test_unknown_ids_and_ended_sequences_can_be_ended_again_without_effect():
     host = Host()
     (sequence,) = host.add(request())
@@ -226,7 +246,7 @@ def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(length):
 
 def test_a_prompt_that_can_never_fit_in_the_pool_is_refused_with_the_numbers():
     host = Host(num_pages=3, page_size=4)
-    with pytest.raises(RequestError, match="12 tokens.*at most 11: the cache has 3 pages of 4 tokens"):
+    with pytest.raises(RequestError, match=r"12 tokens.*at most 11: the cache has 3 pages of 4 tokens"):
         host.add(request(prompt=12))
     (sequence,) = host.add(request(prompt=11))
     host.run()

@@ -164,3 +164,16 @@ def test_prompt_log_probabilities_are_not_emitted_again_after_a_preemption():
     assert second.num_preempted > 0
     heard = [e.token_id for out in host.outputs for e in out.prompt_logprobs]
     assert heard == list(range(501, 508))
+
+
+def test_once_they_are_emitted_a_preempted_sequence_may_find_its_pages_again():
+    host = Host(num_pages=9, token_budget=8)
+    host.add(request(id="first", prompt=8, max_tokens=20))
+    (second,) = host.add(request(id="second", prompt=range(500, 508), prompt_logprobs=2, max_tokens=12))
+    host.run()
+    resumed_at = [
+        row.start for plan in host.plans for row in plan.rows if plan.admitted == (row.sequence,) == (second,)
+    ]
+    assert second.num_preempted == 1
+    assert resumed_at[0] == 0
+    assert resumed_at[1] >= 8

@@ -107,12 +107,26 @@ def test_nobody_is_preempted_within_a_page_of_steps_after_an_admission(caching, 
 
 
 def test_a_step_that_preempts_admits_nobody():
-    host = Host(num_pages=25, caching=False)
-    for made in mixed_requests(seed=5, count=40):
-        host.add(made)
+    host = Host(num_pages=12, max_num_seqs=2, policy="priority")
+    host.add(request(id="first", prompt=8, max_tokens=20))
+    host.add(request(id="large", prompt=30, max_tokens=20, priority=9))
+    host.step()
+    host.add(request(id="small", prompt=2))
     host.run()
-    assert any(plan.preempted for plan in host.plans)
-    assert not any(plan.preempted and plan.admitted for plan in host.plans)
+    (step,) = (step for step, plan in enumerate(host.plans) if plan.preempted)
+    assert host.plans[step].admitted == ()
+    assert [s.request.id for s in host.plans[step + 1].admitted] == ["small"]
+
+
+def test_sequences_that_need_no_more_pages_may_fill_the_pool():
+    host = Host(num_pages=4, page_size=4)
+    for names in ("ab", "cd"):
+        for name in names:
+            host.add(request(id=name, prompt=2, max_tokens=3))
+        host.step()
+        assert len(host.plans[-1].admitted) == 2
+    host.run()
+    assert host.scheduler.metrics.preemptions == 0
 
 
 def test_recomputation_stays_a_small_part_of_the_work():

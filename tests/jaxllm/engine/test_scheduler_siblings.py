@@ -3,7 +3,7 @@
 from helpers.fake_runner import Host, expected_tokens
 from helpers.requests import request
 
-from jaxllm.core import FinishReason
+from jaxllm.core import FinishReason, Sequence
 
 
 def test_siblings_share_the_pages_of_the_prompt():
@@ -23,6 +23,17 @@ def test_siblings_wait_until_the_first_has_computed_the_prompt():
     host.run()
     assert [[s.index for s in plan.admitted] for plan in host.plans[:4]] == [[0], [], [], [1, 2]]
     assert host.runner.num_computed_tokens == 33 + 1 + 1 + 3 * 2
+
+
+def test_a_sibling_that_comes_after_the_prompt_was_computed_does_not_wait():
+    host = Host()
+    (first,) = host.add(request(prompt=range(10), max_tokens=9))
+    host.step()
+    late = Sequence(first.request, 1)
+    host.scheduler.add(late)
+    host.step()
+    assert host.plans[-1].admitted == (late,)
+    assert late.num_cached == 8
 
 
 def test_others_go_ahead_of_siblings_that_wait():

@@ -159,6 +159,17 @@ def test_a_failed_sequence_takes_its_own_pages_out_and_leaves_those_it_found(cac
     assert pool.num_cached == 1
 
 
+def test_pages_computed_again_after_an_eviction_are_inserted_again(cache, pool):
+    sequence, _ = admit(cache, pool, range(10))
+    pool.free(reversed(sequence.pages))
+    cache.evict(2)
+    assert cache.match(sequence) == []
+    cache.acquire(sequence, [])
+    sequence.pages = pool.allocate(3)
+    cache.insert(sequence)
+    assert hits(cache, range(10)) == 2
+
+
 def test_tokens_found_and_not_found_are_counted_once_a_sequence(cache, pool):
     admit(cache, pool, range(10))
     admit(cache, pool, range(10))
