@@ -16,8 +16,9 @@ import llguidance
 from jaxllm.core import GrammarKind, GrammarSpec
 
 ANY_TEXT = r"/(.|\n)*/"
-# Whitespace between JSON tokens, at most this: a model that likes newlines cannot spend its whole budget on them.
-JSON_SPACE = r"[\x20\x0A\x0D\x09]{1,16}"
+# Whitespace between JSON tokens as people write it: a space or two, or a new line and its indentation. What JSON allows
+# beyond that lets a model spend its whole budget on blanks.
+JSON_SPACE = r"(\x20{1,2}|\x0A[\x20\x09]{0,24})"
 
 
 def to_grammar(spec: GrammarSpec, special: Mapping[str, int]) -> str:

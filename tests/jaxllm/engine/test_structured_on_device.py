@@ -80,9 +80,9 @@ def test_grammars_of_many_kinds_share_a_batch_with_free_rows_and_compile_nothing
     sequences = run(
         engine,
         free,
-        SamplingParams(max_tokens=60, grammar=schema, n=3, seed=2, logprobs=3),
-        SamplingParams(max_tokens=60, grammar=pattern, temperature=0),
-        SamplingParams(max_tokens=60, grammar=grammars.choice(["left", "right"]), seed=4),
+        SamplingParams(max_tokens=200, grammar=schema, n=3, seed=2, logprobs=3),
+        SamplingParams(max_tokens=200, grammar=pattern, temperature=0),
+        SamplingParams(max_tokens=200, grammar=grammars.choice(["left", "right"]), seed=4),
     )
     assert compile_counter() == before
     assert sequences[0].tokens == alone

@@ -70,7 +70,7 @@ TAGS = {
 }
 CALL = '<tool_call>{"name": "f", "arguments": {"city":"x","n":1}}</tool_call>'
 SENTENCES = [
-    (grammars.json_object(), ['{"a": [1, null]}', "{}"], ["[1]", '{"a"', "x"]),
+    (grammars.json_object(), ['{"a": [1, null]}', "{}", '{\n    "a" : 1\n}'], ["[1]", '{"a"', "x", "{\n\n}", "{   }"]),
     (grammars.json_schema(SCHEMA), ['{"city":"Oslo","n":3}'], ['{"n":3}', '{"city":"Oslo","n":3.5}', "{}"]),
     (grammars.json_schema(True), ["1", '"x"', "[]"], ["x"]),
     (grammars.regex("[0-9]{2}(/a|b)"), ["12b", "12/a"], ["1b", "12"]),
