@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxllm.config import EngineConfig
 from jaxllm.core import Grammar, Request, RequestError, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
-from jaxllm.engine.decoding.structured import GrammarCompiler
+from jaxllm.engine.decoding.structured import CompiledGrammar, GrammarCompiler
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
@@ -66,8 +67,15 @@ class Engine:
         """Take a request back; unknown and finished ids are ignored, as they cross in flight."""
         self.scheduler.abort(request_id)
 
+    def prepare(self, request: Request) -> Future[CompiledGrammar] | None:
+        """What `add` would wait for: the request's grammar being compiled. None: `add` is immediate."""
+        spec = request.params.grammar
+        if spec is None or self.grammars is None:
+            return None
+        future = self.grammars.submit(spec)
+        return None if future.done() else future
+
     def _grammar(self, request: Request) -> Grammar | None:
-        """Compiled before, or now while others wait: see GrammarCompiler.submit."""
         spec = request.params.grammar
         if spec is None:
             return None

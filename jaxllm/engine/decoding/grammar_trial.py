@@ -16,15 +16,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
 from jaxllm.core import GrammarKind, GrammarSpec, RequestError
+from jaxllm.engine.decoding.grammars import spec_key
 
 DEADLINE_S = 2.0
 START_S = 30.0
+MAX_PASSED = 1024
 MAX_MEMORY_BYTES = 4 << 30
 WALK_TOKENS = 32  # masks computed along one path into the grammar
 MAX_MASK_S = 0.1  # processor time of one: every sequence of the batch would wait for it
@@ -40,6 +43,7 @@ class GrammarTrial:
     deadline_s: float = DEADLINE_S
     processes: int = 2
     restarts: int = 0
+    _passed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # the latest, by key
     _idle: LifoQueue[_Child | None] = field(default_factory=LifoQueue)  # None: a place for one more
     _closed: threading.Event = field(default_factory=threading.Event)
 
@@ -48,7 +52,16 @@ class GrammarTrial:
             self._idle.put(None)
 
     def __call__(self, spec: GrammarSpec) -> None:
-        """Raises RequestError when the spec does not compile within the deadline."""
+        """Raises RequestError when the spec does not compile within the deadline. What passed is not tried again."""
+        key = spec_key(spec)
+        if key in self._passed:
+            return
+        self._try(spec)
+        self._passed[key] = None
+        if len(self._passed) > MAX_PASSED:
+            self._passed.popitem(last=False)
+
+    def _try(self, spec: GrammarSpec) -> None:
         child = self._idle.get()
         try:
             if child is None:

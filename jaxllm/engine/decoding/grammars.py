@@ -7,6 +7,7 @@ compiled, fetched or evaluated. Knows nothing of tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -115,6 +116,11 @@ def after_thinking(spec: GrammarSpec, start: str, end: str, *, inside: bool) -> 
     optional = block if inside else {"type": "or", "elements": [block, {"type": "const_string", "value": ""}]}
     form = {"type": "sequence", "elements": [optional, contents[spec.kind]()]}
     return _spec(GrammarKind.TAGS, _dump(form, spec.field), spec.field)
+
+
+def spec_key(spec: GrammarSpec) -> str:
+    """Specs with one key compile to the same grammar, whatever field they came in."""
+    return hashlib.sha256(f"{spec.kind}\0{spec.lenient:d}\0{spec.source}".encode()).hexdigest()
 
 
 # ---- checks ----

@@ -11,7 +11,6 @@ where there is a Trial, a run in a process of its own, and only then compiles he
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -25,7 +24,7 @@ from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from jaxllm.core import GrammarSpec, RequestError
-from jaxllm.engine.decoding.grammars import check_spec
+from jaxllm.engine.decoding.grammars import check_spec, spec_key
 from jaxllm.engine.decoding.lark import to_grammar
 
 Check = Callable[[GrammarSpec], None]  # raises RequestError
@@ -114,11 +113,6 @@ def compile_spec(spec: GrammarSpec, bridge: TokenizerBridge) -> CompiledGrammar:
     if not first.bits().any():
         raise _refused(spec, first.error or "no token can begin it")
     return grammar
-
-
-def spec_key(spec: GrammarSpec) -> str:
-    """Specs with one key compile to the same grammar, whatever field they came in."""
-    return hashlib.sha256(f"{spec.kind}\0{spec.lenient:d}\0{spec.source}".encode()).hexdigest()
 
 
 @dataclass

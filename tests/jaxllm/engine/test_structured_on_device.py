@@ -99,6 +99,15 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_and_queues_nothing(engine)
     assert not engine.has_work
 
 
+def test_a_loop_can_wait_for_a_grammar_without_waiting_in_add(engine):
+    request = engine.make_request([5, 6], SamplingParams(max_tokens=9, grammar=grammars.choice(["new here"])))
+    future = engine.prepare(request)
+    assert future is not None
+    assert future.result(30) is not None
+    assert engine.prepare(request) is None
+    assert engine.prepare(engine.make_request([5], SamplingParams())) is None
+
+
 def test_a_grammar_against_the_allowed_tokens_ends_only_its_own_sequence(engine):
     bad = SamplingParams(grammar=grammars.choice(["left"]), allowed_token_ids=[40])
     failed, fine = run(engine, bad, SamplingParams(max_tokens=4, seed=1, ignore_eos=True))

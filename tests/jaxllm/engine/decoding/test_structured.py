@@ -12,7 +12,7 @@ from helpers.byte_tokenizer import EOS, OTHER_EOS, VOCAB_SIZE, decode, encode, t
 from jaxllm.core import GrammarKind, GrammarSpec, RequestError
 from jaxllm.engine.decoding import grammars
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
-from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge, compile_spec, spec_key
+from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge, compile_spec
 
 SCHEMA = {
     "type": "object",
@@ -288,7 +288,7 @@ def test_a_spec_that_came_past_its_maker_is_checked_before_it_compiles(compiler)
 
 def test_a_grammar_compiles_once_whatever_field_it_came_in(compiler):
     specs = [grammars.json_object("response_format"), grammars.json_object("tools")]
-    assert spec_key(specs[0]) == spec_key(specs[1])
+    assert grammars.spec_key(specs[0]) == grammars.spec_key(specs[1])
     assert compiler.compile(specs[0]) is compiler.compile(specs[1])
     assert (compiler.hits, compiler.misses) == (1, 1)
 
@@ -296,7 +296,7 @@ def test_a_grammar_compiles_once_whatever_field_it_came_in(compiler):
 def test_specs_that_differ_in_kind_source_or_leniency_have_different_keys():
     kinds = [GrammarSpec(kind, "{}") for kind in GrammarKind]
     specs = [*kinds, GrammarSpec(GrammarKind.REGEX, "a"), GrammarSpec(GrammarKind.JSON_SCHEMA, "{}", lenient=True)]
-    assert len({spec_key(spec) for spec in specs}) == len(specs)
+    assert len({grammars.spec_key(spec) for spec in specs}) == len(specs)
 
 
 def test_the_least_recently_used_grammar_leaves_first(compiler):
@@ -372,6 +372,13 @@ def test_a_grammar_that_kills_or_stalls_its_compiler_is_an_error_of_that_request
     with pytest.raises(RequestError, match=r"too slow to follow|takes more than"):
         trial(grammars.regex("a?" * 1700 + "a" * 1700))
     trial.close()
+
+
+def test_what_passed_its_trial_is_not_tried_again(tokenizer_file):
+    trial = GrammarTrial(tokenizer_file, VOCAB_SIZE, (EOS,), processes=1)
+    trial(grammars.json_object())
+    trial._idle.get_nowait().stop()  # nobody is left to ask
+    trial(grammars.json_object("tools"))
 
 
 def test_trials_run_beside_each_other_up_to_the_number_of_processes(tokenizer_file):
