@@ -52,7 +52,7 @@ def error(status, message, param=None):
 
 
 class FakeOpenAI:
-    def __init__(self, delay_s=0.004):
+    def __init__(self, delay_s=0.01):
         self.delay_s = delay_s
         self.requests = []
         self.open_streams = 0

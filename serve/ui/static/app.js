@@ -19,7 +19,7 @@ function show(view) {
   const chats = view === "chat";
   byId("view-chat").hidden = !chats;
   byId("view-dashboard").hidden = chats;
-  byId("toggle-panel").hidden = !chats;
+  byId("toggle-panel").hidden = byId("toggle-list").hidden = !chats;
   byId("tab-chat").toggleAttribute("aria-current", false);
   byId("tab-dashboard").toggleAttribute("aria-current", false);
   byId(`tab-${view}`).setAttribute("aria-current", "page");

@@ -113,7 +113,8 @@ export class Chat {
         message.content = node.content || null;
         message.tool_calls = node.calls.map(({ id, name, args }) => ({ id, type: "function", function: { name, arguments: args } }));
       }
-      found.push(message);
+      const nothing = node.role === "assistant" && !node.content && !node.calls.length; // it failed: not part of the talk
+      if (!nothing) found.push(message);
       if (node.id === upTo) break;
     }
     return found;

@@ -150,10 +150,13 @@ def test_thoughts_are_shown_apart(page):
     assert "question is short" not in page.one(".text").text
 
 
-def test_errors_before_and_within_a_stream_are_shown_with_their_message(page):
+def test_errors_before_and_within_a_stream_are_shown_with_their_message(page, fake):
     page.ask("refuse this")
     page.until(lambda: "temperature = 3" in page.one(".message .error").text)
     assert len(page.errors()) == 1  # the browser notes the 400 itself
+    page.ask("go on")
+    page.until(lambda: len(page.texts("assistant")) == 2 and not page.one("#stop").is_displayed())
+    assert [m["role"] for m in fake.requests[-1]["messages"]] == ["user", "user"]  # what failed was never said
     page.one("#new-chat").click()
     page.ask("fail later")
     page.until(lambda: "a step of the engine failed" in page.one(".message .error").text)

@@ -64,6 +64,33 @@ def test_however_the_corpus_is_cut_the_stream_equals_the_whole(one, places):
     assert streamed(parser(tools, reasoning, inside), cut(text, places)) == parser(tools, reasoning, inside).parse(text)
 
 
+PYTHON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_]{1,5}", fullmatch=True), PYTHON, max_size=4), st.lists(st.integers(0, 10_000))
+)
+def test_any_python_literals_become_the_json_of_their_values(arguments, places):
+    text = f"[f({', '.join(f'{key}={value!r}' for key, value in arguments.items())})]"
+    found = streamed(parser("pythonic"), cut(text, places))
+    assert found.content is None
+    assert json.loads(found.tool_calls[0].arguments) == json.loads(json.dumps(arguments))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(), PYTHON, max_size=4), st.booleans(), st.booleans(), st.lists(st.integers(0, 10_000)))
+def test_json_arguments_arrive_as_they_stand_also_when_encoded_twice(arguments, twice, ascii_only, places):
+    written = json.dumps(arguments, ensure_ascii=ascii_only)
+    value = json.dumps(written, ensure_ascii=ascii_only) if twice else written
+    text = '<tool_call>{"name": "f", "arguments": ' + value + "}</tool_call>"
+    assert streamed(parser("hermes"), cut(text, places)).tool_calls[0].arguments == written
+
+
 FRAGMENTS = [
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<think>", "</think>"),
     *(
