@@ -25,7 +25,7 @@ from jaxllm.core import (
     TokenLogprobs,
     stream_seed,
 )
-from jaxllm.engine.decoding.mask import NOTHING_ALLOWED, TokenMask
+from jaxllm.engine.decoding.mask import TokenMask
 from jaxllm.graph.compile import COUNTS_CHUNK, Executables, Ladder
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples
 from jaxllm.graph.kv_cache import KVCache
@@ -194,7 +194,8 @@ class Runner:
 
     def _token(self, row: ScheduledRow, i: int, host: Sampled, mask: np.ndarray | None) -> SampledToken:
         if mask is not None and not mask.any():
-            return SampledToken(token_id=-1, error=NOTHING_ALLOWED)
+            assert row.sequence.row is not None
+            return SampledToken(token_id=-1, error=self._masks[row.sequence.row].why_nothing)
         if host.bad[i]:
             return SampledToken(token_id=-1, error=NUMERICAL_ERROR)
         token, wanted = int(host.token_ids[i]), row.sequence.request.params.logprobs
