@@ -47,7 +47,7 @@ def _prepare(front: Front, call: Call, body: AnthropicBody) -> Request:
         if message.get("role") not in ("user", "assistant"):
             raise invalid("messages", f"messages[{i}].role must be user or assistant")
         messages.append({"role": message["role"], "content": _text(message.get("content"), f"messages[{i}].content")})
-    ids = render(front.tokenizer, messages)
+    ids = render(front.tokenizer, messages).token_ids
     check_length(len(ids), body.max_tokens, front.intake.max_model_len)
     salt = front.salt(call, None)
     return front.make_request(ids, params=params, request_id=f"msg_{call.request_id}", cache_salt=salt)

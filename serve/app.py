@@ -27,6 +27,7 @@ from serve.middleware import ADMIN, PUBLIC, Call, Gate, respond, values
 from serve.openai import chat, completions, embeddings, models, protocol, responses
 from serve.openapi import describe, docs_page
 from serve.responses import Answer, as_json
+from serve.ui.assets import load_assets, ui_routes
 
 log = logging.getLogger(__name__)
 
@@ -164,9 +165,12 @@ def build_app(front: Front) -> Gate:
         return answer
 
     app = Starlette(
-        routes=[Route(entry.path, Endpoint(front, entry), methods=[entry.method]) for entry in entries],
+        routes=[
+            *(Route(entry.path, Endpoint(front, entry), methods=[entry.method]) for entry in entries),
+            *ui_routes(),
+        ],
         exception_handlers={HTTPException: refused},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    return Gate(app, front.settings)
+    return Gate(app, front.settings, {"/", *(f"/ui/{name}" for name in load_assets())})

@@ -6,6 +6,7 @@ its status, body and headers. Bodies never hold paths, addresses or tracebacks.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
@@ -16,6 +17,7 @@ from jaxllm.core import RequestError
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ENGINE_STATUS = {
     "invalid_request": 400,
+    "invalid_schema": 400,
     "queue_timeout": 503,
     "engine_died": 503,
     "shutting_down": 503,
@@ -74,11 +76,13 @@ def unsupported(param: str, why: str = "is not supported by this server") -> Api
     return ApiError(400, f"{param} {why}", param=param, code="unsupported_parameter")
 
 
-def from_request_error(error: RequestError, names: dict[str, str] | None = None) -> ApiError:
-    name = error.field.partition("[")[0]
+def from_request_error(
+    error: RequestError, names: dict[str, str] | None = None, code: str = "out_of_range"
+) -> ApiError:
+    name = re.split(r"[\[.]", error.field, maxsplit=1)[0]
     param = (names or {}).get(name) or FIELD_NAMES.get(name, name)
     message = str(error).replace(error.field, param, 1)
-    return ApiError(400, message, param=param, code="out_of_range")
+    return ApiError(400, message, param=param, code=code)
 
 
 def from_validation_error(error: pydantic.ValidationError) -> ApiError:
@@ -93,8 +97,10 @@ def from_validation_error(error: pydantic.ValidationError) -> ApiError:
 
 
 def from_engine(text: str) -> ApiError:
-    """`code: message` -> the error; unknown codes are the server's fault."""
+    """`code: message` or `code/field: message` -> the error; unknown codes are the server's fault."""
     code, _, message = text.partition(": ")
+    code, _, param = code.partition("/")
+    param = FIELD_NAMES.get(param, param)
     status = ENGINE_STATUS.get(code, 500)
     retry = {"queue_timeout": 5.0, "engine_died": 10.0, "shutting_down": 10.0}.get(code)
-    return ApiError(status, message or "the engine failed", code=code, retry_after_s=retry)
+    return ApiError(status, message or "the engine failed", param=param or None, code=code, retry_after_s=retry)

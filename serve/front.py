@@ -23,6 +23,7 @@ from serve.errors import ApiError, from_request_error, invalid
 from serve.metrics import FrontMetrics
 from serve.middleware import Call
 from serve.openai.store import Store
+from serve.openai.tools import parser_names
 from serve.settings import FrontSettings
 from serve.streams import Piece, Stream
 
@@ -43,6 +44,7 @@ class Front:
     admission: Admission = field(init=False)
     token_rate: RateLimit = field(init=False)
     pool: ThreadPoolExecutor = field(init=False)
+    parsers: tuple[str | None, str | None] = field(init=False)  # of tool calls and of reasoning
     stored: Store = field(init=False)  # of /v1/responses
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class Front:
         self.admission = Admission(self.settings.max_queue, self.settings.max_queue_tokens)
         self.token_rate = RateLimit(self.settings.tokens_per_minute, "tokens")
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self.parsers = parser_names(self.settings, self.tokenizer)
         self.stored = Store(self.settings.max_stored_responses)
         self.client.on_ready = self.adopt
         self.metrics.bind(self.client, self.admission)

@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -83,8 +83,10 @@ async def respond(send: Send, error: ApiError, method: str = "GET") -> None:
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, settings: FrontSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: FrontSettings, page: Collection[str] = ()) -> None:
+        """`page`: paths of static files that hold nothing of the server's, open like PUBLIC."""
         self.app, self.settings = app, settings
+        self.public = PUBLIC | frozenset(page)
         self.requests = RateLimit(settings.requests_per_minute, "requests")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +147,7 @@ class Gate:
 
     def _authenticate(self, path: str, headers: Headers) -> str:
         settings = self.settings
-        if path in PUBLIC or (settings.public_metrics and path == "/metrics"):
+        if path in self.public or (settings.public_metrics and path == "/metrics"):
             return ""
         if path in ADMIN:
             if not settings.admin_keys:

@@ -17,7 +17,7 @@ from serve.openai.protocol import AbortBody, DetokenizeBody, GenerateBody, Token
 from serve.responses import DONE, PING, Answer, EventStream, as_json, event
 from serve.streams import Piece, Stream
 
-PARAMS = frozenset(item.name for item in dataclasses.fields(SamplingParams)) - {"detokenize", "logprobs"}
+PARAMS = frozenset(item.name for item in dataclasses.fields(SamplingParams)) - {"detokenize", "logprobs", "grammar"}
 SGLANG_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 
@@ -31,7 +31,8 @@ async def tokenize(front: Front, call: Call, raw: dict[str, Any]) -> Answer:
         if front.tokenizer is None:
             raise invalid("prompt", "this model has no tokenizer", "no_tokenizer")
         if body.messages is not None:
-            return render(front.tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt)
+            chat = render(front.tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt)
+            return chat.token_ids
         try:
             return list(front.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens))
         except ValueError as error:

@@ -13,10 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.core import FinishReason, RequestError, Sequence, TokenOutput
+from jaxllm.core import FinishReason, Request, RequestError, Sequence, TokenOutput
 from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
@@ -28,6 +29,7 @@ Send = Callable[[Event], None]
 Operation = Callable[["EngineLoop", dict[str, Any]], Any]  # a value, or a generator to advance once a turn
 
 IDLE_WAIT_S = 0.5
+PREPARE_WAIT_S = 0.005  # between looks at a grammar that compiles, while nothing else is to do
 SWEEP_S = 0.05  # how often queue timeouts are looked at
 SICK_AFTER = 3  # steps with numerical errors in a row
 STEP_FAILED = "engine_error: a step of the engine failed; this request was ended by it"
@@ -70,6 +72,7 @@ class EngineLoop:
     stopped: bool = False
     step_failures: int = 0
     _flights: dict[str, _Flight] = field(default_factory=dict)
+    _preparing: dict[str, tuple[Add, Future[Any]]] = field(default_factory=dict)  # requests whose grammar compiles
     _jobs: deque[tuple[int, Generator[None, None, Any]]] = field(default_factory=deque)
     borrowed: set[int] = field(default_factory=set)  # pages that a job holds
     _failed_in_a_row: int = 0
@@ -105,11 +108,15 @@ class EngineLoop:
         return (self.engine.has_work and not self.progress.paused) or bool(self._jobs)
 
     def _patience(self) -> float:
+        if self._preparing:
+            return PREPARE_WAIT_S
         return SWEEP_S if self._flights else IDLE_WAIT_S
 
     def _turn(self) -> None:
         if time.monotonic() >= self._next_sweep_s:
             self._sweep()
+        if self._preparing:
+            self._admit_prepared()
         if self._jobs:
             self._advance(*self._jobs.popleft())
         if self.engine.has_work and not self.progress.paused:
@@ -130,17 +137,45 @@ class EngineLoop:
                 self.stopped = True
 
     def _add(self, command: Add) -> None:
+        """A grammar compiles in its own worker meanwhile; the steps of others go on."""
+        future = self.engine.prepare(command.request)
+        if future is not None:
+            self._preparing[command.request.id] = (command, future)
+        else:
+            self._admit(command)
+
+    def _admit_prepared(self) -> None:
+        for request_id, (command, future) in list(self._preparing.items()):
+            if future.done():
+                del self._preparing[request_id]
+                error = future.exception()
+                if error is None:
+                    self._admit(command)
+                elif isinstance(error, RequestError):
+                    self._refuse(command.request, error)
+                else:
+                    log.error("compiling a grammar failed", exc_info=error)
+                    why = "internal_error: compiling this request's grammar failed"
+                    self.send(Step([News(request_id, 0, None, "error", error=why)]))
+
+    def _refuse(self, request: Request, error: RequestError) -> None:
+        spec = request.params.grammar
+        code = "invalid_schema" if spec is not None and error.field == spec.field else "invalid_request"
+        self.send(Step([News(request.id, 0, None, "error", error=f"{code}/{error.field}: {error}")]))
+
+    def _admit(self, command: Add) -> None:
         request = command.request
         try:
             sequences = self.engine.add(request)
         except RequestError as error:
             self.engine.abort(request.id)
-            self.send(Step([News(request.id, 0, None, "error", error=f"invalid_request: {error}")]))
+            self._refuse(request, error)
             return
         deadline = None if command.queue_timeout_s is None else request.arrival_s + command.queue_timeout_s
         self._flights[request.id] = _Flight(sequences, deadline)
 
     def _abort(self, command: Abort) -> None:
+        self._preparing.pop(command.request_id, None)
         flight = self._flights.get(command.request_id)
         if flight is None:
             return  # crossed in flight with its end

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from jaxllm.tokenizer import ChatPrompt
 from serve.errors import invalid
 
 MAX_TEXT = 100  # characters of a quoted value
@@ -47,15 +48,15 @@ def render(
     add_generation_prompt: bool = True,
     continue_final: bool = False,
     variables: dict[str, Any] | None = None,
-) -> list[int]:
-    """The prompt's ids. Special tokens typed into a message stay text."""
+) -> ChatPrompt:
+    """The prompt. Special tokens typed into a message stay text."""
     check_messages(messages)
     if tokenizer is None or not tokenizer.templates:
         raise invalid("messages", "this model has no chat template; use /v1/completions", "no_chat_template")
     try:
         if continue_final:
             return _continued(tokenizer, messages, tools, variables)
-        return list(tokenizer.encode_chat(messages, tools, add_generation_prompt, None, variables).token_ids)
+        return tokenizer.encode_chat(messages, tools, add_generation_prompt, None, variables)
     except ValueError as error:  # ChatError and TokenizerError, both of the client's making
         raise invalid("messages", str(error)) from None
 
@@ -65,7 +66,7 @@ def _continued(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None,
     variables: dict[str, Any] | None,
-) -> list[int]:
+) -> ChatPrompt:
     """The prompt ends inside the last message, so that the model goes on writing it."""
     last = messages[-1].get("content")
     if not isinstance(last, str) or not last.strip():
@@ -77,7 +78,8 @@ def _continued(
     text = chat.text[: end + len(last.rstrip())]
     ids = list(chat.token_ids)
     for count in range(len(ids), 0, -1):  # cut where the text ends, so that what was plain text stays plain text
-        if len(tokenizer.decode(ids[:count], skip_special_tokens=False)) <= len(text):
-            rest = text[len(tokenizer.decode(ids[:count], skip_special_tokens=False)) :]
-            return ids[:count] + (list(tokenizer.encode(rest, add_special_tokens=False)) if rest else [])
-    return ids
+        before = tokenizer.decode(ids[:count], skip_special_tokens=False)
+        if len(before) <= len(text):
+            rest = text[len(before) :]
+            return ChatPrompt(text, ids[:count] + (tokenizer.encode(rest, add_special_tokens=False) if rest else []))
+    return chat

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxllm.core import MAX_LOGPROBS, RequestError, SamplingParams
-from serve.errors import ApiError, from_request_error, invalid, unsupported
+from jaxllm.core import MAX_LOGPROBS, GrammarSpec, RequestError, SamplingParams
+from serve.errors import ApiError, from_request_error, invalid
 from serve.openai.protocol import ChatBody, CompletionBody, SamplingBody
+from serve.openai.structured import grammar_of
 
 SIMPLE = (
     "temperature",
@@ -27,7 +28,7 @@ SIMPLE = (
     "bad_words",
 )
 ALWAYS = ("n", "ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output", "detokenize")
-STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+STRUCTURED = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 def make_params(values: dict[str, Any], names: dict[str, str] | None = None) -> SamplingParams:
@@ -50,7 +51,6 @@ def _logit_bias(body: SamplingBody) -> dict[int, float] | None:
 
 
 def _shared(body: SamplingBody, defaults: dict[str, float]) -> dict[str, Any]:
-    check_structured(body)
     if body.best_of is not None and body.best_of != body.n:
         why = "must be at least n" if body.best_of < body.n else "beyond n is not supported by this server"
         raise ApiError(400, f"best_of = {body.best_of}: {why}", param="best_of", code="unsupported_parameter")
@@ -60,21 +60,18 @@ def _shared(body: SamplingBody, defaults: dict[str, float]) -> dict[str, Any]:
     values |= defaults
     values |= {name: getattr(body, name) for name in SIMPLE if getattr(body, name) is not None}
     values["logit_bias"] = _logit_bias(body)
+    values["grammar"] = grammar(body)
     values["prompt_logprobs"] = body.prompt_logprobs
     return values
 
 
-def check_structured(body: SamplingBody) -> None:
-    """The seam of structured output: until a grammar compiler is plugged in, asking for one is refused by name."""
-    for name in STRUCTURED:
-        if getattr(body, name) is not None:
-            raise unsupported(name)
-    kind = (body.response_format or {}).get("type", "text")
-    if kind == "text":
-        return
-    if kind in ("json_object", "json_schema", "structural_tag", "regex", "grammar"):
-        raise unsupported("response_format", f"of type {kind!r} is not supported by this server")
-    raise invalid("response_format", "response_format.type must be text, json_object or json_schema")
+def grammar(body: SamplingBody) -> GrammarSpec | None:
+    """What the answer must match, checked and not yet compiled."""
+    asked = {name: value for name in STRUCTURED if (value := getattr(body, name)) is not None}
+    try:
+        return grammar_of(asked) if asked else None
+    except RequestError as error:
+        raise from_request_error(error, code="invalid_schema") from None
 
 
 def completion_params(body: CompletionBody, defaults: dict[str, float]) -> SamplingParams:

@@ -97,7 +97,7 @@ class Response:
             {**values, "max_tokens": body.max_output_tokens},
             {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"},
         )
-        ids = render(front.tokenizer, self.messages)
+        ids = render(front.tokenizer, self.messages).token_ids
         check_length(len(ids), params.max_tokens, front.intake.max_model_len, "max_output_tokens")
         salt = front.salt(self.call, None)
         return front.make_request(ids, params=params, request_id=self.answer["id"], cache_salt=salt)

@@ -16,6 +16,8 @@ from jaxllm.config import ConfigError, load, resolve
 from jaxllm.core import SampledToken, TokenLogprobs
 from jaxllm.engine.cache.hashed import PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.decoding.mask import TokenMask
+from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
 from jaxllm.engine.policy import POLICIES
@@ -93,8 +95,11 @@ class SpeakingRunner:
         sampled, params = result.sampled, row.sequence.request.params
         if sampled is None or sampled.error:
             return result
-        allowed = params.allowed_token_ids
-        token = FIRST + sampled.token_id if allowed is None else allowed[sampled.token_id % len(allowed)]
+        mask = TokenMask(row.sequence, VOCAB).bits()
+        token = FIRST + sampled.token_id
+        if mask is not None:
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            token = int(allowed[sampled.token_id % len(allowed)])
         logprobs = None
         if params.logprobs is not None:
             top = tuple((FIRST + (token - FIRST + i) % PRINTABLE, -0.5 - i) for i in range(params.logprobs))
@@ -150,4 +155,6 @@ def build_engine(
     runner = SpeakingRunner(FakeRunner(num_pages, page_size, max_num_seqs, PRINTABLE), step_s)
     if fault:
         runner = FaultyRunner(runner, parse_faults(fault))
-    return Engine(config, model, scheduler, runner, byte_tokenizer()), {"weights": "none"}
+    grammars = GrammarCompiler(lambda: TokenizerBridge(json.dumps(byte_tokenizer().spec), VOCAB, (EOS,)))
+    engine = Engine(config, model, scheduler, runner, byte_tokenizer(), grammars=grammars)
+    return engine, {"weights": "none"}

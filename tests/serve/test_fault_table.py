@@ -246,16 +246,68 @@ def test_25_a_template_in_a_request_is_refused(server):
     body_of(server.chat(chat_template="{% for i in range(10**9) %}{% endfor %}"), 400, param="chat_template")
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 BAD_TOOLS = [
     {"tool_choice": "sometimes"},
-    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"tool_choice": "required"},
+    {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
     {"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(1000)]},
+    {"tools": [{"type": "function", "function": {"name": "a\nb"}}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]},
+    {"tools": ["f"]},
+    {"tools": [TOOL, TOOL]},
 ]
 
 
-@pytest.mark.parametrize("fields", BAD_TOOLS, ids=lambda f: repr(f)[:30])
-def test_26_tools_that_cannot_be_are_a_400(server, fields):
-    body_of(server.chat(**fields), 400)
+@pytest.mark.parametrize("fields", BAD_TOOLS, ids=lambda f: repr(f)[:60])
+def test_26_tools_that_cannot_be_are_a_400_that_names_them(server, fields):
+    error = body_of(server.chat(**fields), 400)
+    assert error["param"] in ("tools", "tool_choice")
+
+
+def deep(levels):
+    schema = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+BAD_SCHEMAS = {
+    "10k properties": {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(10_000)}},
+    "depth 400": deep(400),
+    "100k enum": {"enum": [f"e{i}" for i in range(100_000)]},
+    "remote ref": {"$ref": "http://169.254.169.254/schema.json"},
+    "no schema": 5,
+    "unknown type": {"type": "wizard"},
+    "big": {"type": "object", "description": "x" * 3_000_000},
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCHEMAS)
+def test_23_a_schema_that_cannot_be_is_refused_fast(server, name):
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": BAD_SCHEMAS[name]}}
+    body = conversation(response_format=form)
+    content = json.dumps(body)
+    began = time.monotonic()
+    answer = server.send(CHAT, content.encode())
+    body_of(answer, 400, param="response_format", code="invalid_schema")
+    assert time.monotonic() - began < 1.0  # 0.1 s and a machine that is shared
+
+
+@pytest.mark.parametrize("regex", ["(a+)+b", "a{1,100000}{1,100000}", "[", "(?=a)b", "x" * 10**6])
+def test_22_a_regex_compiles_within_its_deadline_or_is_a_400(server, regex):
+    began = time.monotonic()
+    answer = server.post(COMPLETIONS, completion(guided_regex=regex))
+    assert time.monotonic() - began < 5
+    if answer.status_code != 200:
+        body_of(answer, 400, param="guided_regex", code="invalid_schema")
+
+
+@pytest.mark.parametrize("grammar", ["start: start", "start: ", "not a grammar", 'start: "a" start'])
+def test_24_a_grammar_ends_or_is_refused(server, grammar):
+    answer = server.post(COMPLETIONS, completion(guided_grammar=grammar, max_tokens=20))
+    if answer.status_code != 200:
+        body_of(answer, 400, param="guided_grammar", code="invalid_schema")
 
 
 @pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "file:///etc/passwd", "data:image/png;base64,AAAA"])

@@ -310,7 +310,7 @@ def every_route():
     for entry in TABLE:
         yield entry.method, entry.path.replace("{model:path}", "byte").replace("{response_id}", "x")
     yield from [("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/nowhere"), ("OPTIONS", "/v1/models")]
-    yield from [("DELETE", "/v1/models"), ("PUT", "/v1/completions"), ("GET", "/"), ("GET", "/health/x")]
+    yield from [("DELETE", "/v1/models"), ("PUT", "/v1/completions"), ("GET", "/ui/nothing"), ("GET", "/health/x")]
 
 
 def test_28_every_route_but_the_allow_listed_ones_needs_a_key(guarded):
