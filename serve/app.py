@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pydantic
 from starlette.applications import Starlette
@@ -169,7 +169,7 @@ def build_app(front: Front) -> Gate:
             *(Route(entry.path, Endpoint(front, entry), methods=[entry.method]) for entry in entries),
             *ui_routes(),
         ],
-        exception_handlers={HTTPException: refused},
+        exception_handlers=cast(Any, {HTTPException: refused}),
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

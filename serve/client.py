@@ -96,7 +96,7 @@ class EngineClient:
         self._ids = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._was_ready = False
         self._failure: Failed | None = None
         self._warm = asyncio.Event()
 
@@ -210,7 +210,8 @@ class EngineClient:
             self.link.kill()
             while starts and time.monotonic() - starts[0] > self.supervision.restart_window_s:
                 starts.popleft()
-            again = self._failure is None and len(starts) <= self.supervision.max_restarts
+            may_help = self._failure is None and self._was_ready  # what never started will not start again
+            again = may_help and len(starts) <= self.supervision.max_restarts
             self._call(self._died, why, again)
             if not again:
                 return
@@ -223,6 +224,7 @@ class EngineClient:
             if events:
                 heard = time.monotonic()
                 warm = warm or any(isinstance(event, Ready) for event in events)
+                self._was_ready = self._was_ready or warm
                 self._dispatch(events)
                 continue
             if self._closing:

@@ -10,6 +10,7 @@ at those steps (counted from 1). Knows nothing of schedulers, processes or HTTP.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,15 +44,10 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
 
 
 def _parse(text: str) -> Fault:
-    try:
-        where, step, what = text.split(":")
-        kind, value = what.split("=")
-        fault = Fault(int(step), kind, float(value))
-    except ValueError:
-        fault = None
-    if fault is None or where != "step" or kind not in KINDS or fault.step < 1:
+    found = re.fullmatch(rf"step:([1-9]\d{{0,8}}):({'|'.join(KINDS)})=(\d+(?:\.\d+)?)", text)
+    if found is None:
         raise ConfigError(f"fault = {text!r}: must be step:N:kind=value with a kind of {', '.join(KINDS)}")
-    return fault
+    return Fault(int(found[1]), found[2], float(found[3]))
 
 
 @dataclass

@@ -36,7 +36,32 @@ def size_or_auto(text: str) -> int:
     return 0 if str(text) in ("auto", "-1") else size(text)
 
 
-Size = typer.Option
+ENGINE_FLAGS = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "block_size",
+    "num_pages",
+    "enable_prefix_caching",
+    "dtype",
+    "load_format",
+    "scheduling_policy",
+    "seed",
+    "log_level",
+)
+FRONT_FLAGS = {  # flag -> setting
+    "host": "host",
+    "port": "port",
+    "uds": "uds",
+    "served_model_name": "model_names",
+    "max_queue": "max_queue",
+    "drain_timeout": "drain_timeout_s",
+    "stall_timeout": "stall_s",
+    "allowed_origin": "allowed_origins",
+    "tool_call_parser": "tool_parser",
+    "reasoning_parser": "reasoning_parser",
+}
 ModelArgument = Annotated[str | None, typer.Argument(help="Model directory; default: the bundled model.")]
 
 
@@ -120,8 +145,9 @@ def command(
     block_size: Annotated[int | None, typer.Option("--block-size", "--page-size")] = None,
     num_pages: Annotated[int | None, typer.Option("--num-gpu-blocks-override")] = None,
     enable_prefix_caching: Annotated[
-        bool | None, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", "/--disable-radix-cache")
+        bool | None, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")
     ] = None,
+    disable_radix_cache: Annotated[bool, typer.Option("--disable-radix-cache", help="SGLang's name for it.")] = False,
     dtype: Annotated[str | None, typer.Option()] = None,
     load_format: Annotated[str | None, typer.Option(help="auto, or dummy for random weights.")] = None,
     scheduling_policy: Annotated[str | None, typer.Option("--scheduling-policy", "--schedule-policy")] = None,
@@ -132,58 +158,47 @@ def command(
         float | None, typer.Option(help="Seconds after which a hung step ends the engine.")
     ] = None,
     allowed_origin: Annotated[list[str] | None, typer.Option(help="CORS: an origin; repeatable.")] = None,
+    tool_call_parser: Annotated[str | None, typer.Option(help="auto, none, or a format's name.")] = None,
+    reasoning_parser: Annotated[str | None, typer.Option(help="auto, none, qwen3 or deepseek_r1.")] = None,
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: its metric names beside ours.")] = None,
     in_process: Annotated[bool, typer.Option(help="Engine in a thread of this process, to debug.")] = False,
     print_config: Annotated[bool, typer.Option(help="Print what would be used, and exit.")] = False,
     log_level: Annotated[str | None, typer.Option()] = None,
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible."""
-    overrides = {
-        "model": model or model_path,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "gpu_memory_utilization": gpu_memory_utilization,
-        "block_size": block_size,
-        "num_pages": num_pages,
-        "enable_prefix_caching": enable_prefix_caching,
-        "dtype": dtype,
-        "load_format": load_format,
-        "scheduling_policy": scheduling_policy,
-        "seed": seed,
-        "log_level": log_level,
-    }
-    flags = {
-        "host": host,
-        "port": port,
-        "uds": uds,
-        "model_names": served_model_name or None,
-        "max_queue": max_queue,
-        "drain_timeout_s": drain_timeout,
-        "stall_s": stall_timeout,
-        "allowed_origins": allowed_origin or None,
-        "metrics_compat_vllm": True if metrics_compat == "vllm" else None,
-    }
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in locals().items() if value is not None and value != []}
     try:
-        engine_config = load(config, **overrides)
-        keys = {
-            "keys": read_keys(api_key, api_key_file, environment_api_key()),
-            "admin_keys": read_keys(admin_key, None),
-        }
-        settings = front_settings(load_front_table(config), flags, engine_config.model.path, keys)
-        if print_config:
-            typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
-            return
-        logging.basicConfig(
-            level=engine_config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-        )
-        source = {"config_file": None if config is None else str(config), "overrides": overrides}
-        code = run(settings, model_directory(engine_config.model.path), source, in_process=in_process)
+        raise typer.Exit(_serve(given))
     except JaxLLMError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    raise typer.Exit(code)
+
+
+def _serve(given: dict[str, Any]) -> int:
+    """The flags that were given, by name; returns the exit code."""
+    overrides = {name: given[name] for name in ENGINE_FLAGS if name in given}
+    if "model" in given or "model_path" in given:
+        overrides["model"] = given.get("model") or given["model_path"]
+    if given["disable_radix_cache"]:
+        overrides["enable_prefix_caching"] = False
+    flags = {field: given[name] for name, field in FRONT_FLAGS.items() if name in given}
+    if given.get("metrics_compat") == "vllm":
+        flags["metrics_compat_vllm"] = True
+    config = given.get("config")
+    engine_config = load(config, **overrides)
+    keys = {
+        "keys": read_keys(given.get("api_key"), given.get("api_key_file"), environment_api_key()),
+        "admin_keys": read_keys(given.get("admin_key"), None),
+    }
+    settings = front_settings(load_front_table(config), flags, engine_config.model.path, keys)
+    if given["print_config"]:
+        typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
+        return 0
+    logging.basicConfig(
+        level=engine_config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    source = {"config_file": None if config is None else str(config), "overrides": overrides}
+    return run(settings, model_directory(engine_config.model.path), source, in_process=given["in_process"])
 
 
 def show_front(settings: FrontSettings) -> str:
@@ -210,7 +225,7 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
     from serve.run import bind, serve
 
     bound = bind(settings)
-    tokenizer = None
+    tokenizer: Any = None
     if (directory / "tokenizer.json").exists():
         try:
             tokenizer = Tokenizer.from_directory(directory)
@@ -231,7 +246,10 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
         queue_timeout_s=settings.queue_timeout_s,
     )
     metrics = FrontMetrics(settings.model_names[0] if settings.metrics_compat_vllm else None)
-    front = Front(settings, client, metrics, tokenizer)
+    try:
+        front = Front(settings, client, metrics, tokenizer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
     def on_ready(url: str) -> None:
         ready = client.health.ready

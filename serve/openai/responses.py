@@ -36,7 +36,9 @@ def _text_of(content: Any, where: str) -> str:
 
 
 def messages_of(body: ResponsesBody, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    messages: list[dict[str, Any]] = (
+        [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    )
     messages += before
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
