@@ -99,7 +99,8 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
 
 def run(build: Build) -> int:
     """The whole life of the process; returns its exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the front's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group, they are the front's
+        signal.signal(number, signal.SIG_IGN)
     settings = read_config()
     follow_parent()
     channel = Channel(*sys.argv[-2:])

@@ -27,6 +27,7 @@ from serve.wire import protocol_factory
 log = logging.getLogger(__name__)
 
 DRAIN_TICK_S = 0.05
+ECHO_S = 0.1  # two signals closer than this are one
 Say = Callable[[str], None]
 
 
@@ -82,10 +83,15 @@ class Lifetime:
 
     def __init__(self, front: Front, server: uvicorn.Server) -> None:
         self.front, self.server, self.code = front, server, 0
+        self._signalled_s = 0.0
         self._task: asyncio.Task[None] | None = None
         front.client.on_lost = self.lost
 
     def signalled(self, name: str) -> None:
+        now = time.monotonic()
+        if self._task is not None and now - self._signalled_s < ECHO_S:
+            return  # sent to this process and to its group
+        self._signalled_s = now
         if self._task is not None:
             log.warning("%s again: stopping now", name)
             self._stop_now()

@@ -326,6 +326,17 @@ def test_55_sigterm_lets_streams_finish_and_refuses_new_ones():
         assert server.process.wait(15) == 0
 
 
+def test_55_a_signal_to_the_whole_group_lets_streams_finish_too():
+    with Process() as server:
+        thread, lines = stream_in_thread(server, 60)
+        time.sleep(0.3)
+        for process in (server.engine(), server.process.pid, server.process.pid):
+            os.kill(process, signal.SIGTERM)
+        thread.join(15)
+        assert lines[-1] == "data: [DONE]"
+        assert server.process.wait(15) == 0
+
+
 @pytest.mark.parametrize("second", [True, False], ids=["second signal", "drain timeout"])
 def test_55_at_the_end_of_patience_streams_get_an_error_event(second):
     with Process("--drain", "30" if second else "0.3") as server:
