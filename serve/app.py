@@ -140,7 +140,7 @@ def build_app(front: Front) -> Gate:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await front.client.start(wait=False)
-        tasks = [asyncio.create_task(front.ping())]
+        tasks = [asyncio.create_task(front.ping()), asyncio.create_task(front.report())]
         try:
             yield
         finally:

@@ -172,6 +172,24 @@ class Front:
                 if (stream.last_s or stream.began_s) < late:
                     stream.nudge()
 
+    async def report(self, every_s: float = 10.0) -> None:
+        """For ever: one line while the server is busy."""
+        before = 0.0
+        while True:
+            await asyncio.sleep(every_s)
+            stats = self.client.health.beat.stats
+            total = stats.get("generated_tokens", 0.0)
+            if total > before:
+                log.info(
+                    "%.0f tokens/s, %d running, %d waiting, %.0f%% of pages in use, %d streams",
+                    (total - before) / every_s,
+                    stats.get("running", 0),
+                    stats.get("waiting", 0),
+                    100 * stats.get("held_pages", 0) / max(1.0, stats.get("total_pages", 1)),
+                    len(self.client.streams),
+                )
+            before = total
+
 
 async def collect(stream: Stream) -> list[Piece]:
     """All of a stream at once: one piece for each of its n sequences."""

@@ -27,8 +27,8 @@ TINY = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
-    "eos_token_id": 1,
-    "bos_token_id": 0,
+    "eos_token_id": 8178,  # <|im_end|>
+    "bos_token_id": 8176,
 }
 START = "import typer; from serve.commands.serve import command; typer.run(command)"
 FLAGS = "--load-format dummy --port 0 --admin-key adm --max-num-seqs 4 --max-num-batched-tokens 64"
