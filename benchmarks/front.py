@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -170,6 +171,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
+    gc.disable()  # the clients' own pauses are not the server's
     base = time.monotonic()
     server = subprocess.Popen(
         [sys.executable, __file__, "server", str(given.rate), str(base)], stdout=subprocess.PIPE, text=True

@@ -6,6 +6,7 @@ ends when standard input closes, so that it never outlives its front. Knows noth
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -114,6 +115,8 @@ def run(build: Build) -> int:
         return CANNOT_START
     loop = EngineLoop(engine, channel.receive, send)
     watch(loop.progress, channel.sender(), lambda: os._exit(HUNG), stall_s=settings.get("stall_s", 60.0), beat_s=0.5)
+    gc.collect()
+    gc.freeze()  # what start-up made stays: no collection in the middle of a step looks at it
     try:
         loop.run(facts)
     except EngineBroken as error:
