@@ -52,6 +52,7 @@ class NumberTokens:
 
 def engine_main() -> None:
     """The engine: a token for every stream at every tick."""
+    gc.disable()  # its pauses are not the front's
     base = read_config()["base_s"]
     rate = float(os.path.basename(sys.argv[-3]))
     follow_parent()
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=42.0, help="tokens a second of each stream")
     parser.add_argument("--ramp", type=float, default=2.0, help="seconds over which the streams are opened")
     parser.add_argument("--idle", type=int, default=1000)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which the server is ended")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -236,7 +238,7 @@ def main() -> None:
         "commit": commit.stdout.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f} at the start",
         "python": platform.python_version(),
-        **measure(given),
+        "runs": [measure(given) for _ in range(given.runs)],
     }
     text = json.dumps(result, indent=2)
     print(text)

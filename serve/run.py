@@ -82,7 +82,7 @@ def url_of(settings: FrontSettings, bound: socket.socket) -> str:
 def calm_gc() -> None:
     """What start-up made stays: collections look at young objects, and the full ones that stop every stream are rare.
 
-    Measured with benchmarks/front.py: the p99 of added latency goes from 85-110 ms to 17 ms.
+    Measured with benchmarks/front.py on a shared machine: the p99 of added latency goes from 85-110 ms to 17-47 ms.
     """
     gc.collect()
     gc.freeze()
