@@ -24,7 +24,14 @@ from jaxllm.core import JaxLLMError
 
 AUTO = 0  # the value of a number that `resolve` fills in
 BUNDLED_MODEL = "first-light"
-ENVIRONMENT = {"JAXLLM_MODEL": "model", "JAXLLM_CACHE_DIR": "cache_dir", "JAXLLM_LOG": "log_level"}
+ENVIRONMENT = {
+    "JAXLLM_MODEL": "model",
+    "JAXLLM_CACHE_DIR": "cache_dir",
+    "JAXLLM_LOG": "log_level",
+    "JAXLLM_FAULT": "fault",
+}
+API_KEY_VARIABLE = "JAXLLM_API_KEY"  # read by `environment_api_key`: a secret is no setting that gets printed
+FRONT_TABLE = "server"  # of a recipe: the front's settings, which the engine does not read
 PLATFORM_DEFAULTS = {
     "cpu": {"page_size": 16, "max_num_seqs": 16, "token_budget": 512, "growth": 4, "dtype": "float32"},
     "gpu": {"page_size": 64, "max_num_seqs": 256, "token_budget": 8192, "growth": 2, "dtype": "bfloat16"},
@@ -180,6 +187,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     seed: int = _knob(0, _integer(-(2**63), 2**63 - 1))  # of dummy weights and of requests without a seed
+    fault: str = _knob("", _text)  # fault points for tests, see jaxllm.engine.faults
     log_level: str = _knob("warning", _choice("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
@@ -276,13 +284,26 @@ def load(
     from_environ = {ENVIRONMENT[name]: value for name, value in environment(environ).items()}
     values: dict[tuple[str, str], Any] = {}
     if toml_path is not None:
-        values |= _flatten(_read_toml(toml_path), f" in {os.fspath(toml_path)}")
+        recipe = {name: value for name, value in _read_toml(toml_path).items() if name != FRONT_TABLE}
+        values |= _flatten(recipe, f" in {os.fspath(toml_path)}")
     values |= _flatten(from_environ, " (from the environment)")
     values |= _flatten(overrides, "")
     top = {knob: value for (section, knob), value in values.items() if not section}
     for section, kind in SECTIONS.items():
         top[section] = kind(**{knob: value for (owner, knob), value in values.items() if owner == section})
     return EngineConfig(**top)
+
+
+def load_front_table(toml_path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The front's table of a recipe; empty when there is none."""
+    table = _read_toml(toml_path).get(FRONT_TABLE, {}) if toml_path is not None else {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{FRONT_TABLE} = {table!r}: must be a table of settings")
+    return table
+
+
+def environment_api_key(environ: Mapping[str, str] | None = None) -> str | None:
+    return (os.environ if environ is None else environ).get(API_KEY_VARIABLE) or None
 
 
 # ---- resolve ----

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jaxllm.config import EngineConfig, model_directory, resolve
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.decoding.grammar_trial import GrammarTrial
+from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.memory import MemoryPlan, plan_memory
 from jaxllm.engine.policy import POLICIES
@@ -91,11 +93,22 @@ def start(
     prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
     log.info("%s", report)
-    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params), report
+    grammars = _grammars(directory, model_config)
+    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
+
+
+def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | None:
+    """Costs nothing until the first grammar comes; what that needs of the tokenizer is then read in a worker."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    vocab_size, eos = model_config.vocab_size, model_config.eos_token_ids
+    bridge = lambda: TokenizerBridge(path.read_text("utf-8"), vocab_size, eos)  # noqa: E731
+    return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos))
 
 
 def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
