@@ -78,6 +78,7 @@ CALLS = [
     ("mistral", '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": "]"}', None, [("f", '{"a": "]"}')]),
     ("mistral", "[TOOL_CALLS]oops", "[TOOL_CALLS]oops", []),
     ("mistral", "[TOOL_CALLS][", "[TOOL_CALLS][", []),
+    ("mistral", "[TOOL_CALLS][ ]", "[TOOL_CALLS][ ]", []),
     ("mistral", "an array [1, 2] and [TOOL_CALL", "an array [1, 2] and [TOOL_CALL", []),
     # deepseek
     (
@@ -99,6 +100,7 @@ CALLS = [
         [("f", '{"a"')],
     ),
     ("deepseek_v3", f"{DS['calls▁begin']}nothing", f"{DS['calls▁begin']}nothing", []),
+    ("deepseek_v3", DS["calls▁begin"] + DS["calls▁end"], DS["calls▁begin"] + DS["calls▁end"], []),
     ("deepseek_v3", "a <｜tool▁calls▁be", "a <｜tool▁calls▁be", []),
     # pythonic
     ("pythonic", "[f(a=1)]", None, [("f", '{"a": 1}')]),

@@ -73,10 +73,13 @@ def mistral(names: Names) -> Format:
 
     def array(source: Source, sink: Sink) -> Steps[None]:
         source.take(1)
+        before = sink.num_calls
         while True:
             yield from source.space()
             if (yield from source.skip("]")):
-                source.recorded()
+                rest = source.recorded()
+                if sink.num_calls == before:
+                    sink.text(rest)
                 return
             if not (yield from call_object(source, sink)):
                 sink.text(source.recorded())
@@ -145,6 +148,7 @@ def deepseek(names: Names) -> Format:
     def form(source: Source, sink: Sink) -> Steps[None]:
         while (yield from source.until((marks["calls_begin"],), sink.text)):
             source.record(marks["calls_begin"])
+            before = sink.num_calls
             while True:
                 yield from source.space()
                 if not (yield from source.skip(marks["call_begin"])):
@@ -153,7 +157,7 @@ def deepseek(names: Names) -> Format:
                 source.record()
             ended = yield from source.skip(marks["calls_end"])
             rest = source.recorded()
-            if not ended:
+            if not ended or sink.num_calls == before:
                 sink.text(rest)
 
     return form

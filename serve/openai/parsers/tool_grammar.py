@@ -79,6 +79,26 @@ def tool_grammar(
     return structural_tag({"format": FORMS[parser](tools, parallel, added_tokens)}, "tools")
 
 
+def strict_grammar(
+    parser: str, tools: Sequence[Tool], *, parallel: bool = True, added_tokens: Collection[str] = ()
+) -> GrammarSpec | None:
+    """tool_choice auto with tools that say `strict`: free text, in which every call that begins is a valid one.
+
+    None where no tool is strict, or the family marks no beginning of a call.
+    """
+    trigger = TRIGGERS.get(parser)
+    if trigger is None or not any(tool.strict for tool in tools):
+        return None
+    form = FORMS[parser](tools, parallel, added_tokens)
+    if form["type"] == "sequence":
+        begin, calls, end = form["elements"]
+        tags = [{"type": "tag", "begin": begin["value"], "content": calls, "end": end["value"]}]
+    else:
+        tags = form["tags"]
+    free = {"type": "triggered_tags", "triggers": [trigger], "tags": tags, "stop_after_first": not parallel}
+    return structural_tag({"format": free}, "tools")
+
+
 def _tag(begin: str, tool: Tool, end: str) -> Form:
     content = {"type": "json_schema", "json_schema": dict(tool.parameters), "lenient": not tool.strict}
     return {"type": "tag", "begin": begin, "content": content, "end": end}
@@ -174,4 +194,10 @@ FORMS: dict[str, Callable[[Sequence[Tool], bool, Collection[str]], Form]] = {
     "mistral": _mistral,
     "deepseek_v3": _deepseek,
     "pythonic": _pythonic,
+}
+TRIGGERS = {
+    "hermes": "<tool_call>",
+    "qwen": "<tool_call>",
+    "mistral": "[TOOL_CALLS]",
+    "deepseek_v3": "<｜tool▁calls▁begin｜>",
 }

@@ -10,7 +10,7 @@ from helpers.byte_tokenizer import EOS, VOCAB_SIZE, decode, encode, tokenizer_js
 from jaxllm.core import RequestError
 from jaxllm.engine.decoding.structured import TokenizerBridge, compile_spec
 from serve.openai.parsers.output import TOOL_PARSERS, OutputParser
-from serve.openai.parsers.tool_grammar import FORMS, check_tools, choose, tool_grammar
+from serve.openai.parsers.tool_grammar import FORMS, TRIGGERS, check_tools, choose, strict_grammar, tool_grammar
 
 CITY = {"enum": ["Oslo", "São Paulo"]}
 
@@ -92,6 +92,32 @@ def test_the_usual_spelling_is_a_sentence_of_the_grammar(bridge):
     text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
     assert all(matcher.advance(token) for token in encode(text))
     assert matcher.accepting
+
+
+STRICT = check_tools(
+    [{"type": "function", "function": {"name": "now", "parameters": {"enum": [{"a": 1}]}, "strict": True}}]
+)
+
+
+def allows(spec, text, bridge):
+    matcher = compile_spec(spec, bridge).matcher()
+    return all(matcher.advance(token) for token in encode(text)) and matcher.accepting
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_a_strict_tool_leaves_text_free_and_every_call_valid(name, bridge):
+    spec = strict_grammar(name, STRICT)
+    call = write(tool_grammar(name, STRICT, parallel=False), bridge, 0)
+    assert '{"a":1}' in "".join(call.split())
+    for text in ("", "No call < needed [1].", call, f"First: {call}", f"{call}\nand {call} done"):
+        assert allows(spec, text, bridge), text
+    for text in (call.replace("1}", "2}"), "Well " + call[: len(TRIGGERS[name]) + 2] + "x"):
+        assert not allows(spec, text, bridge), text
+
+
+def test_without_strict_tools_or_marks_text_is_not_constrained():
+    assert strict_grammar("hermes", TOOLS) is None
+    assert strict_grammar("pythonic", STRICT) is None
 
 
 def test_every_tool_parser_has_a_grammar():
