@@ -42,9 +42,8 @@ def arguments() -> argparse.Namespace:
 
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
-        from jaxllm.llm import LLM
-
         from benchmarks.shapes import make_model_directory
+        from jaxllm.llm import LLM
 
         self.options, self.rows = options, []
         self.random = random.Random(0)

@@ -20,6 +20,7 @@ import typer
 from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
+from serve.commands.serve import command as serve_command
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -202,6 +203,9 @@ def env(
 
     facts = tool.collect(model)
     typer.echo(json.dumps(facts, indent=2) if as_json else tool.render(facts))
+
+
+app.command("serve")(serve_command)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

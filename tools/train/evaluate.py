@@ -34,7 +34,7 @@ COMPLETIONS = (
     "def fibonacci(n):\n",
     "import os\n\ndef list_files(path):\n",
     "class Stack:\n    def __init__(self):\n",
-    "def is_prime(n):\n    \"\"\"Return True if n is prime.\"\"\"\n",
+    'def is_prime(n):\n    """Return True if n is prime."""\n',
     "import json\n\nwith open(path) as f:\n",
     "for i in range(",
 )
@@ -89,8 +89,7 @@ def fits_schema(call: dict[str, Any], tools: tuple[dict[str, Any], ...]) -> bool
             properties, given = function["parameters"]["properties"], call["arguments"]
             required = set(function["parameters"]["required"])
             return required <= set(given) <= set(properties) and all(
-                isinstance(value, types[properties[name]["type"]])
-                and value in properties[name].get("enum", [value])
+                isinstance(value, types[properties[name]["type"]]) and value in properties[name].get("enum", [value])
                 for name, value in given.items()
             )
     return False

@@ -70,7 +70,11 @@ def export(run: Path, target: Path, tokenizer: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
-    generation = {"do_sample": False, "eos_token_id": list(config.eos_token_ids), "pad_token_id": config.eos_token_ids[-1]}
+    generation = {
+        "do_sample": False,
+        "eos_token_id": list(config.eos_token_ids),
+        "pad_token_id": config.eos_token_ids[-1],
+    }
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name in TOKENIZER_FILES:
         if (tokenizer / name).resolve() != (target / name).resolve():
@@ -117,9 +121,7 @@ def card(summary: dict[str, Any], report: dict[str, Any]) -> str:
     ]
     held = report["held_out"]
     distilled = f", distilled from {summary['teacher']} (weight {used['distill']})" if summary.get("teacher") else ""
-    quoted = "\n\n".join(
-        f"```python\n{prompt}{text}\n```" for prompt, text in list(report["completions"].items())[:3]
-    )
+    quoted = "\n\n".join(f"```python\n{prompt}{text}\n```" for prompt, text in list(report["completions"].items())[:3])
     return f"""---
 license: apache-2.0
 language: en

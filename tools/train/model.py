@@ -76,7 +76,9 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 def causal_attention(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Dense causal attention over whole rows [B, T, heads, H]; the flash kernel of cuDNN on a GPU."""
     if jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=config.attention_scale, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, scale=config.attention_scale, implementation="cudnn"
+        )
     length = q.shape[1]
     return masked_attention(config, q, k, v, jnp.tri(length, dtype=jnp.bool_)[None])
 

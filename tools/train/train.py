@@ -97,7 +97,9 @@ def rate(step: jax.Array, total: jax.Array, config: TrainConfig) -> jax.Array:
     warm = (now + 1) / config.warmup_steps
     left = 1 - jnp.clip((now - config.warmup_steps) / jnp.maximum(total - config.warmup_steps, 1.0), 0.0, 1.0)
     return jnp.where(
-        now < config.warmup_steps, config.peak_rate * warm, config.final_rate + (config.peak_rate - config.final_rate) * left
+        now < config.warmup_steps,
+        config.peak_rate * warm,
+        config.final_rate + (config.peak_rate - config.final_rate) * left,
     )
 
 
@@ -106,7 +108,9 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1 and leaf.shape[0] > 2, tree)),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1 and leaf.shape[0] > 2, tree)
+        ),
     )
 
 

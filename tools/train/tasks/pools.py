@@ -55,11 +55,54 @@ teach tell test think throw tie touch trace trade travel try turn twist use visi
 wipe work wrap write
 """
 
-PAST_VERBS = (
-    "carried watched painted found opened moved touched dropped followed borrowed repaired measured lifted hid cleaned "
-    "wanted needed admired noticed remembered forgot described ordered sold bought counted covered loved kept pushed "
-    "pulled traded washed lost drew crossed reached visited saved packed shook turned missed guarded fixed gathered"
-).split()
+PAST_VERBS = [
+    "carried",
+    "watched",
+    "painted",
+    "found",
+    "opened",
+    "moved",
+    "touched",
+    "dropped",
+    "followed",
+    "borrowed",
+    "repaired",
+    "measured",
+    "lifted",
+    "hid",
+    "cleaned",
+    "wanted",
+    "needed",
+    "admired",
+    "noticed",
+    "remembered",
+    "forgot",
+    "described",
+    "ordered",
+    "sold",
+    "bought",
+    "counted",
+    "covered",
+    "loved",
+    "kept",
+    "pushed",
+    "pulled",
+    "traded",
+    "washed",
+    "lost",
+    "drew",
+    "crossed",
+    "reached",
+    "visited",
+    "saved",
+    "packed",
+    "shook",
+    "turned",
+    "missed",
+    "guarded",
+    "fixed",
+    "gathered",
+]
 
 SENTENCE_TAILS = (
     "", "", "", " in the morning", " near the river", " after lunch", " before the storm", " with great care",
