@@ -114,18 +114,24 @@ def _context(source: Path | None, directory: Path, held_out: bool) -> tuple[Word
     return Words.build(corpus.load(source, held_out=held_out), held_out=held_out), tokenizers.load(directory)
 
 
+def _separator(tokenizer: Tokenizer) -> int:
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    assert token is not None, f"the tokenizer has no {END_OF_TEXT}"
+    return token
+
+
 def chat_rows(source: Path | None, directory: Path, stream: str, shard: int, samples: int, length: int) -> Rows:
     words, tokenizer = _context(source, directory, stream == "held-out")
     drawn = mixture.samples(words, stream=stream, shard=shard, count=samples)
     documents = (chat_document(tokenizer, render(sample.messages, sample.tools)) for sample in drawn)
-    return pack(documents, length, tokenizer.token_to_id(END_OF_TEXT))
+    return pack(documents, length, _separator(tokenizer))
 
 
 def code_rows(directory: Path, texts: list[str], length: int) -> Rows:
     tokenizer = tokenizers.load(directory)
     line_ends = np.asarray([tokenizer.decode([i]).endswith("\n") for i in range(tokenizer.get_vocab_size())])
     documents = (document for text in texts for document in code_documents(tokenizer, text, length, line_ends))
-    return pack(documents, length, tokenizer.token_to_id(END_OF_TEXT))
+    return pack(documents, length, _separator(tokenizer))
 
 
 def build(
@@ -158,7 +164,7 @@ def build(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--stdlib", type=Path)

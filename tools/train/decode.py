@@ -20,6 +20,7 @@ from jaxllm.graph.models.decoder import Decoder, Params, merge
 from tools.train.model import masked_attention
 
 type Cache = list[tuple[jax.Array, jax.Array]]
+type Carry = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cache]  # count, token, done, out, cache
 
 
 def _advance(
@@ -57,11 +58,11 @@ def _generate(
     out = jnp.full((batch, max_new), stops[0], jnp.int32)
     ends = jnp.asarray(stops, jnp.int32)
 
-    def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
+    def unfinished(carry: Carry) -> jax.Array:
         count, _, done, _, _ = carry
         return (count < max_new) & ~jnp.all(done)
 
-    def one(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cache]) -> tuple:
+    def one(carry: Carry) -> Carry:
         count, token, done, out, cache = carry
         done = done | jnp.any(token[:, None] == ends, axis=-1)
         out = out.at[:, count].set(jnp.where(done, ends[0], token))

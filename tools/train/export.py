@@ -169,7 +169,7 @@ Greedy, not chosen:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("export", help="a run's checkpoint to a model directory")
     one.add_argument("run", type=Path)

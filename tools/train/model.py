@@ -8,7 +8,7 @@ are training's.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def hidden_states(model: Decoder, token_ids: Int[Array, "B T"], remat: Remat = "
     for number, layer in enumerate(model.layers):
         graphdef, state = nnx.split(layer)
 
-        def run(state: nnx.State, x: jax.Array, graphdef: nnx.GraphDef = graphdef, number: int = number) -> jax.Array:
+        def run(state: Any, x: jax.Array, graphdef: Any = graphdef, number: int = number) -> jax.Array:
             return nnx.merge(graphdef, state)(x, number, turned, attend)
 
         x = (jax.checkpoint(run) if remat == "layer" else run)(state, x)

@@ -267,7 +267,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="the run's checkpoints and log")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", choices=list(models.CONFIGS), default="first-light")
