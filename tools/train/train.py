@@ -155,7 +155,7 @@ def make_step(graphdef: nnx.GraphDef[Decoder], config: TrainConfig, teacher: Tea
             changes, kept = update.update(gradient, state["optimizer"], state["params"])
         now = rate(state["step"], total, config)
         params = jax.tree.map(lambda p, u: p - now * u, state["params"], changes)
-        metrics |= {"loss": loss, "norm": optax.global_norm(gradient), "rate": now}
+        metrics |= {"loss": loss, "norm": optax.tree.norm(gradient), "rate": now}
         return {"params": params, "optimizer": kept, "step": state["step"] + 1}, metrics
 
     # The teacher's weights are an argument, not constants in the program.
