@@ -169,6 +169,7 @@ class CompileConfig:
     token_buckets: tuple[int, ...] = _knob((), _ladder)  # tokens; the last is token_budget
     cache_dir: str = _knob("~/.cache/jaxllm", _text)  # "" = keep nothing
     threads: int = _knob(AUTO, _integer(1, 256, auto=True))  # AUTO: one a core
+    kernels: str = _knob("auto", _choice("auto", "reference"))  # reference: attention in plain jnp, whatever the device
 
     def __post_init__(self) -> None:
         _check_fields(self, "compile.")

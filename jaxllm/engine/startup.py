@@ -156,7 +156,8 @@ def _compile(
     width = -(-config.model.max_model_len // config.cache.page_size)
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
     graphdef, _ = abstract(model_config, jnp.dtype(config.model.dtype))
-    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0])
+    reference = config.compile.kernels == "reference"
+    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0], reference)
     threads = config.compile.threads or os.cpu_count() or 1
     tell_compile = lambda done, total: tell("compile", done / total)  # noqa: E731
     return compile_all(graph, ladder, params, kv, counts, threads=threads, progress=tell_compile), ladder
