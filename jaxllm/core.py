@@ -336,7 +336,6 @@ class RequestTimings:
     """Monotonic seconds. TTFT = first_token_s - arrival_s; TPOT = (finished_s - first_token_s) / (outputs - 1)."""
 
     arrival_s: float
-    admitted_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
 
@@ -67,7 +68,7 @@ class Paged:
         table = jnp.where(used, jnp.asarray(self.table), -123456)[None]
 
         def attend(layer, q, k, v):
-            cache[layer] = tuple(write(pages, new, slots) for pages, new in zip(cache[layer], (k, v)))
+            cache[layer] = page_write(*cache[layer], k, v, slots)
             how = {"scale": config.attention_scale, "window": config.windows[layer]}
             if len(positions) == 1:
                 return paged_attention_decode(q, *cache[layer], table, kv_lens, **how)
@@ -75,12 +76,6 @@ class Paged:
             return paged_attention(q, *cache[layer], table, kv_lens, starts, **how)
 
         return attend
-
-
-def write(pages, new, slots):
-    """Tokens [T, K, H] into pages [P, K, page_size, H] at page * page_size + offset."""
-    size = pages.shape[2]
-    return pages.at[slots // size, :, slots % size].set(new)
 
 
 WAYS = {"dense": Dense, "paged": Paged}
