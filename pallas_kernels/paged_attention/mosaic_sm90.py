@@ -1,0 +1,738 @@
+"""Ragged paged attention on Hopper in Pallas Mosaic GPU: TMA, WGMMA, two compute warpgroups and one for memory.
+
+In: flat ragged queries, one layer's pages, page tables, lengths, already checked by api.py. Out: attention outputs.
+Queries are cut on the device into tiles of 128 of one row and one head; the tile list, longest first, is a small XLA
+computation shared by the layers of a step. A fixed number of programs walks (tile, head) pairs in snake order; each
+keeps its memory warpgroup running ahead across tiles, following the page table with one TMA copy a page.
+Compute warpgroups hold 64 queries each. Inside one, the softmax of key block i runs beside the value product of block
+i - 1; between the two, `turn` barriers let one use the tensor cores while the other does its softmax.
+The copy engine moves tiles whose first token is a multiple of 8 (Mosaic's tiling asks for that); other tiles' queries
+come through registers. Tiles that start elsewhere or end early store query by query: what follows is somebody else's.
+Rows of one query go to the decode kernel, so that their bits are those of a decode step.
+A row's bits do not depend on the batch: keys are visited from 0 in blocks of fixed size, and blocks a query cannot see
+change nothing. It does not know how pages are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention import triton
+
+LOG2E = math.log2(math.e)
+TILE, ROWS = 128, 64  # queries a tile, queries a compute warpgroup
+COMPUTE, MEMORY = 2, 2  # compute warpgroups are 0 and 1; the memory warpgroup is number 2
+ALIGN = 8  # tokens; what the copy engine's tiled transfers start at
+CHUNK = 64  # columns of an output that go through the row-wise store at once
+_MASKED, _FLOOR = -1e30, -1e20  # a masked score, scaled, lies far under the floor of the running maximum: weight 0
+type Carry = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How tiles are walked. `block_keys` and `overlap` decide bits; the others only speed."""
+
+    block_keys: int = 128
+    stages: int = 2  # key and value blocks in flight
+    programs: int = 132  # one a multiprocessor
+    overlap: bool = True  # softmax of block i beside the value product of block i - 1
+    take_turns: bool = True  # the compute warpgroups alternate on the tensor cores
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the kernel knows when it is compiled."""
+
+    T: int
+    N: int
+    K: int
+    H: int
+    page_size: int
+    dtype: Any
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    blocks: Blocks
+    interpret: bool
+
+    @property
+    def copies(self) -> int:
+        """TMA copies a block."""
+        return max(1, self.blocks.block_keys // self.page_size)
+
+    @property
+    def own_output(self) -> bool:
+        """Outputs have shared memory of their own, so that the next tile's queries can be fetched meanwhile."""
+        return self.H <= 128
+
+
+@dataclass(frozen=True)
+class _Refs:
+    """Everything a warpgroup touches: device memory, then shared memory, then barriers."""
+
+    q: Any  # [T, N, H]
+    k: Any  # [P, K, page_size, H]
+    v: Any
+    table: Any  # i32[R, W]
+    tiles: Any  # i32[tiles, 6]
+    count: Any  # i32[1]
+    out: Any  # [T, N, H]
+    q_smem: Any  # [2, 64, H]
+    k_smem: Any  # [stages, block_keys, H]
+    v_smem: Any
+    out_smem: Any  # [2, 64, H], or q_smem
+    rows_smem: Any  # [2, 64, CHUNK], plain
+    q_full: Any  # one a compute warpgroup
+    q_free: Any
+    k_full: Any  # one a stage
+    v_full: Any
+    k_free: Any
+    v_free: Any
+    turn: Any  # one a compute warpgroup
+    cleaned: Any
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One tile of queries of one row, as scalars in registers."""
+
+    row: jax.Array
+    token: jax.Array  # its first query in the flat array
+    position: jax.Array  # the same query's place among the row's keys
+    live: jax.Array  # how many queries are its own
+    kv_len: jax.Array
+    head: jax.Array
+
+    @property
+    def aligned(self) -> jax.Array:
+        return lax.rem(self.token, jnp.int32(ALIGN)) == 0
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The 64 queries of a tile that one compute warpgroup holds, `skip` of them from before the tile."""
+
+    wg: jax.Array
+    skip: jax.Array
+    token: jax.Array
+    position: jax.Array
+
+
+def paged_attention(
+    q: jax.Array,  # [T, N, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,
+    page_table: jax.Array,  # i32[R, W]
+    kv_lens: jax.Array,  # i32[R]
+    query_starts: jax.Array,  # i32[R + 1]
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    blocks: Blocks | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Row r owns q[query_starts[r] : query_starts[r + 1]], the last queries of its kv_lens[r] keys."""
+    blocks = blocks or default_blocks(q.shape[2])
+    refuse(q, k_pages, scale, blocks)
+    out = ragged_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        kv_lens,
+        query_starts,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        blocks=blocks,
+        interpret=interpret,
+        fewest=2,
+    )
+    if interpret is not None:  # the interpreter's threads and other work of the CPU's small pool can starve each other
+        out, q = lax.optimization_barrier((out, q))
+    first = query_starts[:-1]
+    single = query_starts[1:] - first == 1
+    decoded = triton.paged_attention_decode(
+        q.at[first].get(mode="clip"),
+        k_pages,
+        v_pages,
+        page_table,
+        jnp.where(single, kv_lens, 0),
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        interpret=interpret is not None,
+    )
+    return out.at[jnp.where(single, first, q.shape[0])].set(decoded, mode="drop")
+
+
+def default_blocks(H: int) -> Blocks:
+    return Blocks() if H <= 128 else Blocks(block_keys=64)
+
+
+def refuse(q: jax.Array, k_pages: jax.Array, scale: float, blocks: Blocks) -> None:
+    """NotImplementedError for what this implementation does not do."""
+    page_size, H = k_pages.shape[2], q.shape[2]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"WGMMA takes bfloat16 or float16 queries here, got {q.dtype}")
+    if k_pages.dtype != q.dtype:
+        raise NotImplementedError(f"pages must be {q.dtype} like the queries, got {k_pages.dtype}")
+    if H not in (64, 128, 256):
+        raise NotImplementedError(f"head dim must be 64, 128 or 256 for 128-byte swizzles, got {H}")
+    if page_size % 8 or (blocks.block_keys % page_size and page_size % blocks.block_keys):
+        raise NotImplementedError(f"page size must divide {blocks.block_keys} or be a multiple of it, got {page_size}")
+    if scale <= 0:
+        raise NotImplementedError(f"the running maximum assumes a positive scale, got {scale}")
+
+
+def ragged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    query_starts: jax.Array,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    blocks: Blocks,
+    interpret: Any = None,
+    fewest: int = 1,
+) -> jax.Array:
+    """As paged_attention, all in one kernel; rows of fewer than `fewest` queries are left unwritten."""
+    T, N, H = q.shape
+    if T < ROWS:  # a tile's loads must stay inside the array
+        q = jnp.pad(q, ((0, ROWS - T), (0, 0), (0, 0)))
+    K, page_size = k_pages.shape[1:3]
+    shape = _Shape(
+        q.shape[0], N, K, H, page_size, q.dtype, scale, window, soft_cap, blocks, interpret is not None
+    )
+    tiles, count = tile_list(q.shape[0], kv_lens, query_starts, fewest)
+
+    def kernel(q, k, v, table, tiles, count, out) -> None:
+        def body(scratch, barriers) -> None:
+            q_smem, k_smem, v_smem, out_smem, rows_smem = scratch
+            out_smem = q_smem if out_smem is None else out_smem
+            refs = _Refs(
+                q, k, v, table, tiles, count, out, q_smem, k_smem, v_smem, out_smem, rows_smem, *barriers
+            )
+            wg = lax.axis_index("wg")
+            pl.when(wg == MEMORY)(lambda: _memory_warpgroup(shape, refs))
+            pl.when(wg != MEMORY)(lambda: _compute_warpgroup(shape, refs, wg))
+
+        pl.run_scoped(body, _scratch(shape), _barriers(shape), collective_axes="wg")
+
+    out = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(blocks.programs,),
+        grid_names=("program",),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        kernel_name="paged_attention_ragged",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )(q, k_pages, v_pages, page_table, tiles, count)
+    return out[:T]
+
+
+def tile_list(
+    T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int
+) -> tuple[jax.Array, jax.Array]:
+    """i32[tiles, 6] in the order of _Tile's fields without head, most keys first, and i32[1] how many are real.
+
+    Tokens that belong to no row make a last row of length 0, so that they come out 0.
+    """
+    starts = jnp.concatenate([query_starts, jnp.full((1,), T, jnp.int32)])
+    lens = jnp.concatenate([kv_lens, jnp.zeros((1,), jnp.int32)])
+    rows = lens.shape[0]
+    counts = starts[1:] - starts[:-1]
+    padding = jnp.arange(rows) == rows - 1
+    tiles = jnp.where((counts >= fewest) | padding, (counts + TILE - 1) // TILE, 0)
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    tile = jnp.arange(min(rows, T) + T // TILE, dtype=jnp.int32)
+    row = (ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32)
+    row = jnp.minimum(row, rows - 1)
+    offset = (tile - (ends - tiles)[row]) * TILE
+    position = lens[row] - counts[row] + offset
+    live = jnp.minimum(counts[row] - offset, TILE)
+    cost = jnp.where(tile < ends[-1], jnp.where(row == rows - 1, 0, position + live), -1)
+    order = jnp.argsort(-cost)
+    table_row = jnp.minimum(row, rows - 2)
+    fields = jnp.stack([table_row, starts[row] + offset, position, live, lens[row], jnp.zeros_like(row)], axis=1)
+    return fields[order], ends[-1:]
+
+
+def _scratch(shape: _Shape) -> tuple[Any, ...]:
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def smem(*dims: int) -> Any:
+        return plgpu.SMEM(dims, shape.dtype, transforms=transforms)
+
+    keys = smem(shape.blocks.stages, shape.blocks.block_keys, shape.H)
+    queries = smem(COMPUTE, ROWS, shape.H)
+    rows = plgpu.SMEM((COMPUTE, ROWS, CHUNK), shape.dtype)
+    return queries, keys, keys, queries if shape.own_output else None, rows
+
+
+def _barriers(shape: _Shape) -> tuple[Any, ...]:
+    def barrier(count: int, arrivals: int = 1) -> Any:
+        return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
+
+    stages = shape.blocks.stages
+    full, free = barrier(stages, shape.copies), barrier(stages, COMPUTE)
+    return barrier(COMPUTE), barrier(COMPUTE), full, full, free, free, barrier(COMPUTE), barrier(1, COMPUTE)
+
+
+# The walk over tiles, the same in every warpgroup.
+
+
+def _walk(shape: _Shape, refs: _Refs, visit: Callable[[_Tile, jax.Array, jax.Array], None]) -> tuple[jax.Array, jax.Array]:
+    """Call visit(tile, how many tiles and how many key blocks came before) for this program's share; both totals."""
+    program, programs = lax.axis_index("program"), jnp.int32(shape.blocks.programs)
+    total = refs.count[0] * shape.N
+    rounds, rest = lax.div(total, programs), lax.rem(total, programs)
+
+    def place(step: jax.Array) -> jax.Array:  # snake order: a long tile in one round, a short one in the next
+        return jnp.where(lax.rem(step, jnp.int32(2)) == 0, program, programs - 1 - program)
+
+    steps = rounds + (place(rounds) < rest).astype(jnp.int32)
+
+    def item_of(step: jax.Array) -> jax.Array:
+        return step * programs + place(step)
+
+    def read(step: jax.Array) -> tuple[jax.Array, ...]:
+        tile = lax.div(item_of(jnp.clip(step, 0, jnp.maximum(steps - 1, 0))), jnp.int32(shape.N))
+        return tuple(refs.tiles[tile, field] for field in range(5))
+
+    def one(step: jax.Array, carry: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+        fields, blocks = carry
+        following = read(step + 1)  # fetched now: nothing waits for it until the next tile
+        tile = _Tile(*fields, head=lax.rem(item_of(step), jnp.int32(shape.N)))
+        visit(tile, step, blocks)
+        first, last = _key_blocks(shape, tile)
+        return following, blocks + last - first
+
+    _, blocks = lax.fori_loop(0, steps, one, (read(jnp.int32(0)), jnp.int32(0)))
+    return steps, blocks
+
+
+def _key_blocks(shape: _Shape, tile: _Tile) -> tuple[jax.Array, jax.Array]:
+    """First and one past last key block that any of the tile's queries sees; at least one, if only to be masked."""
+    size = jnp.int32(shape.blocks.block_keys)
+    last = pl.cdiv(jnp.minimum(tile.kv_len, tile.position + TILE), size)
+    if shape.window is None:
+        return jnp.int32(0), jnp.maximum(last, 1)
+    first = lax.div(_lowest(shape, tile), size)
+    return first, jnp.maximum(last, first + 1)
+
+
+# The memory warpgroup.
+
+
+def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
+    plgpu.set_max_registers(40, action="decrease")
+    stages = shape.blocks.stages
+
+    def visit(tile: _Tile, step: jax.Array, before: jax.Array) -> None:
+        kv_head = lax.div(tile.head, jnp.int32(shape.N // shape.K))
+        for wg in range(COMPUTE):
+            pl.when(step > 0)(lambda wg=wg: plgpu.barrier_wait(refs.q_free.at[wg]))
+
+            @pl.when(tile.aligned)
+            def _(wg: int = wg) -> None:
+                token = pl.multiple_of(tile.token + wg * ROWS, ALIGN)
+                queries = refs.q.at[pl.ds(token, ROWS), tile.head]
+                plgpu.copy_gmem_to_smem(queries, refs.q_smem.at[wg], refs.q_full.at[wg])
+
+        first, last = _key_blocks(shape, tile)
+
+        @pl.loop(first, last)
+        def _(block: jax.Array) -> None:
+            done = before + block - first
+            slot = lax.rem(done, jnp.int32(stages))
+            places = [_page_of(shape, refs, tile, block, copy) for copy in range(shape.copies)]
+            for pages, smem, full, free in (
+                (refs.k, refs.k_smem, refs.k_full, refs.k_free),
+                (refs.v, refs.v_smem, refs.v_full, refs.v_free),
+            ):
+                pl.when(done >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                for copy, (page, rows) in enumerate(places):
+                    size = min(shape.page_size, shape.blocks.block_keys)
+                    target = smem.at[slot, pl.ds(copy * size, size)]
+                    plgpu.copy_gmem_to_smem(pages.at[page, kv_head, rows], target, full.at[slot])
+
+    steps, blocks = _walk(shape, refs, visit)
+
+    # Every arrival is waited for, if only for the interpreter's sake.
+    @pl.when(steps > 0)
+    def _() -> None:
+        for wg in range(COMPUTE):
+            plgpu.barrier_wait(refs.q_free.at[wg])
+
+    @pl.loop(jnp.maximum(blocks - stages, 0), blocks)
+    def _(done: jax.Array) -> None:
+        slot = lax.rem(done, jnp.int32(stages))
+        plgpu.barrier_wait(refs.k_free.at[slot])
+        plgpu.barrier_wait(refs.v_free.at[slot])
+
+
+def _lowest(shape: _Shape, tile: _Tile) -> jax.Array:
+    """The first key any of the tile's queries sees."""
+    return jnp.int32(0) if shape.window is None else jnp.maximum(tile.position - (shape.window - 1), 0)
+
+
+def _page_of(shape: _Shape, refs: _Refs, tile: _Tile, block: jax.Array, copy: int) -> tuple[jax.Array, Any]:
+    """Page and rows in it of one copy of a key block.
+
+    Before the window and past the row's keys stand the nearest visible page's; a row of no keys gets page 0.
+    """
+    size = min(shape.page_size, shape.blocks.block_keys)
+    key = block * shape.blocks.block_keys + copy * size
+    last = jnp.maximum(jnp.minimum(tile.kv_len, tile.position + TILE) - 1, 0)
+    entry = lax.div(jnp.clip(key, _lowest(shape, tile), last), jnp.int32(shape.page_size))
+    page = jnp.where(tile.kv_len > 0, refs.table[tile.row, entry], 0)
+    first = pl.multiple_of(lax.rem(key, jnp.int32(shape.page_size)), size) if shape.page_size > size else 0
+    return page, pl.ds(first, size)
+
+
+# The compute warpgroups.
+
+
+def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
+    plgpu.set_max_registers(232, action="increase")
+    take_turns = shape.blocks.take_turns
+    if take_turns:  # warpgroup 0 goes first
+        pl.when(wg == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
+
+    def visit(tile: _Tile, step: jax.Array, before: jax.Array) -> None:
+        half = _queries(shape, refs, wg, tile)
+        attend = _attend_overlapped if shape.blocks.overlap else _attend_in_order
+        acc, total = attend(shape, refs, half, tile, before)
+        seen = total > 0
+        factor = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
+        wide = lax.broadcast_in_dim(factor, acc.shape, [0])
+        _store(shape, refs, half, tile, jnp.where(wide > 0, acc * wide, 0.0).astype(shape.dtype))
+        if not shape.own_output:
+            plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_arrive(refs.q_free.at[wg])
+
+    _walk(shape, refs, visit)
+    plgpu.wait_smem_to_gmem(0)
+    if take_turns:
+        pl.when(wg == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
+
+
+def _queries(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile) -> _Half:
+    """See that this warpgroup's queries are in shared memory."""
+    offset = wg * ROWS
+    # Through registers nothing is clipped at the array's end: start earlier instead.
+    over = jnp.maximum(tile.token + offset - (shape.T - ROWS), 0)
+    skip = jnp.where(tile.aligned, 0, over)
+    half = _Half(wg, skip, tile.token + offset - skip, tile.position + offset - skip)
+
+    @pl.when(tile.aligned)
+    def _() -> None:
+        plgpu.barrier_wait(refs.q_full.at[wg])
+
+    @pl.when(jnp.logical_not(tile.aligned))
+    def _() -> None:
+        source = refs.q.at[pl.ds(half.token, ROWS), tile.head]
+        refs.q_smem.at[wg][...] = plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
+        plgpu.commit_smem()
+
+    return half
+
+
+def _start(shape: _Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Accumulator, running maximum and total of a tile that has seen nothing."""
+    layout = plgpu.Layout.WGMMA
+
+    def full(dims: tuple[int, ...], value: float, where: Any) -> jax.Array:
+        return plgpu.layout_cast(jnp.full(dims, value, jnp.float32), where)
+
+    return (
+        full((ROWS, shape.H), 0.0, layout),
+        full((ROWS,), _FLOOR, layout.reduce(1)),
+        full((ROWS,), 0.0, layout.reduce(1)),
+    )
+
+
+def _clean_blocks(shape: _Shape, tile: _Tile, half: _Half, last: jax.Array) -> jax.Array:
+    """One past the last block that every query of this warpgroup sees whole; with a window none is taken for whole."""
+    if shape.window is not None:
+        return jnp.int32(0)
+    whole = jnp.minimum(half.position + 1, tile.kv_len)
+    return jnp.minimum(lax.div(jnp.maximum(whole, 0), jnp.int32(shape.blocks.block_keys)), last)
+
+
+def _take_turn(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
+    if shape.blocks.take_turns:
+        plgpu.barrier_wait(refs.turn.at[wg])
+
+
+def _pass_turn(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
+    if shape.blocks.take_turns:
+        plgpu.barrier_arrive(refs.turn.at[1 - wg])
+
+
+def _softmax(
+    shape: _Shape,
+    tile: _Tile,
+    half: _Half,
+    block: jax.Array,
+    masked: bool,
+    scores: jax.Array,  # f32[64, block_keys], raw
+    highest: jax.Array,  # f32[64], of scaled scores
+    total: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Weights of one block in f32, how much everything before shrinks, new maximum, new total."""
+    factor = shape.scale * LOG2E
+    if shape.soft_cap is not None:
+        cap = shape.soft_cap
+        scores = cap - 2.0 * cap / (jnp.exp2(scores * (2.0 * factor / cap)) + 1.0)
+        factor = LOG2E
+    if masked:
+        layout = plgpu.Layout.WGMMA
+        query = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=layout) + half.position
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=layout) + block * shape.blocks.block_keys
+        visible = (key <= query) & (key < tile.kv_len)
+        if shape.window is not None:
+            visible &= key > query - shape.window
+        scores = jnp.where(visible, scores, _MASKED)
+    new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
+    shrink = jnp.exp2(highest - new_highest)
+    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_highest, scores.shape, [0]))
+    return weights, shrink, new_highest, total * shrink + weights.sum(axis=1)
+
+
+def _score_product(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, after: Callable[[], None]) -> jax.Array:
+    """Raw scores of one key block; `after` runs once the product is issued."""
+
+    def product(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, refs.q_smem.at[wg], refs.k_smem.at[slot].transpose((1, 0)))
+        after()
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32))
+
+
+def _value_product(shape: _Shape, acc: jax.Array, weights: jax.Array, v_smem: Any, after: Callable[[], None]) -> jax.Array:
+    """acc + weights @ values; `after` runs once the product is issued.
+
+    The interpreter (up to 0.12) has neither an accumulator with a start value nor weights in registers.
+    """
+    if shape.interpret:
+        values = v_smem[...]
+        plgpu.commit_smem()  # an ordinary read before the copy engine overwrites
+        after()
+        return acc + jnp.dot(weights, values, preferred_element_type=jnp.float32)
+
+    def product(ref: Any) -> None:
+        plgpu.wgmma(ref, weights, v_smem)
+        after()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def _shrunk(acc: jax.Array, shrink: jax.Array) -> jax.Array:
+    return acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+
+
+def _attend_in_order(
+    shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, before: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Score product, softmax, value product, block after block; the turn is held for each product."""
+    wg = half.wg
+    first, last = _key_blocks(shape, tile)
+    clean = jnp.minimum(_clean_blocks(shape, tile, half, last), last - 1)
+
+    def one(block: jax.Array, carry: Carry, *, masked: bool, final: bool = False) -> Carry:
+        acc, highest, total = carry
+        slot = lax.rem(before + block - first, jnp.int32(shape.blocks.stages))
+        plgpu.barrier_wait(refs.k_full.at[slot])
+        _take_turn(shape, refs, wg)
+        scores = _score_product(shape, refs, wg, slot, lambda: _pass_turn(shape, refs, wg))
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        if final and shape.own_output:
+            plgpu.barrier_arrive(refs.q_free.at[wg])
+        weights, shrink, highest, total = _softmax(shape, tile, half, block, masked, scores, highest, total)
+        acc, weights = _shrunk(acc, shrink), weights.astype(shape.dtype)
+        acc, weights, highest, total = lax.optimization_barrier((acc, weights, highest, total))
+        plgpu.barrier_wait(refs.v_full.at[slot])
+        if final:
+            _clear_tail(shape, refs, wg, tile, block, slot)
+        _take_turn(shape, refs, wg)
+        acc = _value_product(shape, acc, weights, refs.v_smem.at[slot], lambda: _pass_turn(shape, refs, wg))
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        return acc, highest, total
+
+    carry = lax.fori_loop(first, clean, functools.partial(one, masked=False), _start(shape))
+    carry = lax.fori_loop(jnp.maximum(first, clean), last - 1, functools.partial(one, masked=True), carry)
+    acc, _, total = one(last - 1, carry, masked=True, final=True)
+    return acc, total
+
+
+def _attend_overlapped(
+    shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, before: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The score product of block i and the value product of block i - 1 go out together; softmax i runs meanwhile."""
+    wg = half.wg
+    first, last = _key_blocks(shape, tile)
+    clean = _clean_blocks(shape, tile, half, last)
+
+    def slot_of(block: jax.Array) -> jax.Array:
+        return lax.rem(before + block - first, jnp.int32(shape.blocks.stages))
+
+    def await_block(block: jax.Array) -> None:
+        """Keys of a block that exists, and the values before it."""
+
+        @pl.when(block < last)
+        def _() -> None:
+            plgpu.barrier_wait(refs.k_full.at[slot_of(block)])
+
+        plgpu.barrier_wait(refs.v_full.at[slot_of(block - 1)])
+
+    def opening() -> Carry:
+        acc, highest, total = _start(shape)
+        slot = slot_of(first)
+        plgpu.barrier_wait(refs.k_full.at[slot])
+        _take_turn(shape, refs, wg)
+        scores = _score_product(shape, refs, wg, slot, lambda: _pass_turn(shape, refs, wg))
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        weights, _, highest, total = _softmax(shape, tile, half, first, True, scores, highest, total)
+        await_block(first + 1)
+        return acc, highest, total, weights.astype(shape.dtype)
+
+    def one(block: jax.Array, carry: Carry, *, masked: bool) -> Carry:
+        softmax = functools.partial(_softmax, shape, tile, half, block, masked)
+        return _both_products(
+            shape, refs, wg, slot_of(block), slot_of(block - 1), carry, softmax, lambda: await_block(block + 1)
+        )
+
+    carry = opening()
+    carry = lax.fori_loop(first + 1, clean, functools.partial(one, masked=False), carry)
+    carry = lax.fori_loop(jnp.maximum(first + 1, clean), last, functools.partial(one, masked=True), carry)
+    acc, _, total, weights = carry
+    if shape.own_output:
+        plgpu.barrier_arrive(refs.q_free.at[wg])
+    slot = slot_of(last - 1)
+    _clear_tail(shape, refs, wg, tile, last - 1, slot)
+    _take_turn(shape, refs, wg)
+    acc = _value_product(shape, acc, weights, refs.v_smem.at[slot], lambda: _pass_turn(shape, refs, wg))
+    plgpu.barrier_arrive(refs.v_free.at[slot])
+    return acc, total
+
+
+def _both_products(
+    shape: _Shape,
+    refs: _Refs,
+    wg: jax.Array,
+    key_slot: jax.Array,
+    value_slot: jax.Array,
+    carry: Carry,
+    softmax: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
+    await_next: Callable[[], None],
+) -> Carry:
+    """Issue scores of the next block, then values of this one; softmax as soon as the first is there."""
+    acc, highest, total, weights = carry
+    queries, keys = refs.q_smem.at[wg], refs.k_smem.at[key_slot].transpose((1, 0))
+    if shape.interpret:
+        scores = _score_product(shape, refs, wg, key_slot, lambda: None)
+        acc = _value_product(shape, acc, weights, refs.v_smem.at[value_slot], lambda: _pass_turn(shape, refs, wg))
+        plgpu.barrier_arrive(refs.k_free.at[key_slot])
+        weights, shrink, highest, total = softmax(scores, highest, total)
+        await_next()
+        plgpu.barrier_arrive(refs.v_free.at[value_slot])
+        return _shrunk(acc, shrink), highest, total, weights.astype(shape.dtype)
+
+    def products(score_ref: Any, acc_ref: Any) -> Carry:
+        acc_ref[...] = acc
+        plgpu.wgmma(score_ref, queries, keys)
+        plgpu.wgmma(acc_ref, weights, refs.v_smem.at[value_slot])
+        _pass_turn(shape, refs, wg)
+        scores = lax.optimization_barrier(plgpu.wgmma_accumulator_load(score_ref, wait_n=1))
+        plgpu.barrier_arrive(refs.k_free.at[key_slot])
+        # Without the barrier LLVM, and without the branch in await_next ptxas, would move the wait for the value product
+        # before the softmax.
+        softened = lax.optimization_barrier(softmax(scores, highest, total))
+        new_weights, shrink, new_highest, new_total = softened
+        await_next()
+        # Narrowed only once the value product is done: registers it reads must not be defined while it runs.
+        summed, new_weights = lax.optimization_barrier((acc_ref[...], new_weights))
+        plgpu.barrier_arrive(refs.v_free.at[value_slot])
+        return _shrunk(summed, shrink), new_highest, new_total, new_weights.astype(shape.dtype)
+
+    scored = plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32)
+    return pl.run_scoped(products, scored, plgpu.ACC((ROWS, shape.H), jnp.float32))
+
+
+def _clear_tail(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile, block: jax.Array, slot: jax.Array) -> None:
+    """Zero the values past the row's last key, which may be NaN: their weight is 0, and 0 * NaN is not.
+
+    With a window, this last block may also repeat the last page before the first visible key.
+    """
+    size = shape.blocks.block_keys
+
+    @pl.when(tile.kv_len < (block + 1) * size)
+    def _() -> None:
+        for part in range(size // ROWS):
+
+            @pl.when(wg == part % COMPUTE)
+            def _(part: int = part) -> None:
+                values = refs.v_smem.at[slot, pl.ds(part * ROWS, ROWS)]
+                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, shape.H), 0, layout=plgpu.Layout.WGMMA)
+                key += block * size + part * ROWS
+                held = key < tile.kv_len
+                if shape.window is not None:
+                    held &= key >= _lowest(shape, tile)
+                found = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+                values[...] = jnp.where(held, found, jnp.zeros_like(found))
+
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.cleaned)
+        plgpu.barrier_wait(refs.cleaned)
+
+
+def _store(shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, out: jax.Array) -> None:
+    """Whole aligned tiles by one copy; others query by query."""
+    live = jnp.minimum(tile.live - half.wg * ROWS, ROWS)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's output has left shared memory
+    at_once = tile.aligned & (live == ROWS)
+
+    @pl.when(at_once)
+    def _() -> None:
+        staged = refs.out_smem.at[half.wg]
+        staged[...] = out
+        plgpu.commit_smem()
+        token = pl.multiple_of(half.token, ALIGN)
+        plgpu.copy_smem_to_gmem(staged, refs.out.at[pl.ds(token, ROWS), tile.head])
+
+    @pl.when(jnp.logical_not(at_once) & (live > 0))
+    def _() -> None:
+        staged = refs.rows_smem.at[half.wg]
+        for column in range(0, shape.H, CHUNK):
+            staged[...] = out[:, column : column + CHUNK]
+            plgpu.commit_smem()
+
+            @pl.loop(half.skip, half.skip + live)
+            def _(row: jax.Array, column: int = column) -> None:
+                target = refs.out.at[pl.ds(half.token + row, 1), tile.head, pl.ds(column, CHUNK)]
+                plgpu.copy_smem_to_gmem(staged.at[pl.ds(row, 1)], target)
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
