@@ -620,6 +620,7 @@ def _attend_overlapped(
         return acc, highest, total, weights.astype(shape.dtype)
 
     def one(block: jax.Array, carry: Carry, *, masked: bool) -> Carry:
+        _take_turn(shape, refs, wg)
         softmax = functools.partial(_softmax, shape, tile, half, block, masked)
         return _both_products(
             shape, refs, wg, slot_of(block), slot_of(block - 1), carry, softmax, lambda: await_block(block + 1)
