@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -22,6 +23,12 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 128
+
+
+def shown(value: object) -> str:
+    """A value fit for a message: long ones lose their middle, so that a path keeps its file name."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:58]}...{text[-59:]}"
 
 
 class JaxLLMError(Exception):
@@ -33,9 +40,7 @@ class RequestError(JaxLLMError, ValueError):
 
     def __init__(self, field_name: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field_name, value, allowed
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        super().__init__(f"{field_name} = {shown}: {allowed}")
+        super().__init__(f"{field_name} = {shown(value)}: {allowed}")
 
 
 class FinishReason(enum.StrEnum):
@@ -48,13 +53,11 @@ class FinishReason(enum.StrEnum):
 def _number(
     name: str, value: object, low: float, high: float, *, integer: bool = False, open_low: bool = False
 ) -> None:
-    kind = "an integer" if integer else "a number"
-    bounds = f"{kind} in {'(' if open_low else '['}{low:g}, {high:g}]"
-    good = isinstance(value, int) if integer else isinstance(value, int | float)
-    if isinstance(value, bool) or not good or not math.isfinite(value):
-        raise RequestError(name, value, f"must be {bounds}")
-    if value < low or value > high or (open_low and value == low):  # type: ignore[operator]
-        raise RequestError(name, value, f"must be {bounds}")
+    wanted = f"must be {'an integer' if integer else 'a number'} in {'(' if open_low else '['}{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, int if integer else int | float) or not math.isfinite(value):
+        raise RequestError(name, value, wanted)
+    if value < low or value > high or (open_low and value == low):
+        raise RequestError(name, value, wanted)
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:
@@ -206,6 +209,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     row: int | None = None  # place in the runner's per-row state while admitted
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it
     num_preempted: int = 0
 
     def __post_init__(self) -> None:
@@ -232,13 +236,15 @@ class Sequence:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True)
-class ScheduledRow:
+# The records made once a row and step are named tuples: a frozen dataclass takes three times as long to make.
+
+
+class ScheduledRow(NamedTuple):
     """One sequence's share of a step: compute tokens [start, start + count); sample if that reaches the end."""
 
     sequence: Sequence
     start: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple.count, which nobody wants of a row
     sample: bool
 
 
@@ -259,8 +265,7 @@ class StepPlan:
         return all(row.count == 1 for row in self.rows)
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """What the runner returns for one scheduled row with `sample`; `error` instead of a token fails the row alone."""
 
     token_id: int
@@ -268,16 +273,14 @@ class SampledToken:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What the runner returns for one ScheduledRow, in plan order."""
 
     sampled: SampledToken | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt tokens start+1 .. start+count, when asked for
 
 
-@dataclass(frozen=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):
     """One sequence's news after a step, in the order of the stream."""
 
     sequence: Sequence

@@ -2,4 +2,21 @@
 
 import os
 
+import pytest
+from helpers import vocabularies
+
+from jaxllm.tokenizer import Tokenizer
+
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+
+
+@pytest.fixture(scope="session")
+def vocabulary_directories(tmp_path_factory):
+    """Kind of tokenizer -> a model directory that holds one."""
+    root = tmp_path_factory.mktemp("vocabularies")
+    return {name: make(root / name) for name, make in vocabularies.KINDS.items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_kind(vocabulary_directories):
+    return {name: Tokenizer.from_directory(path) for name, path in vocabulary_directories.items()}

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.kernel_backends import jitted, pairs
 
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.page_write.specs import PAGE_WRITE_SPECS
-from tests.pallas_kernels.backends import jitted, pairs
 
 
 @pytest.mark.parametrize(("name", "spec"), pairs("page_write", PAGE_WRITE_SPECS))

@@ -1,0 +1,48 @@
+# make demo: set up and run the main job.  make test: set up and pass the tests.  Everything else: make help.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+# Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+.PHONY: help demo test check test-gpu bench gate lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/.runtime: pyproject.toml requirements.lock tools/setup.sh
+	@tools/setup.sh
+	@touch $@
+
+.venv/.dev: pyproject.toml requirements.lock tools/setup.sh
+	@tools/setup.sh dev
+	@touch $@ .venv/.runtime
+
+demo: .venv/.runtime ## a code completion, a chat answer and a JSON extraction from the bundled model
+	@$(BIN)/jaxllm demo
+
+test: .venv/.dev ## the whole suite on this machine's CPU
+	@$(PYTEST) -n 2 --dist loadscope
+
+check: .venv/.dev ## format, lint, types, import contracts, sizes
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports
+	@$(PYTEST) tests/test_architecture.py
+
+test-gpu: ## kernels and engine on the GPU of this machine
+	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider
+
+bench: ## decode, prefill and throughput of LLM on this machine's GPU
+	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/llm.py
+
+gate: ## compile every GPU kernel for sm_90a without a GPU; fails on spills (needs the CUDA wheels)
+	@PYTHONPATH=. $(GPU_PYTHON) tools/gate.py
+
+lock: .venv/.dev ## rewrite requirements.lock from .venv
+	@tools/lock.sh
+
+clean: ## remove what make created
+	@rm -rf .venv .jax_cache build dist

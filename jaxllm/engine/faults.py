@@ -1,0 +1,82 @@
+"""Fault points: make a chosen step of a runner fail in a chosen way, so that tests can see the engine survive it.
+
+In: a text such as `step:37:nan_row=2`, several joined by commas, and a runner. Out: a runner that does the same except
+at those steps (counted from 1). Knows nothing of schedulers, processes or HTTP. Kinds:
+  nan_row=R   row R of the step reports non-finite logits        host_row=R  sampling row R fails on the host
+  raise=N     the step and the N-1 after it raise                hang=S      the step sleeps S seconds
+  exit=C      the process ends at once with code C
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from jaxllm.config import ConfigError
+from jaxllm.core import RowResult, SampledToken, StepPlan
+
+NUMERICAL = "numerical_error: the model's logits for this sequence are not finite"
+HOST = "internal_error: choosing this sequence's token failed"
+KINDS = ("nan_row", "host_row", "raise", "hang", "exit")
+
+
+class StepRunner(Protocol):
+    def run(self, plan: StepPlan) -> list[RowResult]: ...
+
+
+class InjectedFault(RuntimeError):
+    """Raised by a fault point."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    step: int
+    kind: str
+    value: float
+
+
+def parse_faults(text: str) -> tuple[Fault, ...]:
+    """ConfigError when a fault is not `step:N:kind=value`."""
+    return tuple(_parse(part.strip()) for part in text.split(",") if part.strip())
+
+
+def _parse(text: str) -> Fault:
+    try:
+        where, step, what = text.split(":")
+        kind, value = what.split("=")
+        fault = Fault(int(step), kind, float(value))
+    except ValueError:
+        fault = None
+    if fault is None or where != "step" or kind not in KINDS or fault.step < 1:
+        raise ConfigError(f"fault = {text!r}: must be step:N:kind=value with a kind of {', '.join(KINDS)}")
+    return fault
+
+
+@dataclass
+class FaultyRunner:
+    """A runner with faults; satisfies StepRunner."""
+
+    inner: StepRunner
+    faults: tuple[Fault, ...]
+    step: int = field(default=0, init=False)
+
+    def run(self, plan: StepPlan) -> list[RowResult]:
+        self.step += 1
+        due = [fault for fault in self.faults if fault.step == self.step]
+        for fault in self.faults:
+            if fault.kind == "raise" and fault.step <= self.step < fault.step + fault.value:
+                raise InjectedFault(f"fault point: step {self.step}")
+        for fault in due:
+            if fault.kind == "hang":
+                time.sleep(fault.value)
+            if fault.kind == "exit":
+                os._exit(int(fault.value))
+        results = self.inner.run(plan)
+        for fault in due:
+            if fault.kind in ("nan_row", "host_row") and fault.value < len(results):
+                row = int(fault.value)
+                error = NUMERICAL if fault.kind == "nan_row" else HOST
+                results[row] = replace(results[row], sampled=SampledToken(token_id=-1, error=error))
+        return results

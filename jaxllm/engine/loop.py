@@ -1,0 +1,304 @@
+"""The engine's thread: takes commands, steps while there is work, gives events. One loop body, one owner of the engine.
+
+In: commands from `receive` (a queue or a socket). Out: events through `send`. It decides queue timeouts, turns a failed
+step into one error for each request in flight, and says through `Progress` whether it moves. Knows nothing of sockets,
+processes, text or HTTP.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllm.core import FinishReason, RequestError, Sequence, TokenOutput
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
+
+log = logging.getLogger(__name__)
+
+Receive = Callable[[float], list[Command]]  # waits at most so many seconds for the first command
+Send = Callable[[Event], None]
+Operation = Callable[["EngineLoop", dict[str, Any]], Any]
+
+IDLE_WAIT_S = 0.5
+SWEEP_S = 0.05  # how often queue timeouts are looked at
+SICK_AFTER = 3  # steps with numerical errors in a row
+STEP_FAILED = "engine_error: a step of the engine failed; this request was ended by it"
+
+
+class EngineBroken(RuntimeError):
+    """The engine's state cannot be trusted any more; the process must end and start again."""
+
+
+@dataclass
+class Progress:
+    """What a watchdog and the heartbeat read from other threads: single values, written whole."""
+
+    turn_began_s: float | None = None  # None between turns
+    paused: bool = False
+    sick: bool = False
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def stalled_s(self) -> float:
+        began = self.turn_began_s
+        return 0.0 if began is None else time.monotonic() - began
+
+    def beat(self) -> Beat:
+        return Beat(self.stalled_s(), self.paused, self.sick, self.stats)
+
+
+@dataclass
+class _Flight:
+    sequences: list[Sequence]
+    queue_deadline_s: float | None
+
+
+@dataclass
+class EngineLoop:
+    engine: Engine
+    receive: Receive
+    send: Send
+    operations: dict[str, Operation] = field(default_factory=lambda: dict(OPERATIONS))
+    progress: Progress = field(default_factory=Progress)
+    stopped: bool = False
+    step_failures: int = 0
+    _flights: dict[str, _Flight] = field(default_factory=dict)
+    _failed_in_a_row: int = 0
+    _sick_steps: int = 0
+    _next_sweep_s: float = 0.0
+
+    def run(self, facts: dict[str, Any] | None = None) -> None:
+        """Until a Stop command. Raises EngineBroken when the engine cannot go on."""
+        self._measure()
+        self.send(self.ready(facts or {}))
+        while not self.stopped:
+            for command in self.receive(0.0 if self._can_step else self._patience()):
+                self._handle(command)
+            self.progress.turn_began_s = time.monotonic()
+            self._turn()
+            self.progress.turn_began_s = None
+
+    def ready(self, facts: dict[str, Any]) -> Ready:
+        limits, pool = self.engine.scheduler.config, self.engine.scheduler.pool
+        return Ready(limits.max_model_len, limits.max_num_seqs, pool.num_pages * pool.page_size, facts)
+
+    @property
+    def _can_step(self) -> bool:
+        return self.engine.has_work and not self.progress.paused
+
+    def _patience(self) -> float:
+        return SWEEP_S if self._flights else IDLE_WAIT_S
+
+    def _turn(self) -> None:
+        if time.monotonic() >= self._next_sweep_s:
+            self._sweep()
+        if self._can_step:
+            self._step()
+        self._measure()
+
+    # ---- commands ----
+
+    def _handle(self, command: Command) -> None:
+        match command:
+            case Add():
+                self._add(command)
+            case Abort():
+                self._abort(command)
+            case Control():
+                self._control(command)
+            case Stop():
+                self.stopped = True
+
+    def _add(self, command: Add) -> None:
+        request = command.request
+        try:
+            sequences = self.engine.add(request)
+        except RequestError as error:
+            self.engine.abort(request.id)
+            self.send(Step([News(request.id, 0, None, "error", error=f"invalid_request: {error}")]))
+            return
+        deadline = None if command.queue_timeout_s is None else request.arrival_s + command.queue_timeout_s
+        self._flights[request.id] = _Flight(sequences, deadline)
+
+    def _abort(self, command: Abort) -> None:
+        flight = self._flights.get(command.request_id)
+        if flight is None:
+            return  # crossed in flight with its end
+        for sequence in reversed(flight.sequences):
+            if command.index is None or sequence.index == command.index:
+                self.engine.scheduler.finish(sequence, FinishReason.ABORT)
+        self._forget_if_done(command.request_id)
+
+    def _control(self, command: Control) -> None:
+        operation = self.operations.get(command.operation)
+        if operation is None:
+            self.send(Reply(command.id, error=f"not_supported: the engine has no operation {command.operation!r}"))
+            return
+        try:
+            self.send(Reply(command.id, operation(self, command.arguments)))
+        except Exception as error:  # one operation's failure must not end the streams
+            log.exception("operation %s failed", command.operation)
+            self.send(Reply(command.id, error=f"internal_error: {type(error).__name__}"))
+
+    # ---- steps ----
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.step()
+        except Exception:
+            self._recover()
+            return
+        self._failed_in_a_row = 0
+        self._watch_numbers(outputs)
+        if outputs:
+            self.send(Step([_news(output) for output in outputs]))
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._forget_if_done(output.sequence.request.id)
+
+    def _recover(self) -> None:
+        """A step raised: every request in flight ends with one error each; what the host knows must balance after."""
+        log.exception("a step failed; %d requests end with an error", len(self._flights))
+        self.step_failures += 1
+        self._failed_in_a_row += 1
+        news = []
+        for request_id, flight in self._flights.items():
+            for sequence in reversed(flight.sequences):
+                if not sequence.finished:
+                    self.engine.scheduler.finish(sequence, FinishReason.ERROR)
+                    news.append(News(request_id, sequence.index, None, "error", error=STEP_FAILED))
+        self._flights.clear()
+        self.send(Step(news))
+        reset_prefix_cache(self, {})
+        try:
+            self.engine.check()
+        except AssertionError as error:
+            raise EngineBroken(f"the books do not balance after a failed step: {error}") from error
+        if self._failed_in_a_row >= 2:
+            raise EngineBroken("two steps in a row failed")
+
+    def _watch_numbers(self, outputs: list[TokenOutput]) -> None:
+        bad = any(output.error is not None and output.error.startswith("numerical_error") for output in outputs)
+        good = any(output.token_id is not None for output in outputs)
+        if bad:
+            self._sick_steps += 1
+        elif good:
+            self._sick_steps = 0
+        self.progress.sick = self._sick_steps >= SICK_AFTER
+
+    def _sweep(self) -> None:
+        """Ends requests that waited too long for the batch; decided here once, by this clock."""
+        now = time.monotonic()
+        self._next_sweep_s = now + SWEEP_S
+        late = [
+            request_id
+            for request_id, flight in self._flights.items()
+            if flight.queue_deadline_s is not None and now > flight.queue_deadline_s and _never_ran(flight)
+        ]
+        for request_id in late:
+            self._abort(Abort(request_id))
+            self.send(Step([News(request_id, 0, None, "error", error="queue_timeout: waited too long in the queue")]))
+
+    def _forget_if_done(self, request_id: str) -> None:
+        flight = self._flights.get(request_id)
+        if flight is not None and all(sequence.finished for sequence in flight.sequences):
+            del self._flights[request_id]
+
+    def _measure(self) -> None:
+        stats = self.engine.scheduler.metrics.as_dict()
+        pool = self.engine.scheduler.pool
+        stats |= {
+            "running": self.engine.scheduler.num_running,
+            "waiting": self.engine.scheduler.num_waiting,
+            "free_pages": pool.num_free,
+            "cached_pages": pool.num_cached,
+            "held_pages": pool.num_held,
+            "total_pages": pool.num_pages,
+            "step_failures": self.step_failures,
+        }
+        self.progress.stats = stats
+
+
+def _never_ran(flight: _Flight) -> bool:
+    """Admission gives a row at once, and a preempted sequence has been admitted before."""
+    return all(s.row is None and not s.num_preempted and not s.num_output for s in flight.sequences)
+
+
+def _news(output: TokenOutput) -> News:
+    sequence = output.sequence
+    return News(
+        sequence.request.id,
+        sequence.index,
+        output.token_id,
+        output.finish_reason,
+        sequence.stop_reason if output.finish_reason is not None else None,
+        sequence.num_cached,
+        output.error,
+        output.logprobs,
+        output.prompt_logprobs,
+    )
+
+
+# ---- operations ----
+
+
+def pause(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, Any]:
+    loop.progress.paused = True
+    return {"paused": True}
+
+
+def resume(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, Any]:
+    loop.progress.paused = False
+    return {"paused": False}
+
+
+def reset_prefix_cache(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Forgets every cached page that no running sequence holds."""
+    scheduler = loop.engine.scheduler
+    count = scheduler.pool.num_cached
+    if count:
+        scheduler.cache.evict(count)
+    return {"evicted_pages": count}
+
+
+def check(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, float]:
+    """The books balance; what they say now."""
+    loop.engine.check()
+    loop._measure()
+    return loop.progress.stats
+
+
+OPERATIONS: dict[str, Operation] = {
+    "pause": pause,
+    "resume": resume,
+    "reset_prefix_cache": reset_prefix_cache,
+    "check": check,
+}
+
+
+# ---- beside the loop ----
+
+
+def watch(
+    progress: Progress, send: Send, give_up: Callable[[], None], *, stall_s: float, beat_s: float = 0.5
+) -> threading.Thread:
+    """A thread that sends a Beat every `beat_s`; when one turn lasts `stall_s` it dumps all stacks and gives up."""
+
+    def body() -> None:
+        while True:
+            time.sleep(beat_s)
+            send(progress.beat())
+            if progress.stalled_s() > stall_s:
+                log.error("the engine has not finished a step for %.1f s", progress.stalled_s())
+                faulthandler.dump_traceback(all_threads=True)
+                give_up()
+                return
+
+    thread = threading.Thread(target=body, name="engine-watch", daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,73 @@
+"""How many KV pages fit: bytes of weights, workspace and pages against the device's limit, before pages exist.
+
+In: the config, the cache geometry, the bytes the weights hold. Out: a MemoryPlan that prints its own sum. Knows nothing
+of sequences. The workspace is an upper estimate from shapes (activations of the largest step and the sampler's logits).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxllm.config import EngineConfig
+from jaxllm.core import JaxLLMError
+from jaxllm.graph.kv_cache import Device, KVCacheSpec
+from jaxllm.graph.models.config import ModelConfig
+
+GIB = 2**30
+
+
+class DoesNotFitError(JaxLLMError):
+    """The model and the least useful cache exceed the device; the message holds the sum and the setting to change."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    limit_bytes: int | None  # None: the platform names no limit (CPU)
+    weights_bytes: int
+    workspace_bytes: int
+    page_bytes: int
+    num_pages: int
+    page_size: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+    def __str__(self) -> str:
+        rows = [("weights", self.weights_bytes), ("workspace", self.workspace_bytes), ("KV pages", self.cache_bytes)]
+        lines = [f"  {name:10s} {size / GIB:8.2f} GiB" for name, size in rows]
+        limit = "no limit named" if self.limit_bytes is None else f"{self.limit_bytes / GIB:.2f} GiB usable"
+        tokens = self.num_pages * self.page_size
+        return "\n".join([f"memory ({limit}):", *lines, f"  {self.num_pages} pages = {tokens:,} tokens"])
+
+
+def workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Activations of the widest layer at the token budget, and the sampler's f32 logits with its temporaries."""
+    itemsize = np.dtype(np.float32).itemsize
+    widest = 4 * model.d_model + 2 * model.d_ff + 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    activations = config.scheduler.token_budget * widest * itemsize
+    logits = 8 * config.scheduler.max_num_seqs * model.vocab_size * itemsize
+    return activations + logits
+
+
+def plan_memory(
+    config: EngineConfig, model: ModelConfig, spec: KVCacheSpec, weights_bytes: int, device: Device
+) -> MemoryPlan:
+    """`spec.num_pages` is ignored: it is what this decides, unless config.cache.num_pages pins it."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    limit = int(stats["bytes_limit"] * config.cache.memory_fraction) if stats else None
+    width = -(-config.model.max_model_len // spec.page_size)
+    useful = config.scheduler.max_num_seqs * width  # more can never be held at one time
+    workspace = workspace_bytes(config, model)
+    room = config.cache.cpu_cache_bytes if limit is None else limit - weights_bytes - workspace
+    pages = config.cache.num_pages or min(useful, room // spec.bytes_per_page)
+    plan = MemoryPlan(limit, weights_bytes, workspace, spec.bytes_per_page, pages, spec.page_size)
+    if pages < 1 or (limit is not None and plan.cache_bytes > room):
+        raise DoesNotFitError(
+            f"{plan}\nthe cache needs {max(pages, 1) * spec.bytes_per_page / GIB:.2f} GiB and {room / GIB:.2f} GiB "
+            "is left: lower cache.num_pages, scheduler.max_num_seqs or scheduler.token_budget, "
+            "or raise cache.memory_fraction"
+        )
+    return plan

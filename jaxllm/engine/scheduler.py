@@ -1,0 +1,414 @@
+"""Decides what every step computes, and is the one place where a sequence's state advances.
+
+In: sequences (`add`), step results (`commit`), endings (`abort`, `finish`). Out: StepPlans and TokenOutputs. Knows
+nothing of models, devices, text or clocks.
+
+There are no phases. A sequence has tokens computed and tokens wanted; a step spends a token budget moving the first
+toward the second, and where they meet one more token is sampled. Rules:
+  order      running sequences that need one token (decodes) come first, then longer ones (prefills) by policy, then
+             waiting ones by policy; the first waiting one that does not fit blocks those behind it.
+  pages      a sequence gets the pages of all its tokens when admitted, so only decodes ask for more. Admission leaves
+             one spare page for every running sequence that can still grow: what is admitted is not preempted before
+             every running sequence has got another page.
+  preemption when a decode finds no page, the last running sequence by policy gives up its pages and waits again. Its
+             tokens stay, and recomputing them emits nothing. The first by policy is never preempted for another, so
+             something always finishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from jaxllm.core import (
+    FinishReason,
+    Request,
+    RequestError,
+    RowResult,
+    ScheduledRow,
+    Sequence,
+    StepPlan,
+    TokenLogprobs,
+    TokenOutput,
+)
+from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.cache.prefix import PrefixIndex
+from jaxllm.engine.metrics import Metrics
+from jaxllm.engine.policy import Key, Policy, SequenceQueue, fcfs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a step and a sequence may use at most."""
+
+    token_budget: int  # most tokens computed in a step
+    max_num_seqs: int  # rows: most sequences running at once
+    page_size: int
+    max_model_len: int  # most tokens in a sequence, prompt and output together
+    max_prefill_chunk: int | None = None  # most tokens of one sequence in a step
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "max_num_seqs", "page_size", "max_model_len", "max_prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be >= 1")
+        if self.token_budget < self.max_num_seqs:
+            raise ValueError(
+                f"token_budget = {self.token_budget}: must be >= max_num_seqs ({self.max_num_seqs}), "
+                "so that every running sequence can decode in every step"
+            )
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """What the scheduler works out about a sequence once, and remembers of it between steps."""
+
+    key: Key
+    min_len: int  # an ending token counts only beyond this many tokens
+    max_len: int  # the sequence ends when it has this many
+    endings: frozenset[int]  # eos and stop token ids
+    admitted: bool = False
+    num_prompt_logprobs: int = 0  # prompt tokens whose log-probabilities have been emitted
+
+
+class Scheduler:
+    def __init__(
+        self,
+        config: Limits,
+        pool: PagePool,
+        cache: PrefixIndex,
+        policy: Policy = fcfs,
+        metrics: Metrics | None = None,
+    ) -> None:
+        if config.page_size != pool.page_size:
+            raise ValueError(f"page_size = {config.page_size}: the page pool has pages of {pool.page_size} tokens")
+        self.config, self.pool, self.cache = config, pool, cache
+        self.metrics = metrics or Metrics()
+        self._policy = policy
+        self._max_chunk = config.max_prefill_chunk or config.token_budget
+        self._num_added = 0
+        self._entries: dict[Sequence, _Entry] = {}  # every unfinished sequence
+        self._requests: dict[str, list[Sequence]] = {}
+        self._running, self._waiting = SequenceQueue(), SequenceQueue()
+        self._held: dict[str, list[Sequence]] = {}  # siblings waiting for the first of them to compute the prompt
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._failed: list[TokenOutput] = []  # news that no row of the current plan will carry
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._entries or self._failed)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._entries) - len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a new sequence in line. Raises RequestError when it could never run."""
+        request, live = sequence.request, self._requests.get(sequence.request.id, [])
+        if any(other.index == sequence.index for other in live):
+            raise RequestError("id", request.id, f"already in use by a running request (index {sequence.index})")
+        self._check_fits(request)
+        first_ending = sequence.num_prompt + request.params.min_tokens
+        max_len = min(self.config.max_model_len, self._capacity + 1)  # the last token's page is never needed
+        if request.params.max_tokens is not None:
+            max_len = min(max_len, sequence.num_prompt + request.params.max_tokens)
+        endings = frozenset(request.params.stop_token_ids)
+        if not request.params.ignore_eos:
+            endings |= frozenset(request.eos_token_ids)
+        key = self._policy(sequence, self._num_added)
+        self._num_added += 1
+        self._entries[sequence] = _Entry(key, first_ending, max_len, endings)
+        if live and self._worth_holding(live[0]):
+            self._held.setdefault(request.id, []).append(sequence)
+        else:
+            self._waiting.push(key, sequence)
+        self._requests.setdefault(request.id, live).append(sequence)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Ends every unfinished sequence of a request, wherever it is; returns them. Unknown ids end nothing."""
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in sequences:
+            self.finish(sequence, FinishReason.ABORT)
+        return sequences
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends a sequence and returns all it has. Does nothing when it has ended already."""
+        entry = self._entries.pop(sequence, None)
+        if entry is None:
+            return
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if reason is FinishReason.ERROR:
+            self.cache.discard(sequence)
+        held = self._held.get(sequence.request.id, [])
+        if sequence.row is not None:
+            self._running.remove(entry.key)
+            self._vacate(sequence)
+        elif sequence in held:
+            held.remove(sequence)
+        else:
+            self._waiting.remove(entry.key)
+        self.cache.release(sequence)
+        self.metrics.finished[reason] += 1
+        live = self._requests[sequence.request.id]
+        live.remove(sequence)
+        if not live:
+            del self._requests[sequence.request.id]
+        if held and len(held) == len(live):  # nobody is left to compute the prompt for them
+            first = held.pop(0)
+            self._waiting.push(self._entries[first].key, first)
+        if not held:
+            self._held.pop(sequence.request.id, None)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute."""
+        rows: list[ScheduledRow] = []
+        preempted: list[Sequence] = []
+        prefills = self._schedule_decodes(rows, preempted)
+        budget = self.config.token_budget - len(rows)
+        for sequence in prefills:
+            if budget:
+                budget -= self._schedule_chunk(rows, sequence, budget)
+        # Pages are short after a preemption, and a row given up is not taken again within one plan.
+        admitted = [] if preempted else self._admit(rows, budget)
+        if not rows:
+            return None
+        return StepPlan(tuple(rows), tuple(admitted), tuple(preempted))
+
+    def commit(self, plan: StepPlan | None, results: list[RowResult]) -> list[TokenOutput]:
+        """Applies a step's results, in plan order. Rows whose sequence has ended meanwhile are ignored."""
+        outputs, self._failed = self._failed, []
+        rows = plan.rows if plan is not None else ()
+        if len(rows) != len(results):
+            raise ValueError(f"{len(results)} results for {len(rows)} scheduled rows")
+        metrics, page_size = self.metrics, self.config.page_size
+        for row, result in zip(rows, results):
+            sequence = row.sequence
+            entry = self._entries.get(sequence)
+            if entry is None:
+                continue
+            sampled = result.sampled
+            if sampled is not None and sampled.error is not None:
+                self.finish(sequence, FinishReason.ERROR)
+                outputs.append(TokenOutput(sequence, None, finish_reason=FinishReason.ERROR, error=sampled.error))
+                continue
+            sequence.num_computed = row.start + row.count
+            if sequence.num_computed % page_size < row.count:
+                self.cache.insert(sequence)
+            prompt_logprobs = self._new_prompt_logprobs(row, entry, result) if result.prompt_logprobs else ()
+            if row.sample:
+                if sampled is None:
+                    raise ValueError(f"no sampled token for sequence {sequence.id}, which has computed all its tokens")
+                sequence.tokens.append(sampled.token_id)
+                metrics.generated_tokens += 1
+                if self._held:
+                    self._release_siblings(sequence.request.id)
+                reason = self._ending(sequence, entry, sampled.token_id)
+                outputs.append(TokenOutput(sequence, sampled.token_id, sampled.logprobs, prompt_logprobs, reason))
+            elif prompt_logprobs:
+                outputs.append(TokenOutput(sequence, None, prompt_logprobs=prompt_logprobs))
+        if plan is not None:
+            metrics.steps += 1
+            metrics.scheduled_tokens += plan.num_tokens
+        self._measure()
+        return outputs
+
+    def check(self, others: Collection[int] = ()) -> None:
+        """Raises AssertionError when the books do not balance. `others`: pages that somebody else holds, once each."""
+        self.pool.check()
+        self.cache.check()
+        self._running.check()
+        self._waiting.check()
+        holders: dict[int, int] = dict.fromkeys(others, 1)
+        rows = list(self._free_rows)
+        for sequence in self._running:
+            assert sequence.row is not None
+            rows.append(sequence.row)
+            assert len(set(sequence.pages)) == len(sequence.pages), f"{sequence.id} holds a page twice"
+            for page in sequence.pages:
+                holders[page] = holders.get(page, 0) + 1
+            assert 0 <= sequence.num_computed < len(sequence.tokens) < self._entries[sequence].max_len
+            assert sequence.num_computed <= len(sequence.pages) * self.config.page_size, "computed tokens lack a page"
+        held = [sequence for siblings in self._held.values() for sequence in siblings]
+        for sequence in [*self._waiting, *held]:
+            idle = sequence.row is None and not sequence.pages and sequence.num_computed == 0
+            assert idle, f"{sequence.id} waits and holds something"
+        assert sorted(rows) == list(range(self.config.max_num_seqs)), "rows are lost or used twice"
+        assert len(holders) == self.pool.num_held, f"{self.pool.num_held - len(holders)} pages leaked"
+        for page, count in holders.items():
+            assert self.pool.holders(page) == count, f"page {page}: {count} users, {self.pool.holders(page)} holders"
+        known = {*self._running, *self._waiting, *held}
+        assert known == set(self._entries)
+        assert len(known) == len(self._running) + len(self._waiting) + len(held), "a sequence is in two places"
+        assert known == {sequence for live in self._requests.values() for sequence in live}
+        assert not any(sequence.finished for sequence in known)
+        assert all(len(siblings) < len(self._requests[key]) for key, siblings in self._held.items()), "all are held"
+
+    # What a step computes.
+
+    def _schedule_decodes(self, rows: list[ScheduledRow], preempted: list[Sequence]) -> list[Sequence]:
+        """Schedules every running sequence that lacks one token, by policy; returns those that lack more.
+
+        Preemption takes the last of them, which is never one that was looked at before.
+        """
+        page_size, running, prefills = self.config.page_size, self._running, []
+        place = 0
+        while place < len(running):
+            sequence = running[place]
+            place += 1
+            length, start = len(sequence.tokens), sequence.num_computed
+            if length - start > 1:
+                prefills.append(sequence)
+            elif length <= len(sequence.pages) * page_size or self._grow(sequence, preempted):
+                rows.append(ScheduledRow(sequence, start, 1, True))
+        return prefills
+
+    def _schedule_chunk(self, rows: list[ScheduledRow], sequence: Sequence, budget: int) -> int:
+        length, start = len(sequence.tokens), sequence.num_computed
+        count = min(length - start, budget, self._max_chunk)
+        rows.append(ScheduledRow(sequence, start, count, start + count == length))
+        return count
+
+    def _admit(self, rows: list[ScheduledRow], budget: int) -> list[Sequence]:
+        admitted: list[Sequence] = []
+        if not (budget and self._waiting and self._free_rows):
+            return admitted
+        spare = sum(map(self._can_grow, self._running))
+        while budget and self._waiting and self._free_rows:
+            sequence = self._waiting[0]
+            entry = self._entries[sequence]
+            pages = self._match(sequence, entry)
+            wanted = self.pool.pages_for(len(sequence.tokens))
+            grows = wanted * self.config.page_size < entry.max_len - 1
+            left = self.pool.num_free + self.pool.num_cached - self.pool.num_unheld(pages) - (wanted - len(pages))
+            if left < (spare + grows if self._running else 0):
+                if self._running:
+                    break
+                self._fail(sequence, f"its {len(sequence.tokens)} tokens need {wanted} pages, {left + wanted} are left")
+                continue
+            self._waiting.remove(entry.key)
+            self._running.push(entry.key, sequence)
+            self.cache.acquire(sequence, pages)
+            sequence.pages = pages + self._take(wanted - len(pages))
+            sequence.num_computed = len(pages) * self.config.page_size
+            sequence.row = self._free_rows.pop()
+            if not entry.admitted:
+                entry.admitted = True
+                sequence.num_cached = sequence.num_computed
+                self.metrics.prompt_tokens += sequence.num_prompt
+            spare += grows
+            budget -= self._schedule_chunk(rows, sequence, budget)
+            admitted.append(sequence)
+        return admitted
+
+    def _match(self, sequence: Sequence, entry: _Entry) -> list[int]:
+        # Log-probabilities of prompt tokens come from computing them: what is cached has none.
+        wants = sequence.request.params.prompt_logprobs is not None and sequence.index == 0
+        if wants and entry.num_prompt_logprobs < sequence.num_prompt - 1:
+            return []
+        return self.cache.match(sequence)
+
+    # Pages and rows.
+
+    @property
+    def _capacity(self) -> int:
+        return self.pool.num_pages * self.config.page_size
+
+    def _check_fits(self, request: Request) -> None:
+        length, room = len(request.prompt_token_ids), self.config.max_model_len - 1
+        if not 1 <= length <= room:
+            raise RequestError(
+                "prompt_token_ids", f"{length} tokens", f"must have 1 to {room} (the context is {room + 1} tokens)"
+            )
+        if length + 1 > self._capacity:
+            allowed = f"must have at most {self._capacity - 1}: the cache has {self.pool.num_pages} pages of "
+            raise RequestError("prompt_token_ids", f"{length} tokens", f"{allowed}{self.config.page_size} tokens")
+
+    def _can_grow(self, sequence: Sequence) -> bool:
+        return len(sequence.pages) * self.config.page_size < self._entries[sequence].max_len - 1
+
+    def _take(self, count: int) -> list[int]:
+        """`count` pages, evicting what is only cached as needed; the caller knows that there are as many."""
+        if count > self.pool.num_free:
+            self.cache.evict(count - self.pool.num_free)
+        return self.pool.allocate(count)
+
+    def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """One more page for a running sequence, at the cost of the last by policy; False when it was the cost."""
+        while not (self.pool.num_free or self.pool.num_cached):
+            victim = self._running[-1]
+            if victim is sequence and len(self._running) == 1:
+                self._fail(sequence, f"no page is left for token {len(sequence.tokens)}")
+                return False
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += self._take(1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        key = self._entries[sequence].key
+        self._running.remove(key)
+        self._vacate(sequence)
+        sequence.num_computed = 0
+        sequence.num_preempted += 1
+        self._waiting.push(key, sequence)
+        self.metrics.preemptions += 1
+
+    def _vacate(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self._free_rows.append(sequence.row)
+        self.pool.free(reversed(sequence.pages))  # the last page first: a prefix outlives its continuations
+        sequence.row, sequence.pages = None, []
+
+    def _fail(self, sequence: Sequence, why: str) -> None:
+        """Ends a sequence that runs alone and still lacks pages: somebody outside the scheduler holds them."""
+        why = f"KV pages exhausted: {why} ({self.pool.num_held} of {self.pool.num_pages} held)"
+        self.finish(sequence, FinishReason.ERROR)
+        self._failed.append(TokenOutput(sequence, None, finish_reason=FinishReason.ERROR, error=why))
+
+    # Siblings (n > 1).
+
+    def _worth_holding(self, first: Sequence) -> bool:
+        """Whether a new sibling should wait for the prompt's pages instead of computing them again."""
+        shareable = first.num_prompt > self.config.page_size  # a match leaves one token to compute
+        return self.cache.enabled and shareable and first.num_output == 0
+
+    def _release_siblings(self, request_id: str) -> None:
+        for sequence in self._held.pop(request_id, ()):
+            self._waiting.push(self._entries[sequence].key, sequence)
+
+    # What a result means.
+
+    def _ending(self, sequence: Sequence, entry: _Entry, token: int) -> FinishReason | None:
+        """Ends the sequence if its newest token does; returns why."""
+        length = len(sequence.tokens)
+        if token in entry.endings and length > entry.min_len:
+            request = sequence.request
+            is_eos = token in request.eos_token_ids and not request.params.ignore_eos
+            self.finish(sequence, FinishReason.STOP, None if is_eos else token)
+        elif length >= entry.max_len:
+            self.finish(sequence, FinishReason.LENGTH)
+        return sequence.finish_reason
+
+    def _new_prompt_logprobs(self, row: ScheduledRow, entry: _Entry, result: RowResult) -> tuple[TokenLogprobs, ...]:
+        """The part that was not emitted before a preemption. The first sibling speaks for all: the prompt is one."""
+        if row.sequence.index != 0:
+            return ()
+        end = row.start + len(result.prompt_logprobs)
+        new = result.prompt_logprobs[max(0, entry.num_prompt_logprobs - row.start) :]
+        entry.num_prompt_logprobs = max(entry.num_prompt_logprobs, end)
+        return new
+
+    def _measure(self) -> None:
+        metrics, stats = self.metrics, self.cache.stats
+        metrics.prefix_hit_tokens = stats.hit_tokens
+        metrics.prefix_query_tokens = stats.hit_tokens + stats.miss_tokens
+        metrics.evicted_pages = stats.evicted_pages
+        metrics.running, metrics.waiting = self.num_running, self.num_waiting
+        metrics.free_pages, metrics.cached_pages = self.pool.num_free, self.pool.num_cached
+        metrics.held_pages = self.pool.num_held

@@ -1,0 +1,171 @@
+"""Ahead-of-time compilation of every step executable, the persistent compile cache, and a count of compilations.
+
+In: a Graph, the parameters' and state's shapes, and the bucket ladder. Out: Executables, a table from static shapes to
+compiled functions. Knows nothing of sequences. A compiled function refuses other shapes, so a missing bucket is an
+error, never a silent compile.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.core import MAX_LOGIT_BIAS
+from jaxllm.graph import sampling, steps
+from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
+from jaxllm.graph.steps import Graph, SampleMode
+
+log = logging.getLogger(__name__)
+COUNTS_CHUNK = 512  # tokens a set_counts call takes
+Key = tuple[Any, ...]  # what an executable is, then its static shapes
+Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
+Progress = Callable[[int, int], None]  # executables done, executables in all
+
+
+class CompileCounter:
+    """Counts backend compilations and cache loads in this process through jax.monitoring."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.compiles = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.compiles += event == self.EVENT
+
+
+@functools.cache
+def compile_counter() -> CompileCounter:
+    """One per process: jax.monitoring listeners cannot be taken back."""
+    return CompileCounter()
+
+
+def use_cache(directory: Path) -> None:
+    """Keep compiled executables in `directory` across processes; entries of any compile time are worth it here."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The padded static shapes of a serving process."""
+
+    decode_rows: tuple[int, ...]  # ascending; the last is max_num_seqs
+    mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
+    width: int  # pages a row
+
+    def decode(self, rows: int) -> StepShape:
+        bucket = next(b for b in self.decode_rows if b >= rows)
+        return StepShape(bucket, bucket, self.width, decode=True)
+
+    def mixed(self, tokens: int) -> StepShape:
+        bucket = next(t for t in self.mixed_tokens if t >= tokens)
+        return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
+
+    def shapes(self) -> list[StepShape]:
+        return [self.decode(b) for b in self.decode_rows] + [self.mixed(t) for t in self.mixed_tokens]
+
+
+@dataclass
+class Executables:
+    """Compiled step functions by what they are and their bucket, and how long each took."""
+
+    table: dict[Key, jax.stages.Compiled] = field(default_factory=dict)
+    seconds: dict[Key, float] = field(default_factory=dict)
+    traces: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def forward(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["forward", shape]
+
+    def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
+        return self.table["sample", rows, mode]
+
+    def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
+        return self.table["prompt_logprobs", tokens]
+
+    @property
+    def set_counts(self) -> jax.stages.Compiled:
+        return self.table["set_counts",]
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
+    """Everything the request path runs."""
+    params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
+    sharding = counts.sharding
+    vocab = graph.config.vocab_size
+
+    def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def hidden(rows: int) -> jax.ShapeDtypeStruct:
+        return spec(jax.tree.leaves(params)[0].dtype, rows, graph.config.d_model)
+
+    for shape in ladder.shapes():
+        function = functools.partial(steps.forward, graph, shape)
+        jitted = jax.jit(function, donate_argnums=(1,))
+        yield ("forward", shape), jitted, (params, kv, spec(jnp.int32, shape.packed_size))
+    for rows in ladder.decode_rows:
+        bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
+        mask = spec(jnp.uint32, rows, -(-vocab // 32))
+        args = params, counts, hidden(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        for mode in SampleMode:
+            yield (
+                ("sample", rows, mode),
+                jax.jit(functools.partial(steps.sample, graph, mode), donate_argnums=(1,)),
+                args,
+            )
+    for tokens in ladder.mixed_tokens:
+        jitted = jax.jit(functools.partial(steps.prompt_logprobs, graph))
+        yield ("prompt_logprobs", tokens), jitted, (params, hidden(tokens), spec(jnp.int32, tokens))
+    scalar = spec(jnp.int32)
+    args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
+    yield ("set_counts",), jax.jit(sampling.set_counts, donate_argnums=(0,)), args
+
+
+def compile_all(
+    graph: Graph,
+    ladder: Ladder,
+    params: Any,
+    kv: Any,
+    counts: Any,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> Executables:
+    """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
+    executables = Executables()
+    jobs = list(_jobs(graph, ladder, params, kv, counts))
+
+    def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
+        start = time.perf_counter()
+        executables.table[key] = lowered.compile()
+        executables.seconds[key] = time.perf_counter() - start
+        if progress:
+            progress(len(executables.table), len(jobs))
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=threads) as pool:
+        futures = []
+        for key, jitted, args in jobs:
+            lowered = jitted.lower(*args)
+            executables.traces[str(key[0])] += 1
+            futures.append(pool.submit(compile_one, key, lowered))
+        for future in futures:
+            future.result()
+    return executables

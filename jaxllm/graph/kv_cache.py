@@ -1,0 +1,49 @@
+"""The keys and values of every layer: device arrays of pages, and their size in bytes before they exist.
+
+In: a model's shape, a page size, a page count. Out: one (k_pages, v_pages) pair a layer, each [P, K, page_size, H].
+Knows nothing of which sequence owns which page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Device = Any  # jax.Device, which type checkers take for a variable
+LayerPages = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
+KVCache = list[LayerPages]
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    dtype: jnp.dtype
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Over all layers, keys and values."""
+        per_token = 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        return self.num_layers * self.page_size * per_token
+
+    def with_pages(self, num_pages: int) -> KVCacheSpec:
+        return dataclasses.replace(self, num_pages=num_pages)
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int]:
+        return self.num_pages, self.num_kv_heads, self.page_size, self.head_dim
+
+
+def allocate(spec: KVCacheSpec, device: Device) -> KVCache:
+    """Zeroed pages made on the device; never staged through the host."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    zeros = jax.jit(lambda: jnp.zeros(spec.page_shape, spec.dtype), out_shardings=sharding)
+    return [(zeros(), zeros()) for _ in range(spec.num_layers)]

@@ -1,0 +1,113 @@
+"""The decoder-only transformer all families share, as a Flax description and as pure functions of a pytree.
+
+In: token ids, positions, and `attend`, a callback that does the attention of one layer. Out: final hidden states,
+and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come
+from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
+arrays into `graphdef` inside its trace.
+
+    graphdef, shapes = abstract(config, dtype)
+    model = merge(graphdef, params)                  # in the trace
+    hidden = model(token_ids, positions, attend)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxllm.graph.layers.attention import Attend, Attention, Rotations
+from jaxllm.graph.layers.linear import project
+from jaxllm.graph.layers.mlp import MLP
+from jaxllm.graph.layers.norm import rms_norm
+from jaxllm.graph.layers.parameter import parameter
+from jaxllm.graph.layers.rope import rotations
+from jaxllm.graph.models.config import ModelConfig
+
+Params = dict[Any, Any]  # nested plain dict; keys are attribute names and layer numbers, leaves are arrays
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual. Leaves: norms [2, D], attention, mlp."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+        self.norm_eps = config.norm_eps
+        self.norms = parameter((2, config.d_model), (None, "embed"), dtype, rngs, "ones")
+        self.attention = Attention(config, dtype, rngs)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend
+    ) -> Float[Array, "... D"]:
+        norms = self.norms[...]
+        x = x + self.attention(rms_norm(x, norms[0], self.norm_eps), layer, rotations, attend)
+        return x + self.mlp(rms_norm(x, norms[1], self.norm_eps))
+
+
+class Decoder(nnx.Module):
+    """Leaves: embed [V, D], layers, final_norm [D], and head [V, D] when untied.
+
+    Without `rngs` the leaves are ShapeDtypeStructs: a description. With them, arrays to start training from.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.bfloat16) -> None:
+        self.config = config
+        table = (config.vocab_size, config.d_model)
+        self.embed = parameter(table, ("vocab", "embed"), dtype, rngs)
+        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones")
+        self.head = None if config.tie_embeddings else parameter(table, ("vocab", "embed"), dtype, rngs)
+
+    def __call__(
+        self, token_ids: Int[Array, "*lead"], positions: Int[Array, "*lead"], attend: Attend
+    ) -> Float[Array, "... D"]:
+        """Hidden states after the final norm. Leading dims are free: [T] when serving, [B, T] when training."""
+        x = self.embed[...].at[token_ids].get(mode="clip")
+        turned = rotations(positions, self.config.rope, self.config.head_dim)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, number, turned, attend)
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        return project(hidden, (self.embed if self.head is None else self.head)[...])
+
+
+def split(model: Decoder) -> tuple[nnx.GraphDef[Decoder], Params]:
+    """A model as a static description and a plain pytree of its leaves."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef[Decoder], params: Params) -> Decoder:
+    """The model over these leaves. Cheap; meant to be called inside a trace."""
+    return nnx.merge(graphdef, params)
+
+
+def abstract(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> tuple[nnx.GraphDef[Decoder], Params]:
+    """The description and the shapes of every leaf; no array is made."""
+    return split(Decoder(config, dtype=dtype))
+
+
+def _metadata(config: ModelConfig, name: str) -> Params:
+    state = nnx.state(Decoder(config))
+    flat = [(path, variable.get_metadata(name)) for path, variable in nnx.to_flat_state(state)]
+    tree: Params = {}
+    for path, value in flat:
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+    return tree
+
+
+def axes(config: ModelConfig) -> Params:
+    """The logical axis names of every leaf, a tuple where `abstract` has a shape."""
+    return _metadata(config, "out_sharding")
+
+
+def fills(config: ModelConfig) -> Params:
+    """How every leaf starts in a fresh model: "normal", "ones" or "zeros"."""
+    return _metadata(config, "fill")

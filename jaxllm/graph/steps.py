@@ -1,0 +1,145 @@
+"""The jit boundary: every function the request path runs on the device, pure over plain pytrees.
+
+In: parameters, KV pages, per-row sampling state and packed inputs. Out: hidden states, tokens, log-probabilities
+and the same state, updated in place by donation. Knows nothing of sequences or policies; what a request can change is
+an array argument here, so nothing a client sends may cause a compile.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+from pallas_kernels.page_write.api import page_write
+from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+
+from jaxllm.core import MAX_LOGPROBS
+from jaxllm.graph import sampling
+from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
+from jaxllm.graph.kv_cache import KVCache
+from jaxllm.graph.layers.attention import Attend
+from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.decoder import Decoder, Params, merge
+
+# Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
+_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window"))
+_ragged = jax.jit(paged_attention, static_argnames=("scale", "window"))
+_write = jax.jit(page_write)
+LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
+
+
+class SampleMode(enum.StrEnum):
+    """What the sampler of a step computes; the batch's most demanding row decides."""
+
+    GREEDY = "greedy"
+    SAMPLE = "sample"
+    LOGPROBS = "logprobs"
+
+
+class Sampled(NamedTuple):
+    """One entry a row. `bad` marks rows whose logits held NaN or infinity: their token means nothing."""
+
+    token_ids: Int[Array, " B"]
+    bad: Bool[Array, " B"]
+    logprobs: Float[Array, " B"] | None = None
+    ranks: Int[Array, " B"] | None = None
+    top_ids: Int[Array, "B n"] | None = None
+    top_logprobs: Float[Array, "B n"] | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model as static structure plus the cache geometry its steps are traced for."""
+
+    graphdef: Any
+    config: ModelConfig
+    page_size: int
+    num_pages: int
+
+    def model(self, params: Params) -> Decoder:
+        """The module around these arrays; merging costs trace time only."""
+        return merge(self.graphdef, params)
+
+
+def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
+    """The attention callback of serving: write this step's keys and values to their pages, then read the pages.
+
+    `kv` is updated in place as the layers go by, so after the model call it holds the new pages.
+    """
+    scale = graph.config.attention_scale
+
+    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+        pages = _write(*kv[layer], k, v, inputs.slots)
+        kv[layer] = pages
+        window = graph.config.windows[layer]
+        if inputs.query_starts is None:
+            return _decode(q, *pages, inputs.page_table, inputs.kv_lens, scale=scale, window=window)
+        args = inputs.page_table, inputs.kv_lens, inputs.query_starts
+        return _ragged(q, *pages, *args, scale=scale, window=window)
+
+    return attend
+
+
+def forward(
+    graph: Graph, shape: StepShape, params: Params, kv: KVCache, packed: Int[Array, " n"]
+) -> tuple[Float[Array, "T D"], Float[Array, "R D"], KVCache]:
+    """One pass over the step's tokens: hidden states of all of them, and of each row's last one."""
+    inputs = unpack(shape, packed, page_size=graph.page_size, num_pages=graph.num_pages)
+    kv = list(kv)
+    hidden = graph.model(params)(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
+    last = inputs.last_token
+    return hidden, hidden if last is None else hidden[last], kv
+
+
+def sample(
+    graph: Graph,
+    mode: SampleMode,
+    params: Params,
+    counts: UInt[Array, "S1 V"],
+    last: Float[Array, "B D"],
+    packed: Int[Array, "B columns"],
+    bias_ids: Int[Array, "B Nb"],
+    bias: Float[Array, "B Nb"],
+    mask: UInt[Array, "B Vw"],
+) -> tuple[Sampled, UInt[Array, "S1 V"]]:
+    """Each row's next token from its last hidden state."""
+    logits = graph.model(params).logits(last)
+    if mode is SampleMode.GREEDY:
+        tokens, bad = sampling.greedy(logits)
+        return Sampled(tokens, bad), counts
+    columns = unpack_samples(packed)
+    as_key = jnp.stack([columns.pop("key0"), columns.pop("key1")], axis=1)
+    keys = jax.lax.bitcast_convert_type(as_key, jnp.uint32)
+    inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
+    top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
+    tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
+        logits, inputs, counts, num_logprobs=top
+    )
+    if mode is SampleMode.SAMPLE:
+        return Sampled(tokens, bad), counts
+    return Sampled(tokens, bad, logprob, rank, top_ids, top_logprobs), counts
+
+
+def prompt_logprobs(
+    graph: Graph, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
+) -> tuple[Float[Array, " T"], Int[Array, " T"], Int[Array, "T n"], Float[Array, "T n"]]:
+    """Log-probability and rank of targets[t] given the tokens up to t, and the most likely tokens there.
+
+    Blocks of positions take turns, so that the [T, V] logits never exist at one time.
+    """
+    model, total = graph.model(params), hidden.shape[0]
+    block = min(LOGPROB_BLOCK, total)
+
+    def one_block(args: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
+        return sampling.token_logprobs(model.logits(args[0]), args[1], MAX_LOGPROBS)
+
+    pad = -total % block
+    rows = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, block, hidden.shape[1])
+    wanted = jnp.pad(targets, (0, pad)).reshape(-1, block)
+    outputs = jax.lax.map(one_block, (rows, wanted))
+    logprob, rank, ids, top = (x.reshape(-1, *x.shape[2:])[:total] for x in outputs)
+    return logprob, rank, ids, top

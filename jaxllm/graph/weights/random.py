@@ -1,0 +1,28 @@
+"""Random weights made where they will live, from nothing but a config: for benchmarks and tests without a checkpoint.
+
+In: a ModelConfig and a seed. Out: parameters with the shapes and types a checkpoint would give: matrices normal with
+standard deviation 0.02, norms one, biases zero. The same seed gives the same weights on any device of one kind.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxllm.graph.layers.parameter import filled
+from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.decoder import Params, abstract, fills
+from jaxllm.graph.weights.loader import Placement
+
+
+def dummy(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16, seed: int = 0, device: Placement = None) -> Params:
+    """One small program for each distinct shape; nothing passes through the host."""
+    shapes, kinds = abstract(config, dtype)[1], fills(config)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(leaves)), device)
+    made = [
+        filled(keys[number], leaf.shape, leaf.dtype, kind)
+        for number, (leaf, kind) in enumerate(zip(leaves, jax.tree.leaves(kinds), strict=True))
+    ]
+    return jax.tree.unflatten(tree, made)

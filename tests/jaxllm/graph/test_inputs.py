@@ -1,0 +1,46 @@
+"""What the runner packs is what the step unpacks."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples, unpack, unpack_samples
+
+PAGE, PAGES = 4, 32
+
+
+def test_a_mixed_step_gives_every_token_its_position_and_slot():
+    shape = StepShape(tokens=12, rows=4, width=3, decode=False)
+    # Row 0: tokens 5..8 of a sequence in pages 7, 2, 9; row 1: its first token, in page 4; row 2: token 3, page 30.
+    packed = pack(shape, [50, 51, 52, 53, 60, 70], [4, 1, 1], [9, 1, 4], [[7, 2, 9], [4], [30]])
+    inputs = unpack(shape, jnp.asarray(packed), page_size=PAGE, num_pages=PAGES)
+    dropped = PAGE * PAGES
+    assert inputs.token_ids[:6].tolist() == [50, 51, 52, 53, 60, 70]
+    assert inputs.positions.tolist() == [5, 6, 7, 8, 0, 3, *[0] * 6]
+    assert inputs.slots.tolist() == [2 * 4 + 1, 2 * 4 + 2, 2 * 4 + 3, 9 * 4, 4 * 4, 30 * 4 + 3, *[dropped] * 6]
+    assert inputs.kv_lens.tolist() == [9, 1, 4, 0]
+    assert inputs.query_starts.tolist() == [0, 4, 5, 6, 6]
+    assert inputs.last_token.tolist() == [3, 4, 5, 5]
+
+
+def test_a_decode_step_has_one_token_a_row_and_drops_padding():
+    shape = StepShape(tokens=4, rows=4, width=2, decode=True)
+    packed = pack(shape, [11, 12], [1, 1], [6, 1], [[3, 5], [8]])
+    inputs = unpack(shape, jnp.asarray(packed), page_size=PAGE, num_pages=PAGES)
+    assert inputs.positions.tolist() == [5, 0, 0, 0]
+    assert inputs.slots.tolist() == [5 * 4 + 1, 8 * 4, PAGE * PAGES, PAGE * PAGES]
+    assert inputs.query_starts is None
+    assert inputs.last_token is None
+
+
+def test_sampling_columns_travel_bit_for_bit():
+    rows = [
+        SampleRow(row=3, key0=2**32 - 1, key1=2**31, position=7, top_k=40, temperature=0.7, top_p=0.9, presence=-2.0),
+        SampleRow(row=0, min_p=0.05, frequency=1.5, repetition=1.1),
+    ]
+    columns = unpack_samples(jnp.asarray(pack_samples(4, rows, scratch_row=9)))
+    assert columns["row"].tolist() == [3, 0, 9, 9]
+    assert np.asarray(columns["key0"]).view(np.uint32).tolist() == [2**32 - 1, 0, 0, 0]
+    assert np.asarray(columns["key1"]).view(np.uint32).tolist() == [2**31, 0, 0, 0]
+    for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition"):
+        expected = [getattr(row, name) for row in [*rows, SampleRow(9), SampleRow(9)]]
+        np.testing.assert_array_equal(columns[name], np.array(expected, np.float32))
