@@ -217,18 +217,14 @@ def ragged_attention(
     if T < ROWS:  # a tile's loads must stay inside the array
         q = jnp.pad(q, ((0, ROWS - T), (0, 0), (0, 0)))
     K, page_size = k_pages.shape[1:3]
-    shape = _Shape(
-        q.shape[0], N, K, H, page_size, q.dtype, scale, window, soft_cap, blocks, interpret is not None
-    )
+    shape = _Shape(q.shape[0], N, K, H, page_size, q.dtype, scale, window, soft_cap, blocks, interpret is not None)
     tiles, count = tile_list(q.shape[0], kv_lens, query_starts, fewest)
 
     def kernel(q, k, v, table, tiles, count, out) -> None:
         def body(scratch, barriers) -> None:
             q_smem, k_smem, v_smem, out_smem, rows_smem = scratch
             out_smem = q_smem if out_smem is None else out_smem
-            refs = _Refs(
-                q, k, v, table, tiles, count, out, q_smem, k_smem, v_smem, out_smem, rows_smem, *barriers
-            )
+            refs = _Refs(q, k, v, table, tiles, count, out, q_smem, k_smem, v_smem, out_smem, rows_smem, *barriers)
             wg = lax.axis_index("wg")
             pl.when(wg == MEMORY)(lambda: _memory_warpgroup(shape, refs))
             pl.when(wg != MEMORY)(lambda: _compute_warpgroup(shape, refs, wg))
@@ -244,16 +240,12 @@ def ragged_attention(
         thread_name="wg",
         kernel_name="paged_attention_ragged",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(q, k_pages, v_pages, page_table, tiles, count)
     return out[:T]
 
 
-def tile_list(
-    T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int
-) -> tuple[jax.Array, jax.Array]:
+def tile_list(T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int) -> tuple[jax.Array, jax.Array]:
     """i32[tiles, 6] in the order of _Tile's fields without head, most keys first, and i32[1] how many are real.
 
     Tokens that belong to no row make a last row of length 0, so that they come out 0.
@@ -302,7 +294,9 @@ def _barriers(shape: _Shape) -> tuple[Any, ...]:
 # The walk over tiles, the same in every warpgroup.
 
 
-def _walk(shape: _Shape, refs: _Refs, visit: Callable[[_Tile, jax.Array, jax.Array], None]) -> tuple[jax.Array, jax.Array]:
+def _walk(
+    shape: _Shape, refs: _Refs, visit: Callable[[_Tile, jax.Array, jax.Array], None]
+) -> tuple[jax.Array, jax.Array]:
     """Call visit(tile, how many tiles and how many key blocks came before) for this program's share; both totals."""
     program, programs = lax.axis_index("program"), jnp.int32(shape.blocks.programs)
     total = refs.count[0] * shape.N
@@ -532,7 +526,9 @@ def _score_product(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, a
     return pl.run_scoped(product, plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32))
 
 
-def _value_product(shape: _Shape, acc: jax.Array, weights: jax.Array, v_smem: Any, after: Callable[[], None]) -> jax.Array:
+def _value_product(
+    shape: _Shape, acc: jax.Array, weights: jax.Array, v_smem: Any, after: Callable[[], None]
+) -> jax.Array:
     """acc + weights @ values; `after` runs once the product is issued.
 
     The interpreter (up to 0.12) has neither an accumulator with a start value nor weights in registers.

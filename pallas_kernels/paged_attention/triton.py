@@ -1,9 +1,10 @@
-"""Paged decode attention in Pallas-Triton: split-KV with a fixed split, then a combine that reads live splits only.
+"""Paged decode attention in Pallas-Triton: split-KV with a fixed split; a row's last split to finish combines them.
 
 In: one query a row, one layer's pages, page tables, lengths, already checked by api.py. Out: attention outputs.
 Bits: a row is cut at absolute key positions 0, SPLIT, 2 * SPLIT, ..., each split is reduced block by block from its
-start, and splits are combined in order in chunks of COMBINE. None of that depends on the batch, on the width of the
-page table or on how programs are laid over the device, so neither do a row's bits.
+start, and splits are combined in order, a fixed number at a time, by whichever program counts itself last. None of
+that depends on the batch, on the width of the page table or on how programs are laid over the device, so neither do a
+row's bits.
 Grid: a split a program while that makes few programs (idle ones return at once); beyond, a fixed number of programs
 deals the live splits out among themselves, finding rows by a running sum of the lengths, so a wide table costs nothing.
 It does not know how pages are written, and takes no pages narrower than the queries except with scales.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +27,16 @@ from jax.experimental.pallas import triton as plt
 
 LOG2E = math.log2(math.e)
 SPLIT = 512  # keys a split; a constant of the op, not a tuning knob: it decides bits
-COMBINE = 16  # splits folded at once by the combine; decides bits as well
+COMBINE = 8192  # elements of split results combined at once, 64 registers a thread; decides bits as well
 DIRECT_PROGRAMS = 4096  # up to here a program a possible split; idle ones return at once
 DEALT_PROGRAMS = 2112  # beyond: 132 multiprocessors x 16, dealing out the live splits
+DEEP_PROGRAMS = 264  # two a multiprocessor
 _LOWEST = -1e30  # finite: keeps inf - inf out of the online softmax
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a split is walked. These change speed; only `block_keys` changes bits."""
+    """How a split is walked: `block_keys` and `num_warps` decide bits, `num_stages` only speed."""
 
     block_keys: int = 64
     num_warps: int = 4
@@ -63,6 +66,12 @@ class _Shape:
         """Power-of-two tile that holds a kv head's queries: rows for mma are 16 or more."""
         return max(16, pl.next_power_of_2(self.group)), max(16, pl.next_power_of_2(self.H))
 
+    @property
+    def combined(self) -> tuple[int, int, int]:
+        """Tile of split results combined at once: splits, queries of a kv head, columns."""
+        group, columns = pl.next_power_of_2(self.group), self.lanes[1]
+        return min(16, max(1, COMBINE // (group * columns))), group, columns
+
 
 def paged_attention_decode(
     q: jax.Array,  # [B, N, H]
@@ -83,35 +92,35 @@ def paged_attention_decode(
     refuse(q, k_pages, k_scale, v_scale)
     B, N, H = q.shape
     K, page_size = k_pages.shape[1:3]
-    blocks = blocks or Blocks()
-    shape = _Shape(N, K, H, page_size, blocks.block_keys, scale, window, soft_cap, k_scale is not None)
     splits = _splits_of_table(page_table.shape[1] * page_size, window)
+    blocks = blocks or default_blocks(B * K * splits)
+    shape = _Shape(N, K, H, page_size, blocks.block_keys, scale, window, soft_cap, k_scale is not None)
     scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
     dealt = B * K * splits > DIRECT_PROGRAMS
     grid = (K, max(1, DEALT_PROGRAMS // K)) if dealt else (K, B, splits)
-    partial, lse = pl.pallas_call(
-        functools.partial(_split_kernel, shape=shape, rows=B if dealt else None),
-        name="paged_decode_split",
+    finished = jnp.zeros((B, K), jnp.int32)
+    inputs = (q, k_pages, v_pages, page_table, kv_lens, *scales, finished)
+    return pl.pallas_call(
+        functools.partial(_kernel, shape=shape, rows=B if dealt else None, interpret=interpret),
+        name="paged_decode",
         grid=grid,
-        in_specs=[pl.no_block_spec] * (5 + len(scales)),
-        out_specs=[pl.no_block_spec] * 2,
+        in_specs=[pl.no_block_spec] * len(inputs),
+        out_specs=[pl.no_block_spec] * 4,
         out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((B, splits, N, H), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, N), jnp.float32),
+            jax.ShapeDtypeStruct(finished.shape, finished.dtype),
         ],
+        input_output_aliases={len(inputs) - 1: 3},
         compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
-    )(q, k_pages, v_pages, page_table, kv_lens, *scales)
-    return pl.pallas_call(
-        functools.partial(_combine_kernel, shape=shape),
-        name="paged_decode_combine",
-        grid=(N, B),
-        in_specs=[pl.no_block_spec] * 3,
-        out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=2),
-        interpret=interpret,
-    )(partial, lse, kv_lens)
+    )(*inputs)[0]
+
+
+def default_blocks(programs: int) -> Blocks:
+    """Few programs keep many blocks in flight each; many programs share a multiprocessor instead."""
+    return Blocks(num_stages=5 if programs <= DEEP_PROGRAMS else 3)
 
 
 def refuse(q: jax.Array, k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
@@ -140,36 +149,53 @@ def _first_split(kv_len: jax.Array, window: int | None) -> jax.Array:
 
 
 def _live_splits(kv_len: jax.Array, window: int | None) -> jax.Array:
-    """How many splits of a row hold visible keys; 0 for length 0."""
-    return (kv_len + SPLIT - 1) // SPLIT - _first_split(kv_len, window)
+    """How many splits of a row hold visible keys; 1 for length 0, whose output somebody must write."""
+    return jnp.maximum((kv_len + SPLIT - 1) // SPLIT - _first_split(kv_len, window), 1)
 
 
-def _split_kernel(
-    q_ref,  # [B, N, H]
-    k_ref,  # [P, K, page_size, H]
-    v_ref,
-    table_ref,  # i32[B, W]
-    len_ref,  # i32[B]
-    *rest,  # k_scale f32[K] and v_scale f32[K] when scaled; then partial, lse
-    shape: _Shape,
-    rows: int | None,  # how many, when programs deal out the live splits
-) -> None:
-    scales = rest[:2] if shape.scaled else ()
-    partial_ref, lse_ref = rest[-2:]
-    refs = (q_ref, k_ref, v_ref, table_ref, scales, partial_ref, lse_ref)
+@dataclass(frozen=True)
+class _Refs:
+    """The kernel's arrays."""
+
+    q: Any  # [B, N, H]
+    k: Any  # [P, K, page_size, H]
+    v: Any
+    table: Any  # i32[B, W]
+    lens: Any  # i32[B]
+    scales: tuple[Any, ...]  # f32[K] of keys and of values, with narrow pages
+    out: Any  # [B, N, H]
+    partial: Any  # f32[B, splits, N, H], of rows of more than one split
+    lse: Any  # f32[B, splits, N], base 2
+    finished: Any  # i32[B, K], how many of a row's splits are done
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Which split of which row for which kv head, as scalars."""
+
+    head: jax.Array
+    row: jax.Array
+    split: jax.Array  # counted from the row's first live one
+    kv_len: jax.Array
+
+
+def _kernel(*arrays: Any, shape: _Shape, rows: int | None, interpret: bool) -> None:
+    """`rows` is how many there are, when programs deal out the live splits."""
+    refs = _Refs(*arrays[:5], arrays[5 : 7 if shape.scaled else 5], *arrays[-4:])
     head = pl.program_id(0)
     if rows is None:
         row, split = pl.program_id(1), pl.program_id(2)
-        kv_len = len_ref[row]
+        kv_len = refs.lens[row]
 
         @pl.when(split < _live_splits(kv_len, shape.window))
         def _one() -> None:
-            _one_split(refs, shape, head, row, split, kv_len)
+            _attend(refs, shape, _Work(head, row, split, kv_len), interpret)
 
         return
     lane = jnp.arange(max(16, pl.next_power_of_2(rows)))
-    lens = plt.load(len_ref.at[lane], mask=lane < rows, other=0)
-    ends = jnp.cumsum(_live_splits(lens, shape.window))
+    inside = lane < rows
+    splits = _live_splits(plt.load(refs.lens.at[lane], mask=inside, other=0), shape.window)
+    ends = jnp.cumsum(jnp.where(inside, splits, 0))
     first, stride = pl.program_id(1), pl.num_programs(1)
 
     def body(step: jax.Array, _: None) -> None:
@@ -177,40 +203,72 @@ def _split_kernel(
         before = ends <= item
         row = before.astype(jnp.int32).sum()
         split = item - jnp.where(before, ends, 0).max()
-        _one_split(refs, shape, head, row, split, len_ref[row])
+        _attend(refs, shape, _Work(head, row, split, refs.lens[row]), interpret)
 
     mine = pl.cdiv(jnp.maximum(ends.max() - first, 0), stride)
     lax.fori_loop(0, mine, body, None)
 
 
-def _one_split(refs, shape: _Shape, head: jax.Array, row: jax.Array, split: jax.Array, kv_len: jax.Array) -> None:
-    """Online softmax over one split of one row for the queries of one kv head."""
-    q_ref, k_ref, v_ref, table_ref, scales, partial_ref, lse_ref = refs
+def _attend(refs: _Refs, shape: _Shape, work: _Work, interpret: bool) -> None:
+    """One split; then, if it is its row's only one, the output, and if it is the last to finish, the combination."""
     rows, cols = shape.lanes
-    member, col, lane = jnp.arange(rows), jnp.arange(cols), jnp.arange(shape.block_keys)
-    in_group, in_head = member < shape.group, col < shape.H
+    member, col = jnp.arange(rows), jnp.arange(cols)
     # Masked lanes keep indices of their own: the interpreter writes old values back through masked stores, and two
     # lanes at one place would race.
-    query = head * shape.group + member
-    inside = in_group[:, None] & in_head[None, :]
-    q = plt.load(q_ref.at[row, query[:, None], col[None, :]], mask=inside, other=0.0)
+    query, in_group = work.head * shape.group + member, member < shape.group
+    inside = in_group[:, None] & (col < shape.H)[None, :]
+    acc, lse = _one_split(refs, shape, work, query, inside)
+    splits = _live_splits(work.kv_len, shape.window)
+
+    @pl.when(splits == 1)
+    def _() -> None:
+        place = refs.out.at[work.row, query[:, None], col[None, :]]
+        plt.store(place, acc.astype(refs.out.dtype), mask=inside)
+
+    @pl.when(splits > 1)
+    def _() -> None:
+        plt.store(refs.partial.at[work.row, work.split, query[:, None], col[None, :]], acc, mask=inside)
+        plt.store(refs.lse.at[work.row, work.split, query], lse, mask=in_group)
+        if not interpret:
+            plt.debug_barrier()  # every thread's part is written before the program counts itself
+        before = plt.atomic_add(refs.finished, (work.row, work.head), jnp.int32(1))
+
+        @pl.when(before == splits - 1)
+        def _() -> None:
+            if not interpret:
+                plt.debug_barrier()
+            _combine(refs, shape, work, splits)
+
+
+def _one_split(
+    refs: _Refs, shape: _Shape, work: _Work, query: jax.Array, inside: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Online softmax over one split of one row for the queries of one kv head: their mean of values, and log-sum."""
+    rows, cols = shape.lanes
+    col, lane = jnp.arange(cols), jnp.arange(shape.block_keys)
+    in_head = (col < shape.H)[None, :]
+    row, head, kv_len, width = work.row, work.head, work.kv_len, refs.table.shape[1]
+    q = plt.load(refs.q.at[row, query[:, None], col[None, :]], mask=inside, other=0.0)
 
     lowest = jnp.maximum(kv_len - shape.window, 0) if shape.window is not None else 0
-    begin = (split + _first_split(kv_len, shape.window)) * SPLIT
+    begin = (work.split + _first_split(kv_len, shape.window)) * SPLIT
     end = jnp.minimum(begin + SPLIT, kv_len)
     if shape.window is not None:
         begin = jnp.maximum(begin, lowest // shape.block_keys * shape.block_keys)
-    scale = shape.scale * scales[0][head] if scales else shape.scale
+    scale = shape.scale * refs.scales[0][head] if refs.scales else shape.scale
 
     def block(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         acc, highest, total = carry
         key = begin + step * shape.block_keys + lane
         live = key < end if shape.window is None else (key < end) & (key >= lowest)
-        page = plt.load(table_ref.at[row, jnp.where(live, key // shape.page_size, 0)], mask=live, other=0)
-        where = (page[:, None], head, jnp.where(live, key % shape.page_size, 0)[:, None], col[None, :])
-        held = live[:, None] & in_head[None, :]
-        k = plt.load(k_ref.at[where], mask=held, other=0.0).astype(q.dtype)
-        v = plt.load(v_ref.at[where], mask=held, other=0.0).astype(q.dtype)
+        # Entries past the row's keys may be read, though not followed: nothing waits for the length to read an entry.
+        entry = key // shape.page_size
+        page = plt.load(refs.table.at[row, entry], mask=entry < width, other=0)
+        page = jnp.where(live, page, 0)
+        where = (page[:, None], head, (key % shape.page_size)[:, None], col[None, :])
+        held = live[:, None] & in_head
+        k = plt.load(refs.k.at[where], mask=held, other=0.0).astype(q.dtype)
+        v = plt.load(refs.v.at[where], mask=held, other=0.0).astype(q.dtype)
         scores = _capped(plt.dot(q, k, trans_b=True) * scale, shape.soft_cap) * LOG2E
         scores = jnp.where(live[None, :], scores, _LOWEST)
         new_highest = jnp.maximum(highest, scores.max(axis=1))
@@ -225,11 +283,9 @@ def _one_split(refs, shape: _Shape, head: jax.Array, row: jax.Array, split: jax.
         jnp.zeros((rows,), jnp.float32),
     )
     acc, highest, total = lax.fori_loop(0, pl.cdiv(end - begin, shape.block_keys), block, start)
-    # Every live split holds a visible key, so total > 0 for the group's own rows.
-    factor = 1.0 / total if not scales else scales[1][head] / total
-    out = partial_ref.at[row, split, query[:, None], col[None, :]]
-    plt.store(out, acc * factor[:, None], mask=inside)
-    plt.store(lse_ref.at[row, split, query], highest + jnp.log2(total), mask=in_group)
+    total = jnp.where(total > 0, total, 1.0)  # rows of length 0: acc is 0
+    factor = refs.scales[1][head] / total if refs.scales else 1.0 / total
+    return acc * factor[:, None], highest + jnp.log2(total)
 
 
 def _capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
@@ -239,40 +295,35 @@ def _capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
     return soft_cap - 2.0 * soft_cap / (jnp.exp2(scores * (2.0 * LOG2E / soft_cap)) + 1.0)
 
 
-def _combine_kernel(
-    partial_ref,  # f32[B, splits, N, H]
-    lse_ref,  # f32[B, splits, N]
-    len_ref,  # i32[B]
-    out_ref,  # [B, N, H]
-    *,
-    shape: _Shape,
-) -> None:
-    """Weighted mean of a row's live splits for one query head; unwritten splits are never read."""
-    query, row = pl.program_id(0), pl.program_id(1)
-    count = _live_splits(len_ref[row], shape.window)
-    lane, col = jnp.arange(COMBINE), jnp.arange(shape.lanes[1])
-    in_head = col < shape.H
+def _combine(refs: _Refs, shape: _Shape, work: _Work, splits: jax.Array) -> None:
+    """Weighted mean of a row's splits for the queries of one kv head; unwritten splits are never read."""
+    at_once, group, cols = shape.combined
+    lane, member, col = jnp.arange(at_once), jnp.arange(group), jnp.arange(cols)
+    query, in_group = work.head * shape.group + member, member < shape.group
+    inside = in_group[:, None] & (col < shape.H)[None, :]
 
     def chunk(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         acc, highest, total = carry
-        live = step * COMBINE + lane < count
-        split = jnp.where(live, step * COMBINE + lane, 0)
-        lse = plt.load(lse_ref.at[row, split, query], mask=live, other=_LOWEST)
+        split = step * at_once + lane
+        live = split < splits
+        lse_mask = live[:, None] & in_group[None, :]
+        lse = plt.load(refs.lse.at[work.row, split[:, None], query[None, :]], mask=lse_mask, other=_LOWEST)
         part = plt.load(
-            partial_ref.at[row, split[:, None], query, col[None, :]],
-            mask=live[:, None] & in_head[None, :],
+            refs.partial.at[work.row, split[:, None, None], query[None, :, None], col[None, None, :]],
+            mask=live[:, None, None] & inside[None, :, :],
             other=0.0,
         )
         new_highest = jnp.maximum(highest, lse.max(axis=0))
         shrink = jnp.exp2(highest - new_highest)
-        weights = jnp.where(live, jnp.exp2(lse - new_highest), 0.0)
-        return (
-            acc * shrink + (part * weights[:, None]).sum(axis=0),
-            new_highest,
-            total * shrink + weights.sum(axis=0),
-        )
+        weights = jnp.where(live[:, None], jnp.exp2(lse - new_highest[None, :]), 0.0)
+        acc = acc * shrink[:, None] + (part * weights[:, :, None]).sum(axis=0)
+        return acc, new_highest, total * shrink + weights.sum(axis=0)
 
-    start = (jnp.zeros(col.shape, jnp.float32), jnp.float32(_LOWEST), jnp.float32(0.0))
-    acc, _, total = lax.fori_loop(0, pl.cdiv(count, COMBINE), chunk, start)
-    out = jnp.where(total > 0, acc / jnp.where(total > 0, total, 1.0), 0.0)
-    plt.store(out_ref.at[row, query, col], out.astype(out_ref.dtype), mask=in_head)
+    start = (
+        jnp.zeros((group, cols), jnp.float32),
+        jnp.full((group,), _LOWEST, jnp.float32),
+        jnp.zeros((group,), jnp.float32),
+    )
+    acc, _, total = lax.fori_loop(0, pl.cdiv(splits, at_once), chunk, start)
+    place = refs.out.at[work.row, query[:, None], col[None, :]]
+    plt.store(place, (acc / total[:, None]).astype(refs.out.dtype), mask=inside)
