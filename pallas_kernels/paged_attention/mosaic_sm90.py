@@ -4,18 +4,18 @@ In: flat ragged queries, one layer's pages, page tables, lengths, already checke
 Queries are cut on the device into tiles of 128 of one row and one head; the tile list, longest first, is a small XLA
 computation shared by the layers of a step. A fixed number of programs walks (tile, head) pairs in snake order; each
 keeps its memory warpgroup running ahead across tiles, following the page table with one TMA copy a page.
-Compute warpgroups hold 64 queries each. Inside one, the softmax of key block i runs beside the value product of block
-i - 1; between the two, `turn` barriers let one use the tensor cores while the other does its softmax.
+Compute warpgroups hold 64 queries each and visit key blocks from the last to the first. Inside one, the softmax of a
+visit runs beside the value product of the visit before; between the two, `turn` barriers let one use the tensor cores
+while the other does its softmax.
 The copy engine moves tiles whose first token is a multiple of 8 (Mosaic's tiling asks for that); other tiles' queries
 come through registers. Tiles that start elsewhere or end early store query by query: what follows is somebody else's.
 Rows of one query go to the decode kernel, so that their bits are those of a decode step.
-A row's bits do not depend on the batch: keys are visited from 0 in blocks of fixed size, and blocks a query cannot see
-change nothing. It does not know how pages are written.
+A row's bits do not depend on the batch: blocks lie at fixed key positions, and those a query cannot see change
+nothing. It does not know how pages are written.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -32,8 +32,10 @@ from pallas_kernels.paged_attention import triton
 
 LOG2E = math.log2(math.e)
 TILE, ROWS = 128, 64  # queries a tile, queries a compute warpgroup
+WARPS = 4  # a warpgroup
 COMPUTE, MEMORY = 2, 2  # compute warpgroups are 0 and 1; the memory warpgroup is number 2
 ALIGN = 8  # tokens; what the copy engine's tiled transfers start at
+LANES = 8  # columns that four threads share: partial totals of a row
 CHUNK = 64  # columns of an output that go through the row-wise store at once
 _MASKED, _FLOOR = -1e30, -1e20  # a masked score, scaled, lies far under the floor of the running maximum: weight 0
 type Carry = tuple[jax.Array, ...]
@@ -41,13 +43,11 @@ type Carry = tuple[jax.Array, ...]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How tiles are walked. `block_keys` and `overlap` decide bits; the others only speed."""
+    """How tiles are walked: `block_keys` decides bits, the others only speed."""
 
     block_keys: int = 128
     stages: int = 2  # key and value blocks in flight
     programs: int = 132  # one a multiprocessor
-    overlap: bool = True  # softmax of block i beside the value product of block i - 1
-    take_turns: bool = True  # the compute warpgroups alternate on the tensor cores
 
 
 @dataclass(frozen=True)
@@ -214,17 +214,18 @@ def ragged_attention(
 ) -> jax.Array:
     """As paged_attention, all in one kernel; rows of fewer than `fewest` queries are left unwritten."""
     T, N, H = q.shape
-    if T < ROWS:  # a tile's loads must stay inside the array
-        q = jnp.pad(q, ((0, ROWS - T), (0, 0), (0, 0)))
+    padded = max(ROWS, pl.cdiv(T, ALIGN) * ALIGN)  # tiles of ALIGN tokens; a tile's loads stay inside the array
+    if padded > T:
+        q = jnp.pad(q, ((0, padded - T), (0, 0), (0, 0)))
     K, page_size = k_pages.shape[1:3]
     shape = _Shape(q.shape[0], N, K, H, page_size, q.dtype, scale, window, soft_cap, blocks, interpret is not None)
     tiles, count = tile_list(q.shape[0], kv_lens, query_starts, fewest)
 
-    def kernel(q, k, v, table, tiles, count, out) -> None:
-        def body(scratch, barriers) -> None:
+    def kernel(*arrays: Any) -> None:
+        def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
             q_smem, k_smem, v_smem, out_smem, rows_smem = scratch
             out_smem = q_smem if out_smem is None else out_smem
-            refs = _Refs(q, k, v, table, tiles, count, out, q_smem, k_smem, v_smem, out_smem, rows_smem, *barriers)
+            refs = _Refs(*arrays, q_smem, k_smem, v_smem, out_smem, rows_smem, *barriers)
             wg = lax.axis_index("wg")
             pl.when(wg == MEMORY)(lambda: _memory_warpgroup(shape, refs))
             pl.when(wg != MEMORY)(lambda: _compute_warpgroup(shape, refs, wg))
@@ -340,50 +341,85 @@ def _key_blocks(shape: _Shape, tile: _Tile) -> tuple[jax.Array, jax.Array]:
 
 
 def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
-    plgpu.set_max_registers(40, action="decrease")
+    """Even warps fetch keys, odd ones values, each its share of a block's pages; the first also fetches queries."""
+    plgpu.set_max_registers(24, action="decrease")
+
+    @plgpu.warp_map
+    def _(warp: jax.Array) -> None:
+        for mine in range(WARPS):
+            odd = mine % 2
+            pages, smem, full, free = (
+                (refs.v, refs.v_smem, refs.v_full, refs.v_free)
+                if odd
+                else (refs.k, refs.k_smem, refs.k_full, refs.k_free)
+            )
+            share = tuple(range(mine // 2, shape.copies, WARPS // 2))
+            if share:
+                fetch = functools.partial(_fetch, shape, refs, pages, smem, full, free, share, mine == 0)
+                pl.when(warp == mine)(fetch)
+
+
+def _fetch(
+    shape: _Shape,
+    refs: _Refs,
+    pages: Any,
+    smem: Any,
+    full: Any,
+    free: Any,
+    share: tuple[int, ...],
+    with_queries: bool,
+) -> None:
+    """One warp's share of the copies, tile after tile, as far ahead as there is room."""
     stages = shape.blocks.stages
+    size = min(shape.page_size, shape.blocks.block_keys)
 
     def visit(tile: _Tile, step: jax.Array, before: jax.Array) -> None:
         kv_head = lax.div(tile.head, jnp.int32(shape.N // shape.K))
-        for wg in range(COMPUTE):
-            pl.when(step > 0)(lambda wg=wg: plgpu.barrier_wait(refs.q_free.at[wg]))
-
-            @pl.when(tile.aligned)
-            def _(wg: int = wg) -> None:
-                token = pl.multiple_of(tile.token + wg * ROWS, ALIGN)
-                queries = refs.q.at[pl.ds(token, ROWS), tile.head]
-                plgpu.copy_gmem_to_smem(queries, refs.q_smem.at[wg], refs.q_full.at[wg])
-
         first, last = _key_blocks(shape, tile)
 
-        @pl.loop(first, last)
-        def _(block: jax.Array) -> None:
-            done = before + block - first
+        def block(number: jax.Array) -> None:
+            done = before + number
             slot = lax.rem(done, jnp.int32(stages))
-            places = [_page_of(shape, refs, tile, block, copy) for copy in range(shape.copies)]
-            for pages, smem, full, free in (
-                (refs.k, refs.k_smem, refs.k_full, refs.k_free),
-                (refs.v, refs.v_smem, refs.v_full, refs.v_free),
-            ):
-                pl.when(done >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                for copy, (page, rows) in enumerate(places):
-                    size = min(shape.page_size, shape.blocks.block_keys)
-                    target = smem.at[slot, pl.ds(copy * size, size)]
-                    plgpu.copy_gmem_to_smem(pages.at[page, kv_head, rows], target, full.at[slot])
+            places = [_page_of(shape, refs, tile, last - 1 - number, copy) for copy in share]
+            pl.when(done >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            for copy, (page, rows) in zip(share, places, strict=True):
+                target = smem.at[slot, pl.ds(copy * size, size)]
+                plgpu.copy_gmem_to_smem(pages.at[page, kv_head, rows], target, full.at[slot])
+
+        block(jnp.int32(0))  # before the queries: there is room for it earlier
+        if with_queries:
+            _fetch_queries(refs, tile, step)
+        pl.loop(1, last - first)(block)
 
     steps, blocks = _walk(shape, refs, visit)
 
     # Every arrival is waited for, if only for the interpreter's sake.
-    @pl.when(steps > 0)
-    def _() -> None:
-        for wg in range(COMPUTE):
-            plgpu.barrier_wait(refs.q_free.at[wg])
+    if with_queries:
+
+        @pl.when(steps > 0)
+        def _() -> None:
+            for wg in range(COMPUTE):
+                plgpu.barrier_wait(refs.q_free.at[wg])
 
     @pl.loop(jnp.maximum(blocks - stages, 0), blocks)
     def _(done: jax.Array) -> None:
-        slot = lax.rem(done, jnp.int32(stages))
-        plgpu.barrier_wait(refs.k_free.at[slot])
-        plgpu.barrier_wait(refs.v_free.at[slot])
+        plgpu.barrier_wait(free.at[lax.rem(done, jnp.int32(stages))])
+
+
+def _fetch_queries(refs: _Refs, tile: _Tile, step: jax.Array) -> None:
+    for wg in range(COMPUTE):
+        pl.when(step > 0)(lambda wg=wg: plgpu.barrier_wait(refs.q_free.at[wg]))
+
+        @pl.when(tile.aligned)
+        def _(wg: int = wg) -> None:
+            token = _provably(tile.token + wg * ROWS, ALIGN)
+            queries = refs.q.at[pl.ds(token, ROWS), tile.head]
+            plgpu.copy_gmem_to_smem(queries, refs.q_smem.at[wg], refs.q_full.at[wg])
+
+
+def _provably(value: jax.Array, multiple: int) -> jax.Array:
+    """A value that is a multiple, in a form that says so; pl.multiple_of does not exist for single warps in 0.11."""
+    return lax.div(value, jnp.int32(multiple)) * multiple
 
 
 def _lowest(shape: _Shape, tile: _Tile) -> jax.Array:
@@ -401,7 +437,7 @@ def _page_of(shape: _Shape, refs: _Refs, tile: _Tile, block: jax.Array, copy: in
     last = jnp.maximum(jnp.minimum(tile.kv_len, tile.position + TILE) - 1, 0)
     entry = lax.div(jnp.clip(key, _lowest(shape, tile), last), jnp.int32(shape.page_size))
     page = jnp.where(tile.kv_len > 0, refs.table[tile.row, entry], 0)
-    first = pl.multiple_of(lax.rem(key, jnp.int32(shape.page_size)), size) if shape.page_size > size else 0
+    first = _provably(lax.rem(key, jnp.int32(shape.page_size)), size) if shape.page_size > size else 0
     return page, pl.ds(first, size)
 
 
@@ -409,15 +445,12 @@ def _page_of(shape: _Shape, refs: _Refs, tile: _Tile, block: jax.Array, copy: in
 
 
 def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
-    plgpu.set_max_registers(232, action="increase")
-    take_turns = shape.blocks.take_turns
-    if take_turns:  # warpgroup 0 goes first
-        pl.when(wg == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
+    plgpu.set_max_registers(240, action="increase")
+    pl.when(wg == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))  # warpgroup 0 goes first
 
     def visit(tile: _Tile, step: jax.Array, before: jax.Array) -> None:
         half = _queries(shape, refs, wg, tile)
-        attend = _attend_overlapped if shape.blocks.overlap else _attend_in_order
-        acc, total = attend(shape, refs, half, tile, before)
+        acc, total = _attend(shape, refs, half, tile, before)
         seen = total > 0
         factor = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
         wide = lax.broadcast_in_dim(factor, acc.shape, [0])
@@ -428,8 +461,7 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
 
     _walk(shape, refs, visit)
     plgpu.wait_smem_to_gmem(0)
-    if take_turns:
-        pl.when(wg == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
+    pl.when(wg == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
 
 
 def _queries(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile) -> _Half:
@@ -454,7 +486,7 @@ def _queries(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile) -> _Half:
 
 
 def _start(shape: _Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Accumulator, running maximum and total of a tile that has seen nothing."""
+    """Accumulator, running maximum and partial totals of a tile that has seen nothing."""
     layout = plgpu.Layout.WGMMA
 
     def full(dims: tuple[int, ...], value: float, where: Any) -> jax.Array:
@@ -463,39 +495,29 @@ def _start(shape: _Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
     return (
         full((ROWS, shape.H), 0.0, layout),
         full((ROWS,), _FLOOR, layout.reduce(1)),
-        full((ROWS,), 0.0, layout.reduce(1)),
+        full((ROWS, LANES), 0.0, layout),
     )
 
 
-def _clean_blocks(shape: _Shape, tile: _Tile, half: _Half, last: jax.Array) -> jax.Array:
-    """One past the last block that every query of this warpgroup sees whole; with a window none is taken for whole."""
-    if shape.window is not None:
-        return jnp.int32(0)
-    whole = jnp.minimum(half.position + 1, tile.kv_len)
-    return jnp.minimum(lax.div(jnp.maximum(whole, 0), jnp.int32(shape.blocks.block_keys)), last)
-
-
-def _take_turn(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
-    if shape.blocks.take_turns:
-        plgpu.barrier_wait(refs.turn.at[wg])
-
-
-def _pass_turn(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
-    if shape.blocks.take_turns:
-        plgpu.barrier_arrive(refs.turn.at[1 - wg])
+def _clean_blocks(shape: _Shape, half: _Half) -> tuple[jax.Array, jax.Array]:
+    """First and one past last of the blocks that every query of this warpgroup sees whole."""
+    size = jnp.int32(shape.blocks.block_keys)
+    stop = lax.div(jnp.maximum(half.position + 1, 0), size)
+    if shape.window is None:
+        return jnp.int32(0), stop
+    return pl.cdiv(jnp.maximum(half.position + ROWS - shape.window, 0), size), stop
 
 
 def _softmax(
     shape: _Shape,
-    tile: _Tile,
     half: _Half,
     block: jax.Array,
     masked: bool,
     scores: jax.Array,  # f32[64, block_keys], raw
     highest: jax.Array,  # f32[64], of scaled scores
-    total: jax.Array,
+    totals: jax.Array,  # f32[64, LANES]
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Weights of one block in f32, how much everything before shrinks, new maximum, new total."""
+    """Weights of one block in f32, how much everything before shrinks, new maximum, new totals."""
     factor = shape.scale * LOG2E
     if shape.soft_cap is not None:
         cap = shape.soft_cap
@@ -505,135 +527,107 @@ def _softmax(
         layout = plgpu.Layout.WGMMA
         query = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=layout) + half.position
         key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=layout) + block * shape.blocks.block_keys
-        visible = (key <= query) & (key < tile.kv_len)
+        visible = key <= query  # and so below the row's length; queries past the row's end go nowhere
         if shape.window is not None:
             visible &= key > query - shape.window
         scores = jnp.where(visible, scores, _MASKED)
     new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
     shrink = jnp.exp2(highest - new_highest)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_highest, scores.shape, [0]))
-    return weights, shrink, new_highest, total * shrink + weights.sum(axis=1)
-
-
-def _score_product(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, after: Callable[[], None]) -> jax.Array:
-    """Raw scores of one key block; `after` runs once the product is issued."""
-
-    def product(acc: Any) -> jax.Array:
-        plgpu.wgmma(acc, refs.q_smem.at[wg], refs.k_smem.at[slot].transpose((1, 0)))
-        after()
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32))
-
-
-def _value_product(
-    shape: _Shape, acc: jax.Array, weights: jax.Array, v_smem: Any, after: Callable[[], None]
-) -> jax.Array:
-    """acc + weights @ values; `after` runs once the product is issued.
-
-    The interpreter (up to 0.12) has neither an accumulator with a start value nor weights in registers.
-    """
-    if shape.interpret:
-        values = v_smem[...]
-        plgpu.commit_smem()  # an ordinary read before the copy engine overwrites
-        after()
-        return acc + jnp.dot(weights, values, preferred_element_type=jnp.float32)
-
-    def product(ref: Any) -> None:
-        plgpu.wgmma(ref, weights, v_smem)
-        after()
-
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+    # Columns of one residue lie in one thread: the sum across threads is left for the end.
+    parts = [weights[:, column : column + LANES] for column in range(0, shape.blocks.block_keys, LANES)]
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return weights, shrink, new_highest, _shrunk(totals, shrink) + parts[0]
 
 
 def _shrunk(acc: jax.Array, shrink: jax.Array) -> jax.Array:
     return acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
 
 
-def _attend_in_order(
-    shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, before: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Score product, softmax, value product, block after block; the turn is held for each product."""
-    wg = half.wg
+def _attend(shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Visit the key blocks from the last; the score product of a visit goes out with the value product of the last."""
     first, last = _key_blocks(shape, tile)
-    clean = jnp.minimum(_clean_blocks(shape, tile, half, last), last - 1)
+    visits = last - first
 
-    def one(block: jax.Array, carry: Carry, *, masked: bool, final: bool = False) -> Carry:
-        acc, highest, total = carry
-        slot = lax.rem(before + block - first, jnp.int32(shape.blocks.stages))
-        plgpu.barrier_wait(refs.k_full.at[slot])
-        _take_turn(shape, refs, wg)
-        scores = _score_product(shape, refs, wg, slot, lambda: _pass_turn(shape, refs, wg))
-        plgpu.barrier_arrive(refs.k_free.at[slot])
-        if final and shape.own_output:
-            plgpu.barrier_arrive(refs.q_free.at[wg])
-        weights, shrink, highest, total = _softmax(shape, tile, half, block, masked, scores, highest, total)
-        acc, weights = _shrunk(acc, shrink), weights.astype(shape.dtype)
-        acc, weights, highest, total = lax.optimization_barrier((acc, weights, highest, total))
-        plgpu.barrier_wait(refs.v_full.at[slot])
-        if final:
-            _clear_tail(shape, refs, wg, tile, block, slot)
-        _take_turn(shape, refs, wg)
-        acc = _value_product(shape, acc, weights, refs.v_smem.at[slot], lambda: _pass_turn(shape, refs, wg))
-        plgpu.barrier_arrive(refs.v_free.at[slot])
-        return acc, highest, total
+    def slot_of(visit: jax.Array) -> jax.Array:
+        return lax.rem(before + visit, jnp.int32(shape.blocks.stages))
 
-    carry = lax.fori_loop(first, clean, functools.partial(one, masked=False), _start(shape))
-    carry = lax.fori_loop(jnp.maximum(first, clean), last - 1, functools.partial(one, masked=True), carry)
-    acc, _, total = one(last - 1, carry, masked=True, final=True)
-    return acc, total
+    def await_next(visit: jax.Array) -> None:
+        """The next visit's keys, if there is one, and this one's values."""
 
-
-def _attend_overlapped(
-    shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, before: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The score product of block i and the value product of block i - 1 go out together; softmax i runs meanwhile."""
-    wg = half.wg
-    first, last = _key_blocks(shape, tile)
-    clean = _clean_blocks(shape, tile, half, last)
-
-    def slot_of(block: jax.Array) -> jax.Array:
-        return lax.rem(before + block - first, jnp.int32(shape.blocks.stages))
-
-    def await_block(block: jax.Array) -> None:
-        """Keys of a block that exists, and the values before it."""
-
-        @pl.when(block < last)
+        @pl.when(visit + 1 < visits)
         def _() -> None:
-            plgpu.barrier_wait(refs.k_full.at[slot_of(block)])
+            plgpu.barrier_wait(refs.k_full.at[slot_of(visit + 1)])
 
-        plgpu.barrier_wait(refs.v_full.at[slot_of(block - 1)])
+        plgpu.barrier_wait(refs.v_full.at[slot_of(visit)])
 
-    def opening() -> Carry:
-        acc, highest, total = _start(shape)
-        slot = slot_of(first)
-        plgpu.barrier_wait(refs.k_full.at[slot])
-        _take_turn(shape, refs, wg)
-        scores = _score_product(shape, refs, wg, slot, lambda: _pass_turn(shape, refs, wg))
-        plgpu.barrier_arrive(refs.k_free.at[slot])
-        weights, _, highest, total = _softmax(shape, tile, half, first, True, scores, highest, total)
-        await_block(first + 1)
-        return acc, highest, total, weights.astype(shape.dtype)
+    def scored(visit: jax.Array) -> None:
+        """The keys of a visit are done with; after the last visit, so are the queries."""
+        plgpu.barrier_arrive(refs.k_free.at[slot_of(visit)])
+        if shape.own_output:
+            pl.when(visit + 1 == visits)(lambda: plgpu.barrier_arrive(refs.q_free.at[half.wg]))
 
-    def one(block: jax.Array, carry: Carry, *, masked: bool) -> Carry:
-        _take_turn(shape, refs, wg)
-        softmax = functools.partial(_softmax, shape, tile, half, block, masked)
-        return _both_products(
-            shape, refs, wg, slot_of(block), slot_of(block - 1), carry, softmax, lambda: await_block(block + 1)
-        )
+    def step(visit: jax.Array, carry: Carry, *, masked: bool) -> Carry:
+        softmax = functools.partial(_softmax, shape, half, last - 1 - visit, masked)
+        between = functools.partial(scored, visit), functools.partial(await_next, visit)
+        return _both_products(shape, refs, half.wg, slot_of(visit), slot_of(visit - 1), carry, softmax, between)
 
-    carry = opening()
-    carry = lax.fori_loop(first + 1, clean, functools.partial(one, masked=False), carry)
-    carry = lax.fori_loop(jnp.maximum(first + 1, clean), last, functools.partial(one, masked=True), carry)
-    acc, _, total, weights = carry
-    if shape.own_output:
-        plgpu.barrier_arrive(refs.q_free.at[wg])
-    slot = slot_of(last - 1)
-    _clear_tail(shape, refs, wg, tile, last - 1, slot)
-    _take_turn(shape, refs, wg)
-    acc = _value_product(shape, acc, weights, refs.v_smem.at[slot], lambda: _pass_turn(shape, refs, wg))
-    plgpu.barrier_arrive(refs.v_free.at[slot])
-    return acc, total
+    zero = jnp.int32(0)
+    acc, highest, totals = _start(shape)
+    plgpu.barrier_wait(refs.k_full.at[slot_of(zero)])
+    scores = _score_product(shape, refs, half.wg, slot_of(zero))
+    scored(zero)
+    weights, _, highest, totals = _softmax(shape, half, last - 1, True, scores, highest, totals)
+    await_next(zero)
+    _clear_tail(shape, refs, half.wg, tile, last - 1, slot_of(zero))
+
+    carry = acc, highest, totals, weights.astype(shape.dtype)
+    clean = _clean_blocks(shape, half)
+    enter = jnp.clip(last - clean[1], 1, visits)
+    leave = visits if shape.window is None else jnp.clip(last - clean[0], enter, visits)
+    carry = lax.fori_loop(1, enter, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(enter, leave, functools.partial(step, masked=False), carry)
+    if shape.window is not None:
+        carry = lax.fori_loop(leave, visits, functools.partial(step, masked=True), carry)
+    acc, _, totals, weights = carry
+    final = slot_of(visits - 1)
+    acc = _value_product(shape, refs, half.wg, acc, weights, final)
+    plgpu.barrier_arrive(refs.v_free.at[final])
+    return acc, totals.sum(axis=1)
+
+
+def _score_product(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array) -> jax.Array:
+    """Raw scores of one key block, in this warpgroup's turn."""
+    plgpu.barrier_wait(refs.turn.at[wg])
+
+    def product(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, refs.q_smem.at[wg], refs.k_smem.at[slot].transpose((1, 0)))
+        plgpu.barrier_arrive(refs.turn.at[1 - wg])
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32))
+
+
+def _value_product(
+    shape: _Shape, refs: _Refs, wg: jax.Array, acc: jax.Array, weights: jax.Array, slot: jax.Array
+) -> jax.Array:
+    """acc + weights @ values, in this warpgroup's turn.
+
+    The interpreter (up to 0.12) has neither an accumulator with a start value nor weights in registers.
+    """
+    plgpu.barrier_wait(refs.turn.at[wg])
+    if shape.interpret:
+        values = refs.v_smem.at[slot][...]
+        plgpu.commit_smem()  # an ordinary read before the copy engine overwrites
+        plgpu.barrier_arrive(refs.turn.at[1 - wg])
+        return acc + jnp.dot(weights, values, preferred_element_type=jnp.float32)
+
+    def product(ref: Any) -> None:
+        plgpu.wgmma(ref, weights, refs.v_smem.at[slot])
+        plgpu.barrier_arrive(refs.turn.at[1 - wg])
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
 def _both_products(
@@ -644,39 +638,45 @@ def _both_products(
     value_slot: jax.Array,
     carry: Carry,
     softmax: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
-    await_next: Callable[[], None],
+    between: tuple[Callable[[], None], Callable[[], None]],
 ) -> Carry:
-    """Issue scores of the next block, then values of this one; softmax as soon as the first is there."""
-    acc, highest, total, weights = carry
-    queries, keys = refs.q_smem.at[wg], refs.k_smem.at[key_slot].transpose((1, 0))
+    """Issue the scores of this visit, then the values of the last; softmax as soon as the first is there.
+
+    `between` runs after the scores are there, and after the softmax.
+    """
+    acc, highest, totals, weights = carry
+    scored, await_next = between
     if shape.interpret:
-        scores = _score_product(shape, refs, wg, key_slot, lambda: None)
-        acc = _value_product(shape, acc, weights, refs.v_smem.at[value_slot], lambda: _pass_turn(shape, refs, wg))
-        plgpu.barrier_arrive(refs.k_free.at[key_slot])
-        weights, shrink, highest, total = softmax(scores, highest, total)
+        acc = _value_product(shape, refs, wg, acc, weights, value_slot)
+        scores = pl.run_scoped(
+            lambda ref: (plgpu.wgmma(ref, refs.q_smem.at[wg], refs.k_smem.at[key_slot].transpose((1, 0))), ref[...])[1],
+            plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32),
+        )
+        scored()
+        weights, shrink, highest, totals = softmax(scores, highest, totals)
         await_next()
         plgpu.barrier_arrive(refs.v_free.at[value_slot])
-        return _shrunk(acc, shrink), highest, total, weights.astype(shape.dtype)
+        return _shrunk(acc, shrink), highest, totals, weights.astype(shape.dtype)
 
     def products(score_ref: Any, acc_ref: Any) -> Carry:
+        plgpu.barrier_wait(refs.turn.at[wg])
         acc_ref[...] = acc
-        plgpu.wgmma(score_ref, queries, keys)
+        plgpu.wgmma(score_ref, refs.q_smem.at[wg], refs.k_smem.at[key_slot].transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights, refs.v_smem.at[value_slot])
-        _pass_turn(shape, refs, wg)
+        plgpu.barrier_arrive(refs.turn.at[1 - wg])
         scores = lax.optimization_barrier(plgpu.wgmma_accumulator_load(score_ref, wait_n=1))
-        plgpu.barrier_arrive(refs.k_free.at[key_slot])
-        # Without the barrier LLVM, and without the branch in await_next ptxas, would move the wait for the value product
-        # before the softmax.
-        softened = lax.optimization_barrier(softmax(scores, highest, total))
-        new_weights, shrink, new_highest, new_total = softened
+        scored()
+        # Without the barrier LLVM, and without the branch in await_next ptxas, would move the wait for the value
+        # product before the softmax.
+        new_weights, shrink, new_highest, new_totals = lax.optimization_barrier(softmax(scores, highest, totals))
         await_next()
         # Narrowed only once the value product is done: registers it reads must not be defined while it runs.
         summed, new_weights = lax.optimization_barrier((acc_ref[...], new_weights))
         plgpu.barrier_arrive(refs.v_free.at[value_slot])
-        return _shrunk(summed, shrink), new_highest, new_total, new_weights.astype(shape.dtype)
+        return _shrunk(summed, shrink), new_highest, new_totals, new_weights.astype(shape.dtype)
 
-    scored = plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32)
-    return pl.run_scoped(products, scored, plgpu.ACC((ROWS, shape.H), jnp.float32))
+    scored_ref = plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32)
+    return pl.run_scoped(products, scored_ref, plgpu.ACC((ROWS, shape.H), jnp.float32))
 
 
 def _clear_tail(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile, block: jax.Array, slot: jax.Array) -> None:
@@ -717,7 +717,7 @@ def _store(shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, out: jax.Array)
         staged = refs.out_smem.at[half.wg]
         staged[...] = out
         plgpu.commit_smem()
-        token = pl.multiple_of(half.token, ALIGN)
+        token = _provably(half.token, ALIGN)
         plgpu.copy_smem_to_gmem(staged, refs.out.at[pl.ds(token, ROWS), tile.head])
 
     @pl.when(jnp.logical_not(at_once) & (live > 0))
