@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tuning
 from pallas_kernels.paged_attention import triton
 
 LOG2E = math.log2(math.e)
@@ -144,7 +145,8 @@ def paged_attention(
     interpret: Any = None,
 ) -> jax.Array:
     """Row r owns q[query_starts[r] : query_starts[r + 1]], the last queries of its kv_lens[r] keys."""
-    blocks = blocks or default_blocks(q.shape[2])
+    page_size, default = k_pages.shape[2], default_blocks(q.shape[2])
+    blocks = blocks or tuning.choose("paged_attention/mosaic_sm90", tuning_key(q.shape[2], page_size), default)
     refuse(q, k_pages, scale, blocks)
     out = ragged_attention(
         q,
@@ -176,6 +178,10 @@ def paged_attention(
         interpret=interpret is not None,
     )
     return out.at[jnp.where(single, first, q.shape[0])].set(decoded, mode="drop")
+
+
+def tuning_key(H: int, page_size: int) -> str:
+    return f"H{H} page {page_size}"
 
 
 def default_blocks(H: int) -> Blocks:
@@ -225,7 +231,8 @@ def ragged_attention(
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
             q_smem, k_smem, v_smem, out_smem, rows_smem = scratch
             out_smem = q_smem if out_smem is None else out_smem
-            refs = _Refs(*arrays, q_smem, k_smem, v_smem, out_smem, rows_smem, *barriers)
+            everything: tuple[Any, ...] = (*arrays, q_smem, k_smem, v_smem, out_smem, rows_smem, *barriers)
+            refs = _Refs(*everything)
             wg = lax.axis_index("wg")
             pl.when(wg == MEMORY)(lambda: _memory_warpgroup(shape, refs))
             pl.when(wg != MEMORY)(lambda: _compute_warpgroup(shape, refs, wg))
@@ -272,7 +279,9 @@ def tile_list(T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int) 
 
 
 def _scratch(shape: _Shape) -> tuple[Any, ...]:
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiling: Any = plgpu.TilingTransform  # typed as abstract in 0.11
+    swizzle: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, 64)), swizzle(128))
 
     def smem(*dims: int) -> Any:
         return plgpu.SMEM(dims, shape.dtype, transforms=transforms)
@@ -606,7 +615,7 @@ def _score_product(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array) -
         plgpu.barrier_arrive(refs.turn.at[1 - wg])
         return acc[...]
 
-    return pl.run_scoped(product, plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32))
+    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, shape.blocks.block_keys), jnp.float32))
 
 
 def _value_product(
@@ -627,7 +636,8 @@ def _value_product(
         plgpu.wgmma(ref, weights, refs.v_smem.at[slot])
         plgpu.barrier_arrive(refs.turn.at[1 - wg])
 
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+    summed: Any = pl.run_state(product)(plgpu.WGMMAAccumulatorRef.init(acc))
+    return summed
 
 
 def _both_products(
@@ -650,7 +660,7 @@ def _both_products(
         acc = _value_product(shape, refs, wg, acc, weights, value_slot)
         scores = pl.run_scoped(
             lambda ref: (plgpu.wgmma(ref, refs.q_smem.at[wg], refs.k_smem.at[key_slot].transpose((1, 0))), ref[...])[1],
-            plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32),
+            plgpu.WGMMAAccumulatorRef((ROWS, shape.blocks.block_keys), jnp.float32),
         )
         scored()
         weights, shrink, highest, totals = softmax(scores, highest, totals)
@@ -675,8 +685,8 @@ def _both_products(
         plgpu.barrier_arrive(refs.v_free.at[value_slot])
         return _shrunk(summed, shrink), new_highest, new_totals, new_weights.astype(shape.dtype)
 
-    scored_ref = plgpu.ACC((ROWS, shape.blocks.block_keys), jnp.float32)
-    return pl.run_scoped(products, scored_ref, plgpu.ACC((ROWS, shape.H), jnp.float32))
+    scored_ref = plgpu.WGMMAAccumulatorRef((ROWS, shape.blocks.block_keys), jnp.float32)
+    return pl.run_scoped(products, scored_ref, plgpu.WGMMAAccumulatorRef((ROWS, shape.H), jnp.float32))
 
 
 def _clear_tail(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile, block: jax.Array, slot: jax.Array) -> None:
@@ -707,7 +717,7 @@ def _clear_tail(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile, block: j
 
 
 def _store(shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, out: jax.Array) -> None:
-    """Whole aligned tiles by one copy; others query by query."""
+    """Whole halves at once, by the copy engine if aligned, else from registers; others query by query."""
     live = jnp.minimum(tile.live - half.wg * ROWS, ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's output has left shared memory
     at_once = tile.aligned & (live == ROWS)
@@ -720,7 +730,11 @@ def _store(shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, out: jax.Array)
         token = _provably(half.token, ALIGN)
         plgpu.copy_smem_to_gmem(staged, refs.out.at[pl.ds(token, ROWS), tile.head])
 
-    @pl.when(jnp.logical_not(at_once) & (live > 0))
+    @pl.when(jnp.logical_not(tile.aligned) & (live == ROWS) & (half.skip == 0))
+    def _() -> None:
+        refs.out.at[pl.ds(half.token, ROWS), tile.head][...] = out
+
+    @pl.when((live > 0) & ((live < ROWS) | (half.skip > 0)))
     def _() -> None:
         staged = refs.rows_smem.at[half.wg]
         for column in range(0, shape.H, CHUNK):

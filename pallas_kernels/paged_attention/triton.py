@@ -26,6 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import tuning
+
 LOG2E = math.log2(math.e)
 SPLIT = 512  # keys a split; a constant of the op, not a tuning knob: it decides bits
 PROGRAMS = 264  # two a multiprocessor: with fewer runs than that, runs are one split long
@@ -89,7 +91,7 @@ def paged_attention_decode(
     B, N, H = q.shape
     K, page_size = k_pages.shape[1:3]
     splits = _splits_of_table(page_table.shape[1] * page_size, window)
-    blocks = blocks or default_blocks(B * K)
+    blocks = blocks or tuning.choose("paged_attention.decode/triton", tuning_key(B * K, H), default_blocks(B * K))
     shape = _Shape(N, K, H, page_size, blocks.block_keys, scale, window, soft_cap, k_scale is not None)
     scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
     dealt = B * K * splits > DIRECT_PROGRAMS
@@ -114,6 +116,11 @@ def paged_attention_decode(
         compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
     )(*inputs)[0]
+
+
+def tuning_key(rows: int, H: int) -> str:
+    """Rows times kv heads, up to a power of two, and the head dim."""
+    return f"rows {pl.next_power_of_2(rows)} H{H}"
 
 
 def default_blocks(rows: int) -> Blocks:
@@ -180,7 +187,8 @@ class _Work:
 
 def _kernel(*arrays: Any, shape: _Shape, rows: int | None, interpret: bool) -> None:
     """`rows` is how many there are, when programs deal out the live runs."""
-    refs = _Refs(*arrays[:6], arrays[6 : 8 if shape.scaled else 6], *arrays[-4:])
+    everything: tuple[Any, ...] = (*arrays[:6], arrays[6 : 8 if shape.scaled else 6], *arrays[-4:])
+    refs = _Refs(*everything)
     head = pl.program_id(0)
     length = refs.run[0]
     if rows is None:
