@@ -55,7 +55,7 @@ def decode() -> dict[str, dict[str, Any]]:
         calls = int(max(2, min(16, CHAIN_BYTES // (2 * B * S * K * H * 2))))
         shapes = jax.eval_shape(functools.partial(arguments, B, S, calls))
         for stages in STAGES:
-            blocks = dataclasses.replace(triton.default_blocks(B * K), num_stages=stages)
+            blocks = dataclasses.replace(triton.default_blocks(B * K, -(-S // triton.SPLIT)), num_stages=stages)
             lowered = jax.jit(functools.partial(chain, blocks=blocks)).lower(*shapes)
             compiled[B, stages] = calls, pool.submit(lowered.compile)
     for B, S in SHAPES:
@@ -63,7 +63,7 @@ def decode() -> dict[str, dict[str, Any]]:
         times = {stages: seconds(compiled[B, stages][1].result(), made, 20) / len(made[3]) for stages in STAGES}
         for stages, each in times.items():
             print(f"decode {B}x{S} stages {stages}: {each * 1e6:.1f} us", flush=True)
-        heuristic = triton.default_blocks(B * K).num_stages
+        heuristic = triton.default_blocks(B * K, -(-S // triton.SPLIT)).num_stages
         winner = min(times, key=times.__getitem__)
         if times[winner] < MARGIN * times[heuristic]:
             best[triton.tuning_key(B * K, H)] = {"num_stages": winner}

@@ -540,14 +540,18 @@ def _softmax(
         if shape.window is not None:
             visible &= key > query - shape.window
         scores = jnp.where(visible, scores, _MASKED)
-    new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
+    # Totals stay apart by residue: the sum across threads is left for the end.
+    new_highest = jnp.maximum(highest, _narrowed(jnp.maximum, scores).max(axis=1) * factor)
     shrink = jnp.exp2(highest - new_highest)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_highest, scores.shape, [0]))
-    # Columns of one residue lie in one thread: the sum across threads is left for the end.
-    parts = [weights[:, column : column + LANES] for column in range(0, shape.blocks.block_keys, LANES)]
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return weights, shrink, new_highest, _shrunk(totals, shrink) + parts[0]
+    return weights, shrink, new_highest, _shrunk(totals, shrink) + _narrowed(jnp.add, weights)
+
+
+def _narrowed(combine: Callable[[jax.Array, jax.Array], jax.Array], wide: jax.Array) -> jax.Array:
+    """[64, block_keys] -> [64, LANES] by short chains: columns of one residue lie in one thread."""
+    parts = [wide[:, column : column + LANES] for column in range(0, wide.shape[1], LANES)]
+    first, second = (functools.reduce(combine, parts[start::2]) for start in range(2))
+    return combine(first, second)
 
 
 def _shrunk(acc: jax.Array, shrink: jax.Array) -> jax.Array:
@@ -668,8 +672,9 @@ def _both_products(
         plgpu.barrier_arrive(refs.v_free.at[value_slot])
         return _shrunk(acc, shrink), highest, totals, weights.astype(shape.dtype)
 
+    plgpu.barrier_wait(refs.turn.at[wg])  # before the accumulators exist: ptxas drops their zeros only within a block
+
     def products(score_ref: Any, acc_ref: Any) -> Carry:
-        plgpu.barrier_wait(refs.turn.at[wg])
         acc_ref[...] = acc
         plgpu.wgmma(score_ref, refs.q_smem.at[wg], refs.k_smem.at[key_slot].transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights, refs.v_smem.at[value_slot])

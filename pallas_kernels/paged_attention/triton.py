@@ -1,13 +1,12 @@
-"""Paged decode attention in Pallas-Triton: split-KV with a fixed split; a row's last program to finish combines.
+"""Paged decode attention in Pallas-Triton: split-KV with a fixed split; a row's last split to finish combines them.
 
 In: one query a row, one layer's pages, page tables, lengths, already checked by api.py. Out: attention outputs.
 Bits: a row is cut at absolute key positions 0, SPLIT, 2 * SPLIT, ..., each split is reduced block by block from its
-start, and splits are folded one after another in order: in registers when one program has the whole row, else from
-memory by the program that counts itself last. None of that depends on the batch, on the width of the page table or on
-how splits are laid over programs, so neither do a row's bits.
-Grid: a program takes a run of a row's splits, as long as leaves PROGRAMS programs busy (the lengths decide, on the
-device). Possible runs are programs of the grid while there are few (idle ones return at once); beyond, a fixed number
-of programs deals the live runs out among themselves, so a wide table costs nothing.
+start, and splits are combined in order, a fixed number at a time, by whichever program counts itself last. None of
+that depends on the batch, on the width of the page table or on how programs are laid over the device, so neither do a
+row's bits.
+Grid: a split a program while that makes few programs (idle ones return at once); beyond, a fixed number of programs
+deals the live splits out among themselves, finding rows by a running sum of the lengths, so a wide table costs nothing.
 It does not know how pages are written, and takes no pages narrower than the queries except with scales.
 
 This is the lowering JAX 0.11 deprecates; it holds this op while it measures faster than Mosaic GPU.
@@ -30,12 +29,11 @@ from pallas_kernels import tuning
 
 LOG2E = math.log2(math.e)
 SPLIT = 512  # keys a split; a constant of the op, not a tuning knob: it decides bits
-PROGRAMS = 264  # two a multiprocessor: with fewer runs than that, runs are one split long
+COMBINE = 8192  # elements of split results combined at once, 64 registers a thread; decides bits as well
 DIRECT_PROGRAMS = 4096  # up to here a program a possible split; idle ones return at once
-DEALT_PROGRAMS = 2112  # beyond: 132 multiprocessors x 16, dealing out the live runs
-FOLDED = 16  # splits fetched at once when they are folded from memory
+DEALT_PROGRAMS = 2112  # beyond: 132 multiprocessors x 16, dealing out the live splits
+DEEP_ROWS, DEEP_SPLITS = 128, 32  # up to here few programs are expected
 _LOWEST = -1e30  # finite: keeps inf - inf out of the online softmax
-type Carry = tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,12 @@ class _Shape:
         """Power-of-two tile that holds a kv head's queries: rows for mma are 16 or more."""
         return max(16, pl.next_power_of_2(self.group)), max(16, pl.next_power_of_2(self.H))
 
+    @property
+    def combined(self) -> tuple[int, int, int]:
+        """Tile of split results combined at once: splits, queries of a kv head, columns."""
+        group, columns = pl.next_power_of_2(self.group), self.lanes[1]
+        return min(16, max(1, COMBINE // (group * columns))), group, columns
+
 
 def paged_attention_decode(
     q: jax.Array,  # [B, N, H]
@@ -91,15 +95,14 @@ def paged_attention_decode(
     B, N, H = q.shape
     K, page_size = k_pages.shape[1:3]
     splits = _splits_of_table(page_table.shape[1] * page_size, window)
-    blocks = blocks or tuning.choose("paged_attention.decode/triton", tuning_key(B * K, H), default_blocks(B * K))
+    heuristic = default_blocks(B * K, splits)
+    blocks = blocks or tuning.choose("paged_attention.decode/triton", tuning_key(B * K, H), heuristic)
     shape = _Shape(N, K, H, page_size, blocks.block_keys, scale, window, soft_cap, k_scale is not None)
     scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
     dealt = B * K * splits > DIRECT_PROGRAMS
     grid = (K, max(1, DEALT_PROGRAMS // K)) if dealt else (K, B, splits)
-    live = _live_splits(kv_lens, window).sum(dtype=jnp.int32) * K
-    run = (live[None] + (PROGRAMS - 1)) // PROGRAMS
     finished = jnp.zeros((B, K), jnp.int32)
-    inputs = (q, k_pages, v_pages, page_table, kv_lens, run, *scales, finished)
+    inputs = (q, k_pages, v_pages, page_table, kv_lens, *scales, finished)
     return pl.pallas_call(
         functools.partial(_kernel, shape=shape, rows=B if dealt else None, interpret=interpret),
         name="paged_decode",
@@ -123,9 +126,12 @@ def tuning_key(rows: int, H: int) -> str:
     return f"rows {pl.next_power_of_2(rows)} H{H}"
 
 
-def default_blocks(rows: int) -> Blocks:
-    """Few rows (times kv heads) keep many blocks in flight each; many share a multiprocessor instead."""
-    return Blocks(num_stages=5 if rows <= PROGRAMS else 3)
+def default_blocks(rows: int, splits: int) -> Blocks:
+    """Few programs keep many blocks in flight each; many share a multiprocessor instead.
+
+    `rows` counts kv heads as well. How many programs a wide table's rows will need is not known when this compiles.
+    """
+    return Blocks(num_stages=5 if rows <= DEEP_ROWS and splits <= DEEP_SPLITS else 3)
 
 
 def refuse(q: jax.Array, k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
@@ -167,7 +173,6 @@ class _Refs:
     v: Any
     table: Any  # i32[B, W]
     lens: Any  # i32[B]
-    run: Any  # i32[1], splits a program
     scales: tuple[Any, ...]  # f32[K] of keys and of values, with narrow pages
     out: Any  # [B, N, H]
     partial: Any  # f32[B, splits, N, H], of rows of more than one split
@@ -177,107 +182,78 @@ class _Refs:
 
 @dataclass(frozen=True)
 class _Work:
-    """Which run of splits of which row for which kv head, as scalars."""
+    """Which split of which row for which kv head, as scalars."""
 
     head: jax.Array
     row: jax.Array
-    run: jax.Array  # counted from the row's first live split, in runs
+    split: jax.Array  # counted from the row's first live one
     kv_len: jax.Array
 
 
 def _kernel(*arrays: Any, shape: _Shape, rows: int | None, interpret: bool) -> None:
-    """`rows` is how many there are, when programs deal out the live runs."""
-    everything: tuple[Any, ...] = (*arrays[:6], arrays[6 : 8 if shape.scaled else 6], *arrays[-4:])
+    """`rows` is how many there are, when programs deal out the live splits."""
+    everything: tuple[Any, ...] = (*arrays[:5], arrays[5 : 7 if shape.scaled else 5], *arrays[-4:])
     refs = _Refs(*everything)
     head = pl.program_id(0)
-    length = refs.run[0]
     if rows is None:
-        row, run = pl.program_id(1), pl.program_id(2)
+        row, split = pl.program_id(1), pl.program_id(2)
         kv_len = refs.lens[row]
 
-        @pl.when(run * length < _live_splits(kv_len, shape.window))
+        @pl.when(split < _live_splits(kv_len, shape.window))
         def _one() -> None:
-            _attend(refs, shape, _Work(head, row, run, kv_len), length, interpret)
+            _attend(refs, shape, _Work(head, row, split, kv_len), interpret)
 
         return
     lane = jnp.arange(max(16, pl.next_power_of_2(rows)))
     inside = lane < rows
     splits = _live_splits(plt.load(refs.lens.at[lane], mask=inside, other=0), shape.window)
-    ends = jnp.cumsum(jnp.where(inside, pl.cdiv(splits, length), 0))
+    ends = jnp.cumsum(jnp.where(inside, splits, 0))
     first, stride = pl.program_id(1), pl.num_programs(1)
 
     def body(step: jax.Array, _: None) -> None:
         item = first + step * stride
         before = ends <= item
         row = before.astype(jnp.int32).sum()
-        run = item - jnp.where(before, ends, 0).max()
-        _attend(refs, shape, _Work(head, row, run, refs.lens[row]), length, interpret)
+        split = item - jnp.where(before, ends, 0).max()
+        _attend(refs, shape, _Work(head, row, split, refs.lens[row]), interpret)
 
     mine = pl.cdiv(jnp.maximum(ends.max() - first, 0), stride)
     lax.fori_loop(0, mine, body, None)
 
 
-def _attend(refs: _Refs, shape: _Shape, work: _Work, length: jax.Array, interpret: bool) -> None:
-    """One run; the output if that is all of its row, else its splits' parts, and the last run to finish folds them."""
+def _attend(refs: _Refs, shape: _Shape, work: _Work, interpret: bool) -> None:
+    """One split; then, if it is its row's only one, the output, and if it is the last to finish, the combination."""
     rows, cols = shape.lanes
     member, col = jnp.arange(rows), jnp.arange(cols)
     # Masked lanes keep indices of their own: the interpreter writes old values back through masked stores, and two
     # lanes at one place would race.
     query, in_group = work.head * shape.group + member, member < shape.group
     inside = in_group[:, None] & (col < shape.H)[None, :]
+    acc, lse = _one_split(refs, shape, work, query, inside)
     splits = _live_splits(work.kv_len, shape.window)
-    runs = pl.cdiv(splits, length)
-    begin = work.run * length
 
-    def one(split: jax.Array, folded: Carry) -> Carry:
-        part, lse = _one_split(refs, shape, work, split, query, inside)
-
-        @pl.when(runs > 1)
-        def _() -> None:
-            plt.store(refs.partial.at[work.row, split, query[:, None], col[None, :]], part, mask=inside)
-            plt.store(refs.lse.at[work.row, split, query], lse, mask=in_group)
-
-        return _fold(folded, part, lse)
-
-    folded = lax.fori_loop(begin, jnp.minimum(begin + length, splits), one, _nothing(rows, cols))
-
-    @pl.when(runs == 1)
+    @pl.when(splits == 1)
     def _() -> None:
         place = refs.out.at[work.row, query[:, None], col[None, :]]
-        plt.store(place, folded[0].astype(refs.out.dtype), mask=inside)
+        plt.store(place, acc.astype(refs.out.dtype), mask=inside)
 
-    @pl.when(runs > 1)
+    @pl.when(splits > 1)
     def _() -> None:
+        plt.store(refs.partial.at[work.row, work.split, query[:, None], col[None, :]], acc, mask=inside)
+        plt.store(refs.lse.at[work.row, work.split, query], lse, mask=in_group)
         if not interpret:
             plt.debug_barrier()  # every thread's part is written before the program counts itself
         before = plt.atomic_add(refs.finished, (work.row, work.head), jnp.int32(1))
 
-        @pl.when(before == runs - 1)
+        @pl.when(before == splits - 1)
         def _() -> None:
             if not interpret:
                 plt.debug_barrier()
-            _fold_from_memory(refs, shape, work, splits)
-
-
-def _nothing(rows: int, cols: int) -> Carry:
-    return (
-        jnp.zeros((rows, cols), jnp.float32),
-        jnp.full((rows,), _LOWEST, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-    )
-
-
-def _fold(folded: Carry, part: jax.Array, lse: jax.Array) -> Carry:
-    """Take one more split into a weighted mean: its values so far, their highest log-sum, their weight."""
-    mean, highest, total = folded
-    new_highest = jnp.maximum(highest, lse)
-    weight = jnp.exp2(lse - new_highest)
-    total = total * jnp.exp2(highest - new_highest) + weight
-    return mean + (part - mean) * (weight / total)[:, None], new_highest, total
+            _combine(refs, shape, work, splits)
 
 
 def _one_split(
-    refs: _Refs, shape: _Shape, work: _Work, split: jax.Array, query: jax.Array, inside: jax.Array
+    refs: _Refs, shape: _Shape, work: _Work, query: jax.Array, inside: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Online softmax over one split of one row for the queries of one kv head: their mean of values, and log-sum."""
     rows, cols = shape.lanes
@@ -287,7 +263,7 @@ def _one_split(
     q = plt.load(refs.q.at[row, query[:, None], col[None, :]], mask=inside, other=0.0)
 
     lowest = jnp.maximum(kv_len - shape.window, 0) if shape.window is not None else 0
-    begin = (split + _first_split(kv_len, shape.window)) * SPLIT
+    begin = (work.split + _first_split(kv_len, shape.window)) * SPLIT
     end = jnp.minimum(begin + SPLIT, kv_len)
     if shape.window is not None:
         begin = jnp.maximum(begin, lowest // shape.block_keys * shape.block_keys)
@@ -331,26 +307,35 @@ def _capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
     return soft_cap - 2.0 * soft_cap / (jnp.exp2(scores * (2.0 * LOG2E / soft_cap)) + 1.0)
 
 
-def _fold_from_memory(refs: _Refs, shape: _Shape, work: _Work, splits: jax.Array) -> None:
-    """Fold all of a row's splits in order; splits nobody wrote are never read."""
-    group, cols = pl.next_power_of_2(shape.group), shape.lanes[1]
-    member, col = jnp.arange(group), jnp.arange(cols)
+def _combine(refs: _Refs, shape: _Shape, work: _Work, splits: jax.Array) -> None:
+    """Weighted mean of a row's splits for the queries of one kv head; unwritten splits are never read."""
+    at_once, group, cols = shape.combined
+    lane, member, col = jnp.arange(at_once), jnp.arange(group), jnp.arange(cols)
     query, in_group = work.head * shape.group + member, member < shape.group
     inside = in_group[:, None] & (col < shape.H)[None, :]
-    at_once = max(1, min(FOLDED, 8192 // (group * cols)))  # 64 registers a thread
 
-    def some(step: jax.Array, folded: Carry) -> Carry:
-        fetched = []
-        for ahead in range(at_once):
-            split = step * at_once + ahead
-            live = split < splits
-            place = refs.partial.at[work.row, split, query[:, None], col[None, :]]
-            part = plt.load(place, mask=inside & live, other=0.0)
-            fetched.append((part, plt.load(refs.lse.at[work.row, split, query], mask=in_group & live, other=_LOWEST)))
-        for part, lse in fetched:  # past the last split: weight 0, which leaves the fold as it is
-            folded = _fold(folded, part, lse)
-        return folded
+    def chunk(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        acc, highest, total = carry
+        split = step * at_once + lane
+        live = split < splits
+        lse_mask = live[:, None] & in_group[None, :]
+        lse = plt.load(refs.lse.at[work.row, split[:, None], query[None, :]], mask=lse_mask, other=_LOWEST)
+        part = plt.load(
+            refs.partial.at[work.row, split[:, None, None], query[None, :, None], col[None, None, :]],
+            mask=live[:, None, None] & inside[None, :, :],
+            other=0.0,
+        )
+        new_highest = jnp.maximum(highest, lse.max(axis=0))
+        shrink = jnp.exp2(highest - new_highest)
+        weights = jnp.where(live[:, None], jnp.exp2(lse - new_highest[None, :]), 0.0)
+        acc = acc * shrink[:, None] + (part * weights[:, :, None]).sum(axis=0)
+        return acc, new_highest, total * shrink + weights.sum(axis=0)
 
-    mean, _, _ = lax.fori_loop(0, pl.cdiv(splits, at_once), some, _nothing(group, cols))
+    start = (
+        jnp.zeros((group, cols), jnp.float32),
+        jnp.full((group,), _LOWEST, jnp.float32),
+        jnp.zeros((group,), jnp.float32),
+    )
+    acc, _, total = lax.fori_loop(0, pl.cdiv(splits, at_once), chunk, start)
     place = refs.out.at[work.row, query[:, None], col[None, :]]
-    plt.store(place, mean.astype(refs.out.dtype), mask=inside)
+    plt.store(place, (acc / total[:, None]).astype(refs.out.dtype), mask=inside)
