@@ -72,10 +72,8 @@ def sample(
     implementation: str | None = None,
 ) -> Sampled:
     """Draw one token a row and add it to the row's counts; a bad row adds nothing."""
-    bad = ~jnp.isfinite(logits).all(axis=1)
-    logits = jnp.where(bad[:, None], 0.0, logits)
     adjusted = _adjusted(logits, inputs, counts[inputs.row])
-    bad |= ~jnp.isfinite(adjusted.max(axis=1))
+    bad = ~(jnp.isfinite(logits).all(axis=1) & jnp.isfinite(adjusted.max(axis=1)))
     token = api.sample(
         adjusted,
         position_keys(inputs.keys, inputs.position),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -25,20 +26,14 @@ class PageWriteSpec:
 
     def inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
         """k_pages, v_pages, k, v, slots."""
-        import ml_dtypes
-
-        def named(dtype: str) -> np.dtype:
-            return np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
-
         rng = np.random.default_rng(seed)
         size = self.P * self.page_size
-        pools = [
-            rng.standard_normal((self.P, self.K, self.page_size, self.H)).astype(named(self.dtype)) for _ in range(2)
-        ]
+        shape, dtype = (self.P, self.K, self.page_size, self.H), jnp.dtype(self.dtype)
+        pools = [rng.standard_normal(shape).astype(dtype) for _ in range(2)]
         for pool in pools:
             pool[rng.integers(0, self.P, 3)] = np.nan  # unwritten memory
         tokens = [
-            rng.standard_normal((self.T, self.K, self.H)).astype(named(self.token_dtype or self.dtype))
+            rng.standard_normal((self.T, self.K, self.H)).astype(jnp.dtype(self.token_dtype or self.dtype))
             for _ in range(2)
         ]
         slots = rng.permutation(size)[: self.T].astype(np.int32)

@@ -3,8 +3,10 @@
 In: queries, one layer's pages, page tables, lengths, already checked by api.py. Out: attention outputs.
 An online softmax runs over blocks of keys at fixed absolute positions, from the first block any query can see to the
 last: the cost follows the rows' lengths, never the width of the page table, and no [T, length] array exists. A block
-that a row cannot see changes nothing in it, bit for bit, so a row's result does not depend on its neighbours.
-It does not know how pages are allocated or written.
+that a row cannot see changes nothing in it, bit for bit. On XLA's CPU backend a query's result is the same bits alone
+or in company and in any chunking, and from H = 64 up the same in decode as in the ragged form (below, within 1e-7 in
+f32); XLA's GPU backend chooses its matmuls by shape and promises none of it.
+This module does not know how pages are allocated or written.
 """
 
 from __future__ import annotations
@@ -151,11 +153,10 @@ def _attend(
         visible = within[:, None, :] & (key[:, None, :] <= positions[:, :, None])  # [X, M, block]
         if window is not None:
             visible &= key[:, None, :] > positions[:, :, None] - window
-        visible = visible[:, None]
-        scores = jnp.where(visible, scores, _LOWEST)
+        scores = jnp.where(visible[:, None], scores, _LOWEST)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
         shrink = jnp.exp(highest - new_highest)
-        weights = jnp.where(visible, jnp.exp(scores - new_highest[..., None]), 0.0)
+        weights = jnp.exp(scores - new_highest[..., None])  # of a row that sees nothing yet: undone by a shrink of 0
         # The barrier keeps the multiply-add out of the sum's kernel, which rounds it differently by shape.
         new_total = total * shrink + lax.optimization_barrier(weights.sum(axis=-1))
         weights = weights.astype(q.dtype)

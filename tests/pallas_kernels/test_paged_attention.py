@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,27 @@ def test_the_references_memory_does_not_grow_with_the_page_tables_width():
     table_bytes = len(spec.rows) * 4096 * 4
     assert used[2] - used[0] <= 2 * table_bytes
     assert used[3] - used[1] <= 8 * table_bytes  # each tile takes its row's table
+
+
+@cpu_only
+def test_a_windows_and_a_short_rows_cost_follow_the_keys_they_see():
+    N, K, H, page_size, width = 8, 2, 64, 16, 4096
+    q, pages = jnp.ones((1, N, H)), jnp.ones((2, K, page_size, H))
+    table = jnp.ones((1, width), jnp.int32)
+
+    def seconds(op, *rest, length, **options):
+        compiled = jax.jit(lambda lengths: op(q, pages, pages, table, lengths, *rest, scale=0.1, **options))
+        lengths, taken = jnp.array([length], jnp.int32), []
+        for _ in range(4):
+            begun = time.perf_counter()
+            compiled(lengths).block_until_ready()
+            taken.append(time.perf_counter() - begun)
+        return min(taken)
+
+    for op, *rest in ((paged_attention_decode,), (paged_attention, jnp.array([0, 1], jnp.int32))):
+        whole = seconds(op, *rest, length=width * page_size)
+        assert seconds(op, *rest, length=width * page_size, window=64) < whole / 8  # 2 blocks of 256
+        assert seconds(op, *rest, length=100) < whole / 8
 
 
 def arguments(**changes):
