@@ -1,8 +1,8 @@
 """The GPU kernels of this room under Pallas's interpreters, for tests on a CPU: one small function a kernel.
 
-In and out as the kernels. The Mosaic interpreter looks for races (it prints and counts them), takes a thread a warpgroup
-and about a tenth of a second a tile, so large inputs are declined. Threads that wait for each other hold workers of
-XLA's CPU pool: it needs more of those than small machines give it (tests/conftest.py asks for them).
+In and out as the kernels. The Mosaic interpreter looks for races (it prints and counts them) and takes a thread a
+warpgroup and about a tenth of a second a tile, so large inputs are declined. Threads that wait for each other hold
+workers of XLA's CPU pool: it needs more of those than small machines give it (tests/conftest.py asks for them).
 """
 
 from __future__ import annotations

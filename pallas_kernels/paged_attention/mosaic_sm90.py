@@ -30,12 +30,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
 from pallas_kernels.paged_attention import triton
+from pallas_kernels.paged_attention.tiles import ALIGN, TILE, Tile, Visit, tile_list, walk
 
 LOG2E = math.log2(math.e)
-TILE, ROWS = 128, 64  # queries a tile, queries a compute warpgroup
+ROWS = 64  # queries a compute warpgroup
 WARPS = 4  # a warpgroup
 COMPUTE, MEMORY = 2, 2  # compute warpgroups are 0 and 1; the memory warpgroup is number 2
-ALIGN = 8  # tokens; what the copy engine's tiled transfers start at
 LANES = 8  # columns that four threads share: partial totals of a row
 CHUNK = 64  # columns of an output that go through the row-wise store at once
 _MASKED, _FLOOR = -1e30, -1e20  # a masked score, scaled, lies far under the floor of the running maximum: weight 0
@@ -102,22 +102,6 @@ class _Refs:
     v_free: Any
     turn: Any  # one a compute warpgroup
     cleaned: Any
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """One tile of queries of one row, as scalars in registers."""
-
-    row: jax.Array
-    token: jax.Array  # its first query in the flat array
-    position: jax.Array  # the same query's place among the row's keys
-    live: jax.Array  # how many queries are its own
-    kv_len: jax.Array
-    head: jax.Array
-
-    @property
-    def aligned(self) -> jax.Array:
-        return lax.rem(self.token, jnp.int32(ALIGN)) == 0
 
 
 @dataclass(frozen=True)
@@ -253,31 +237,6 @@ def ragged_attention(
     return out[:T]
 
 
-def tile_list(T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int) -> tuple[jax.Array, jax.Array]:
-    """i32[tiles, 6] in the order of _Tile's fields without head, most keys first, and i32[1] how many are real.
-
-    Tokens that belong to no row make a last row of length 0, so that they come out 0.
-    """
-    starts = jnp.concatenate([query_starts, jnp.full((1,), T, jnp.int32)])
-    lens = jnp.concatenate([kv_lens, jnp.zeros((1,), jnp.int32)])
-    rows = lens.shape[0]
-    counts = starts[1:] - starts[:-1]
-    padding = jnp.arange(rows) == rows - 1
-    tiles = jnp.where((counts >= fewest) | padding, (counts + TILE - 1) // TILE, 0)
-    ends = jnp.cumsum(tiles, dtype=jnp.int32)
-    tile = jnp.arange(min(rows, T) + T // TILE, dtype=jnp.int32)
-    row = (ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32)
-    row = jnp.minimum(row, rows - 1)
-    offset = (tile - (ends - tiles)[row]) * TILE
-    position = lens[row] - counts[row] + offset
-    live = jnp.minimum(counts[row] - offset, TILE)
-    cost = jnp.where(tile < ends[-1], jnp.where(row == rows - 1, 0, position + live), -1)
-    order = jnp.argsort(-cost)
-    table_row = jnp.minimum(row, rows - 2)
-    fields = jnp.stack([table_row, starts[row] + offset, position, live, lens[row], jnp.zeros_like(row)], axis=1)
-    return fields[order], ends[-1:]
-
-
 def _scratch(shape: _Shape) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform  # typed as abstract in 0.11
     swizzle: Any = plgpu.SwizzleTransform
@@ -301,42 +260,12 @@ def _barriers(shape: _Shape) -> tuple[Any, ...]:
     return barrier(COMPUTE), barrier(COMPUTE), full, full, free, free, barrier(COMPUTE), barrier(1, COMPUTE)
 
 
-# The walk over tiles, the same in every warpgroup.
+def _walk(shape: _Shape, refs: _Refs, visit: Visit) -> tuple[jax.Array, jax.Array]:
+    blocks_of = functools.partial(_key_blocks, shape)
+    return walk(refs.tiles, refs.count, shape.N, shape.blocks.programs, blocks_of, visit)
 
 
-def _walk(
-    shape: _Shape, refs: _Refs, visit: Callable[[_Tile, jax.Array, jax.Array], None]
-) -> tuple[jax.Array, jax.Array]:
-    """Call visit(tile, how many tiles and how many key blocks came before) for this program's share; both totals."""
-    program, programs = lax.axis_index("program"), jnp.int32(shape.blocks.programs)
-    total = refs.count[0] * shape.N
-    rounds, rest = lax.div(total, programs), lax.rem(total, programs)
-
-    def place(step: jax.Array) -> jax.Array:  # snake order: a long tile in one round, a short one in the next
-        return jnp.where(lax.rem(step, jnp.int32(2)) == 0, program, programs - 1 - program)
-
-    steps = rounds + (place(rounds) < rest).astype(jnp.int32)
-
-    def item_of(step: jax.Array) -> jax.Array:
-        return step * programs + place(step)
-
-    def read(step: jax.Array) -> tuple[jax.Array, ...]:
-        tile = lax.div(item_of(jnp.clip(step, 0, jnp.maximum(steps - 1, 0))), jnp.int32(shape.N))
-        return tuple(refs.tiles[tile, field] for field in range(5))
-
-    def one(step: jax.Array, carry: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
-        fields, blocks = carry
-        following = read(step + 1)  # fetched now: nothing waits for it until the next tile
-        tile = _Tile(*fields, head=lax.rem(item_of(step), jnp.int32(shape.N)))
-        visit(tile, step, blocks)
-        first, last = _key_blocks(shape, tile)
-        return following, blocks + last - first
-
-    _, blocks = lax.fori_loop(0, steps, one, (read(jnp.int32(0)), jnp.int32(0)))
-    return steps, blocks
-
-
-def _key_blocks(shape: _Shape, tile: _Tile) -> tuple[jax.Array, jax.Array]:
+def _key_blocks(shape: _Shape, tile: Tile) -> tuple[jax.Array, jax.Array]:
     """First and one past last key block that any of the tile's queries sees; at least one, if only to be masked."""
     size = jnp.int32(shape.blocks.block_keys)
     last = pl.cdiv(jnp.minimum(tile.kv_len, tile.position + TILE), size)
@@ -382,7 +311,7 @@ def _fetch(
     stages = shape.blocks.stages
     size = min(shape.page_size, shape.blocks.block_keys)
 
-    def visit(tile: _Tile, step: jax.Array, before: jax.Array) -> None:
+    def visit(tile: Tile, step: jax.Array, before: jax.Array) -> None:
         kv_head = lax.div(tile.head, jnp.int32(shape.N // shape.K))
         first, last = _key_blocks(shape, tile)
 
@@ -415,7 +344,7 @@ def _fetch(
         plgpu.barrier_wait(free.at[lax.rem(done, jnp.int32(stages))])
 
 
-def _fetch_queries(refs: _Refs, tile: _Tile, step: jax.Array) -> None:
+def _fetch_queries(refs: _Refs, tile: Tile, step: jax.Array) -> None:
     for wg in range(COMPUTE):
         pl.when(step > 0)(lambda wg=wg: plgpu.barrier_wait(refs.q_free.at[wg]))
 
@@ -431,12 +360,12 @@ def _provably(value: jax.Array, multiple: int) -> jax.Array:
     return lax.div(value, jnp.int32(multiple)) * multiple
 
 
-def _lowest(shape: _Shape, tile: _Tile) -> jax.Array:
+def _lowest(shape: _Shape, tile: Tile) -> jax.Array:
     """The first key any of the tile's queries sees."""
     return jnp.int32(0) if shape.window is None else jnp.maximum(tile.position - (shape.window - 1), 0)
 
 
-def _page_of(shape: _Shape, refs: _Refs, tile: _Tile, block: jax.Array, copy: int) -> tuple[jax.Array, Any]:
+def _page_of(shape: _Shape, refs: _Refs, tile: Tile, block: jax.Array, copy: int) -> tuple[jax.Array, Any]:
     """Page and rows in it of one copy of a key block.
 
     Before the window and past the row's keys stand the nearest visible page's; a row of no keys gets page 0.
@@ -457,7 +386,7 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
     plgpu.set_max_registers(240, action="increase")
     pl.when(wg == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))  # warpgroup 0 goes first
 
-    def visit(tile: _Tile, step: jax.Array, before: jax.Array) -> None:
+    def visit(tile: Tile, step: jax.Array, before: jax.Array) -> None:
         half = _queries(shape, refs, wg, tile)
         acc, total = _attend(shape, refs, half, tile, before)
         seen = total > 0
@@ -473,7 +402,7 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
     pl.when(wg == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
 
 
-def _queries(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile) -> _Half:
+def _queries(shape: _Shape, refs: _Refs, wg: jax.Array, tile: Tile) -> _Half:
     """See that this warpgroup's queries are in shared memory."""
     offset = wg * ROWS
     # Through registers nothing is clipped at the array's end: start earlier instead.
@@ -558,7 +487,7 @@ def _shrunk(acc: jax.Array, shrink: jax.Array) -> jax.Array:
     return acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
 
 
-def _attend(shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _attend(shape: _Shape, refs: _Refs, half: _Half, tile: Tile, before: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Visit the key blocks from the last; the score product of a visit goes out with the value product of the last."""
     first, last = _key_blocks(shape, tile)
     visits = last - first
@@ -694,7 +623,7 @@ def _both_products(
     return pl.run_scoped(products, scored_ref, plgpu.WGMMAAccumulatorRef((ROWS, shape.H), jnp.float32))
 
 
-def _clear_tail(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile, block: jax.Array, slot: jax.Array) -> None:
+def _clear_tail(shape: _Shape, refs: _Refs, wg: jax.Array, tile: Tile, block: jax.Array, slot: jax.Array) -> None:
     """Zero the values past the row's last key, which may be NaN: their weight is 0, and 0 * NaN is not.
 
     With a window, this last block may also repeat the last page before the first visible key.
@@ -721,7 +650,7 @@ def _clear_tail(shape: _Shape, refs: _Refs, wg: jax.Array, tile: _Tile, block: j
         plgpu.barrier_wait(refs.cleaned)
 
 
-def _store(shape: _Shape, refs: _Refs, half: _Half, tile: _Tile, out: jax.Array) -> None:
+def _store(shape: _Shape, refs: _Refs, half: _Half, tile: Tile, out: jax.Array) -> None:
     """Whole halves at once, by the copy engine if aligned, else from registers; others query by query."""
     live = jnp.minimum(tile.live - half.wg * ROWS, ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's output has left shared memory
