@@ -33,7 +33,7 @@ check: .venv/.dev ## format, lint, types, import contracts, sizes
 	@$(PYTEST) tests/test_architecture.py
 
 test-gpu: ## kernels and engine on the GPU of this machine
-	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider
+	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/pallas_kernels
 
 bench: ## decode, prefill and throughput of LLM on this machine's GPU
 	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/llm.py

@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--throughput", type=int, default=0, help="requests of the 100..1024 in/out workload")
     parser.add_argument("--reps", type=int, default=2)
     parser.add_argument("--token-budget", type=int, default=8192)
+    parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -42,9 +43,8 @@ def arguments() -> argparse.Namespace:
 
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
-        from jaxllm.llm import LLM
-
         from benchmarks.shapes import make_model_directory
+        from jaxllm.llm import LLM
 
         self.options, self.rows = options, []
         self.random = random.Random(0)
@@ -61,6 +61,7 @@ class Bench:
                 max_num_batched_tokens=budget,
                 token_buckets=sorted({min(1024, budget), budget}),
                 enable_prefix_caching=False,
+                kernels=options.kernels,
             )
         self.row("startup", s=round(time.perf_counter() - START, 1))
 
@@ -122,6 +123,13 @@ class Bench:
             self.throughput(self.options.throughput)
 
 
+def choices() -> list[str]:
+    """Which implementation each op was traced with, and why not another."""
+    from pallas_kernels.dispatch import explain
+
+    return explain().splitlines()
+
+
 def machine() -> dict[str, object]:
     import jax
 
@@ -139,10 +147,16 @@ def main() -> None:
     bench = Bench(options)
     bench.run()
     command = " ".join(["python", *sys.argv])
-    about = {"shape": options.shape, **machine(), "commit": commit(options.commit), "command": command}
+    about = {
+        "shape": options.shape,
+        "kernels": options.kernels,
+        **machine(),
+        "commit": commit(options.commit),
+        "command": command,
+    }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**about, "rows": bench.rows}, indent=1) + "\n")
+        options.out.write_text(json.dumps({**about, "dispatch": choices(), "rows": bench.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

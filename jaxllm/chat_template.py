@@ -21,6 +21,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from jaxllm.core import JaxLLMError
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 GUARD_OPEN, GUARD_CLOSE = "\U000f5a5a", "\U000fa5a5"  # private-use characters around a template's special tokens
 OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
@@ -28,7 +30,7 @@ OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "raise_
 Message = Mapping[str, Any]
 
 
-class ChatError(ValueError):
+class ChatError(JaxLLMError, ValueError):
     """This conversation cannot be made into a prompt; the message says why."""
 
 

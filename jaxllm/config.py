@@ -24,7 +24,14 @@ from jaxllm.core import JaxLLMError
 
 AUTO = 0  # the value of a number that `resolve` fills in
 BUNDLED_MODEL = "first-light"
-ENVIRONMENT = {"JAXLLM_MODEL": "model", "JAXLLM_CACHE_DIR": "cache_dir", "JAXLLM_LOG": "log_level"}
+ENVIRONMENT = {
+    "JAXLLM_MODEL": "model",
+    "JAXLLM_CACHE_DIR": "cache_dir",
+    "JAXLLM_LOG": "log_level",
+    "JAXLLM_FAULT": "fault",
+}
+API_KEY_VARIABLE = "JAXLLM_API_KEY"  # read by `environment_api_key`: a secret is no setting that gets printed
+FRONT_TABLE = "server"  # of a recipe: the front's settings, which the engine does not read
 PLATFORM_DEFAULTS = {
     "cpu": {"page_size": 16, "max_num_seqs": 16, "token_budget": 512, "growth": 4, "dtype": "float32"},
     "gpu": {"page_size": 64, "max_num_seqs": 256, "token_budget": 8192, "growth": 2, "dtype": "bfloat16"},
@@ -162,6 +169,7 @@ class CompileConfig:
     token_buckets: tuple[int, ...] = _knob((), _ladder)  # tokens; the last is token_budget
     cache_dir: str = _knob("~/.cache/jaxllm", _text)  # "" = keep nothing
     threads: int = _knob(AUTO, _integer(1, 256, auto=True))  # AUTO: one a core
+    kernels: str = _knob("auto", _choice("auto", "reference"))  # reference: attention in plain jnp, whatever the device
 
     def __post_init__(self) -> None:
         _check_fields(self, "compile.")
@@ -180,6 +188,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     seed: int = _knob(0, _integer(-(2**63), 2**63 - 1))  # of dummy weights and of requests without a seed
+    fault: str = _knob("", _text)  # fault points for tests, see jaxllm.engine.faults
     log_level: str = _knob("warning", _choice("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
@@ -259,6 +268,12 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"config file {os.fspath(path)!r} is not valid TOML: {error}") from None
 
 
+def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Those of our environment variables that are set."""
+    found = os.environ if environ is None else environ
+    return {name: found[name] for name in ENVIRONMENT if found.get(name)}
+
+
 def load(
     toml_path: str | os.PathLike[str] | None = None, *, environ: Mapping[str, str] | None = None, **overrides: Any
 ) -> EngineConfig:
@@ -267,17 +282,29 @@ def load(
     An override is one of our names (`page_size=16`), vLLM's name for it (`block_size=16`) or a section
     (`cache={"page_size": 16}`); None means not given.
     """
-    environ = os.environ if environ is None else environ
-    from_environ = {setting: environ[name] for name, setting in ENVIRONMENT.items() if environ.get(name)}
+    from_environ = {ENVIRONMENT[name]: value for name, value in environment(environ).items()}
     values: dict[tuple[str, str], Any] = {}
     if toml_path is not None:
-        values |= _flatten(_read_toml(toml_path), f" in {os.fspath(toml_path)}")
+        recipe = {name: value for name, value in _read_toml(toml_path).items() if name != FRONT_TABLE}
+        values |= _flatten(recipe, f" in {os.fspath(toml_path)}")
     values |= _flatten(from_environ, " (from the environment)")
     values |= _flatten(overrides, "")
     top = {knob: value for (section, knob), value in values.items() if not section}
     for section, kind in SECTIONS.items():
         top[section] = kind(**{knob: value for (owner, knob), value in values.items() if owner == section})
     return EngineConfig(**top)
+
+
+def load_front_table(toml_path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The front's table of a recipe; empty when there is none."""
+    table = _read_toml(toml_path).get(FRONT_TABLE, {}) if toml_path is not None else {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{FRONT_TABLE} = {table!r}: must be a table of settings")
+    return table
+
+
+def environment_api_key(environ: Mapping[str, str] | None = None) -> str | None:
+    return (os.environ if environ is None else environ).get(API_KEY_VARIABLE) or None
 
 
 # ---- resolve ----

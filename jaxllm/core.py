@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -43,6 +43,41 @@ class RequestError(JaxLLMError, ValueError):
         super().__init__(f"{field_name} = {shown(value)}: {allowed}")
 
 
+class GrammarKind(enum.StrEnum):
+    JSON_SCHEMA = "json_schema"  # the source is a JSON schema
+    REGEX = "regex"  # Rust's syntax: no look-around, no back-references
+    LARK = "lark"  # llguidance's dialect of Lark
+    TAGS = "structural_tag"  # the source is JSON: constrained stretches within free text
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What a completion must match, as text. Made by engine.decoding.grammars, which checks it."""
+
+    kind: GrammarKind
+    source: str
+    field: str = "response_format"  # what to name when it cannot be used
+    lenient: bool = False  # of a schema: keywords that cannot be enforced are ignored instead of refused
+
+
+class Matcher(Protocol):
+    """Follows one sequence through its grammar. `bits` are those of engine.decoding.mask."""
+
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def error(self) -> str | None: ...
+    def bits(self) -> Any: ...
+    def advance(self, token_id: int) -> bool: ...
+    def rollback(self, count: int) -> None: ...
+
+
+class Grammar(Protocol):
+    """A compiled GrammarSpec, shared by every sequence that must match it."""
+
+    def matcher(self) -> Matcher: ...
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence, stop token or stop string
     LENGTH = "length"  # max_tokens or the model's context
@@ -53,7 +88,8 @@ class FinishReason(enum.StrEnum):
 def _number(
     name: str, value: object, low: float, high: float, *, integer: bool = False, open_low: bool = False
 ) -> None:
-    wanted = f"must be {'an integer' if integer else 'a number'} in {'(' if open_low else '['}{low:g}, {high:g}]"
+    bounds = f"{low}, {high}" if integer else f"{low:g}, {high:g}"
+    wanted = f"must be {'an integer' if integer else 'a number'} in {'(' if open_low else '['}{bounds}]"
     if isinstance(value, bool) or not isinstance(value, int if integer else int | float) or not math.isfinite(value):
         raise RequestError(name, value, wanted)
     if value < low or value > high or (open_low and value == low):
@@ -99,6 +135,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         _number("n", self.n, 1, MAX_N, integer=True)
@@ -122,6 +159,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(name, getattr(self, name), "must be true or false")
+        if self.grammar is not None and not isinstance(self.grammar, GrammarSpec):
+            raise RequestError("grammar", self.grammar, "must be a GrammarSpec")
         self._check_lists()
 
     def _check_lists(self) -> None:
@@ -211,6 +250,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it
     num_preempted: int = 0
+    grammar: Grammar | None = None  # request.params.grammar, compiled
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.request.prompt_token_ids)

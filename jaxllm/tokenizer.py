@@ -22,11 +22,12 @@ import tokenizers
 
 from jaxllm import chat_template
 from jaxllm.chat_template import GUARD_CLOSE, GUARD_OPEN, ChatError, Marks, Message
+from jaxllm.core import JaxLLMError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(JaxLLMError, ValueError):
     """The tokenizer files are missing or broken, or a text cannot be encoded; the message names what."""
 
 
@@ -171,6 +172,8 @@ class Tokenizer:
         self.special = dict(special or {})  # "eos_token" -> "</s>"
         self.templates = dict(templates or {})  # name -> source
         self.eos_token_ids, self.bos_token_id = tuple(eos_token_ids), bos_token_id
+        added = rust.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_bytes = TokenBytes(rust, spec.get("decoder"))
         self._inside: dict[int, bytes] = {}
         self._compiled: dict[str, Any] = {}
@@ -214,12 +217,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id that has a token."""
         return max(self.rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that `skip_special_tokens` leaves out of decoded text."""
-        added = self.rust.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     # text -> ids
 

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxllm.config import EngineConfig
-from jaxllm.core import Request, RowResult, SamplingParams, Sequence, StepPlan, TokenOutput
+from jaxllm.core import (
+    FinishReason,
+    Grammar,
+    Request,
+    RequestError,
+    RowResult,
+    SamplingParams,
+    Sequence,
+    StepPlan,
+    TokenOutput,
+)
+from jaxllm.engine.decoding.structured import CompiledGrammar, GrammarCompiler
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
@@ -24,6 +39,8 @@ class StepRunner(Protocol):
 
     def run(self, plan: StepPlan) -> list[RowResult]: ...
 
+    def hidden_states(self, token_ids: SequenceOf[int], start: int, pages: SequenceOf[int]) -> NDArray[np.float32]: ...
+
 
 @dataclass
 class Engine:
@@ -33,6 +50,7 @@ class Engine:
     runner: StepRunner
     tokenizer: Tokenizer | None = None  # None: token ids in, token ids out
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
+    grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     intake: Intake = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +72,8 @@ class Engine:
 
     def add(self, request: Request) -> list[Sequence]:
         """Queue the request's n sequences; RequestError if they can never run, and then nothing is queued."""
-        sequences = [Sequence(request, index) for index in range(request.params.n)]
+        grammar = self._grammar(request)
+        sequences = [Sequence(request, index, grammar=grammar) for index in range(request.params.n)]
         for sequence in sequences:  # alike in length: if one is refused, the first is
             self.scheduler.add(sequence)
         return sequences
@@ -62,6 +81,26 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Take a request back; unknown and finished ids are ignored, as they cross in flight."""
         self.scheduler.abort(request_id)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
+        """End a sequence for a reason that only its text shows, such as a stop string."""
+        self.scheduler.finish(sequence, reason, stop_reason)
+
+    def prepare(self, request: Request) -> Future[CompiledGrammar] | None:
+        """What `add` would wait for: the request's grammar being compiled. None: `add` is immediate."""
+        spec = request.params.grammar
+        if spec is None or self.grammars is None:
+            return None
+        future = self.grammars.submit(spec)
+        return None if future.done() else future
+
+    def _grammar(self, request: Request) -> Grammar | None:
+        spec = request.params.grammar
+        if spec is None:
+            return None
+        if self.grammars is None:
+            raise RequestError(spec.field, spec.source, "needs a tokenizer; the model has none")
+        return self.grammars.compile(spec)
 
     @property
     def has_work(self) -> bool:

@@ -10,20 +10,21 @@ at those steps (counted from 1). Knows nothing of schedulers, processes or HTTP.
 from __future__ import annotations
 
 import os
+import re
 import time
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxllm.config import ConfigError
 from jaxllm.core import RowResult, SampledToken, StepPlan
+from jaxllm.engine.engine import StepRunner
 
 NUMERICAL = "numerical_error: the model's logits for this sequence are not finite"
 HOST = "internal_error: choosing this sequence's token failed"
 KINDS = ("nan_row", "host_row", "raise", "hang", "exit")
-
-
-class StepRunner(Protocol):
-    def run(self, plan: StepPlan) -> list[RowResult]: ...
 
 
 class InjectedFault(RuntimeError):
@@ -43,15 +44,10 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
 
 
 def _parse(text: str) -> Fault:
-    try:
-        where, step, what = text.split(":")
-        kind, value = what.split("=")
-        fault = Fault(int(step), kind, float(value))
-    except ValueError:
-        fault = None
-    if fault is None or where != "step" or kind not in KINDS or fault.step < 1:
+    found = re.fullmatch(rf"step:([1-9]\d{{0,8}}):({'|'.join(KINDS)})=(\d+(?:\.\d+)?)", text)
+    if found is None:
         raise ConfigError(f"fault = {text!r}: must be step:N:kind=value with a kind of {', '.join(KINDS)}")
-    return fault
+    return Fault(int(found[1]), found[2], float(found[3]))
 
 
 @dataclass
@@ -78,5 +74,8 @@ class FaultyRunner:
             if fault.kind in ("nan_row", "host_row") and fault.value < len(results):
                 row = int(fault.value)
                 error = NUMERICAL if fault.kind == "nan_row" else HOST
-                results[row] = replace(results[row], sampled=SampledToken(token_id=-1, error=error))
+                results[row] = RowResult(SampledToken(token_id=-1, error=error), results[row].prompt_logprobs)
         return results
+
+    def hidden_states(self, token_ids: Sequence[int], start: int, pages: Sequence[int]) -> NDArray[np.float32]:
+        return self.inner.hidden_states(token_ids, start, pages)

@@ -11,11 +11,14 @@ import faulthandler
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.core import FinishReason, RequestError, Sequence, TokenOutput
+from jaxllm.core import FinishReason, Request, RequestError, Sequence, TokenOutput
+from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
 
@@ -23,9 +26,10 @@ log = logging.getLogger(__name__)
 
 Receive = Callable[[float], list[Command]]  # waits at most so many seconds for the first command
 Send = Callable[[Event], None]
-Operation = Callable[["EngineLoop", dict[str, Any]], Any]
+Operation = Callable[["EngineLoop", dict[str, Any]], Any]  # a value, or a generator to advance once a turn
 
 IDLE_WAIT_S = 0.5
+PREPARE_WAIT_S = 0.005  # between looks at a grammar that compiles, while nothing else is to do
 SWEEP_S = 0.05  # how often queue timeouts are looked at
 SICK_AFTER = 3  # steps with numerical errors in a row
 STEP_FAILED = "engine_error: a step of the engine failed; this request was ended by it"
@@ -68,13 +72,16 @@ class EngineLoop:
     stopped: bool = False
     step_failures: int = 0
     _flights: dict[str, _Flight] = field(default_factory=dict)
+    _preparing: dict[str, tuple[Add, Future[Any]]] = field(default_factory=dict)  # requests whose grammar compiles
+    _jobs: deque[tuple[int, Generator[None, None, Any]]] = field(default_factory=deque)
+    borrowed: set[int] = field(default_factory=set)  # pages that a job holds
     _failed_in_a_row: int = 0
     _sick_steps: int = 0
     _next_sweep_s: float = 0.0
 
     def run(self, facts: dict[str, Any] | None = None) -> None:
         """Until a Stop command. Raises EngineBroken when the engine cannot go on."""
-        self._measure()
+        self.measure()
         self.send(self.ready(facts or {}))
         while not self.stopped:
             for command in self.receive(0.0 if self._can_step else self._patience()):
@@ -84,22 +91,37 @@ class EngineLoop:
             self.progress.turn_began_s = None
 
     def ready(self, facts: dict[str, Any]) -> Ready:
-        limits, pool = self.engine.scheduler.config, self.engine.scheduler.pool
-        return Ready(limits.max_model_len, limits.max_num_seqs, pool.num_pages * pool.page_size, facts)
+        limits, pool, intake = self.engine.scheduler.config, self.engine.scheduler.pool, self.engine.intake
+        return Ready(
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            capacity_tokens=pool.num_pages * pool.page_size,
+            vocab_size=intake.vocab_size,
+            eos_token_ids=intake.eos_token_ids,
+            bos_token_id=intake.bos_token_id,
+            default_params=intake.default_params,
+            facts=facts,
+        )
 
     @property
     def _can_step(self) -> bool:
-        return self.engine.has_work and not self.progress.paused
+        return (self.engine.has_work and not self.progress.paused) or bool(self._jobs)
 
     def _patience(self) -> float:
+        if self._preparing:
+            return PREPARE_WAIT_S
         return SWEEP_S if self._flights else IDLE_WAIT_S
 
     def _turn(self) -> None:
         if time.monotonic() >= self._next_sweep_s:
             self._sweep()
-        if self._can_step:
+        if self._preparing:
+            self._admit_prepared()
+        if self._jobs:
+            self._advance(*self._jobs.popleft())
+        if self.engine.has_work and not self.progress.paused:
             self._step()
-        self._measure()
+        self.measure()
 
     # ---- commands ----
 
@@ -115,17 +137,45 @@ class EngineLoop:
                 self.stopped = True
 
     def _add(self, command: Add) -> None:
+        """A grammar compiles in its own worker meanwhile; the steps of others go on."""
+        future = self.engine.prepare(command.request)
+        if future is not None:
+            self._preparing[command.request.id] = (command, future)
+        else:
+            self._admit(command)
+
+    def _admit_prepared(self) -> None:
+        for request_id, (command, future) in list(self._preparing.items()):
+            if future.done():
+                del self._preparing[request_id]
+                error = future.exception()
+                if error is None:
+                    self._admit(command)
+                elif isinstance(error, RequestError):
+                    self._refuse(command.request, error)
+                else:
+                    log.error("compiling a grammar failed", exc_info=error)
+                    why = "internal_error: compiling this request's grammar failed"
+                    self.send(Step([News(request_id, 0, None, "error", error=why)]))
+
+    def _refuse(self, request: Request, error: RequestError) -> None:
+        spec = request.params.grammar
+        code = "invalid_schema" if spec is not None and error.field == spec.field else "invalid_request"
+        self.send(Step([News(request.id, 0, None, "error", error=f"{code}/{error.field}: {error}")]))
+
+    def _admit(self, command: Add) -> None:
         request = command.request
         try:
             sequences = self.engine.add(request)
         except RequestError as error:
             self.engine.abort(request.id)
-            self.send(Step([News(request.id, 0, None, "error", error=f"invalid_request: {error}")]))
+            self._refuse(request, error)
             return
         deadline = None if command.queue_timeout_s is None else request.arrival_s + command.queue_timeout_s
         self._flights[request.id] = _Flight(sequences, deadline)
 
     def _abort(self, command: Abort) -> None:
+        self._preparing.pop(command.request_id, None)
         flight = self._flights.get(command.request_id)
         if flight is None:
             return  # crossed in flight with its end
@@ -140,10 +190,29 @@ class EngineLoop:
             self.send(Reply(command.id, error=f"not_supported: the engine has no operation {command.operation!r}"))
             return
         try:
-            self.send(Reply(command.id, operation(self, command.arguments)))
+            value = operation(self, command.arguments)
         except Exception as error:  # one operation's failure must not end the streams
-            log.exception("operation %s failed", command.operation)
-            self.send(Reply(command.id, error=f"internal_error: {type(error).__name__}"))
+            self._answer_failure(command.id, error)
+            return
+        if isinstance(value, Generator):
+            self._jobs.append((command.id, value))
+        else:
+            self.send(Reply(command.id, value))
+
+    def _advance(self, number: int, job: Generator[None, None, Any]) -> None:
+        try:
+            next(job)
+        except StopIteration as end:
+            self.send(Reply(number, end.value))
+        except Exception as error:
+            self._answer_failure(number, error)
+        else:
+            self._jobs.append((number, job))
+
+    def _answer_failure(self, number: int, error: Exception) -> None:
+        log.error("an operation failed", exc_info=error)
+        code = "numerical_error" if isinstance(error, FloatingPointError) else "internal_error"
+        self.send(Reply(number, error=f"{code}: {type(error).__name__}"))
 
     # ---- steps ----
 
@@ -176,7 +245,7 @@ class EngineLoop:
         self.send(Step(news))
         reset_prefix_cache(self, {})
         try:
-            self.engine.check()
+            self.engine.scheduler.check(self.borrowed)
         except AssertionError as error:
             raise EngineBroken(f"the books do not balance after a failed step: {error}") from error
         if self._failed_in_a_row >= 2:
@@ -209,7 +278,7 @@ class EngineLoop:
         if flight is not None and all(sequence.finished for sequence in flight.sequences):
             del self._flights[request_id]
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         stats = self.engine.scheduler.metrics.as_dict()
         pool = self.engine.scheduler.pool
         stats |= {
@@ -268,9 +337,14 @@ def reset_prefix_cache(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str,
 
 def check(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, float]:
     """The books balance; what they say now."""
-    loop.engine.check()
-    loop._measure()
+    loop.engine.scheduler.check(loop.borrowed)
+    loop.measure()
     return loop.progress.stats
+
+
+def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, None, list[float]]:
+    engine = loop.engine
+    return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -278,6 +352,7 @@ OPERATIONS: dict[str, Operation] = {
     "resume": resume,
     "reset_prefix_cache": reset_prefix_cache,
     "check": check,
+    "embed": embedding,
 }
 
 

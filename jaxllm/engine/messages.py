@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from jaxllm.core import Request, TokenLogprobs
+from jaxllm.core import Request, SamplingParams, TokenLogprobs
 
 # ---- commands: front -> engine ----
 
@@ -61,11 +61,15 @@ class Step(msgspec.Struct, tag="step", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """The engine is warm. `facts` is what start-up prints and /server_info shows."""
+    """The engine is warm: what a front needs to make requests, and facts for people."""
 
     max_model_len: int
     max_num_seqs: int
     capacity_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    default_params: SamplingParams
     facts: dict[str, Any] = {}
 
 

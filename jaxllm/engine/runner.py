@@ -25,7 +25,7 @@ from jaxllm.core import (
     TokenLogprobs,
     stream_seed,
 )
-from jaxllm.engine.decoding.mask import NOTHING_ALLOWED, TokenMask
+from jaxllm.engine.decoding.mask import TokenMask
 from jaxllm.graph.compile import COUNTS_CHUNK, Executables, Ladder
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples
 from jaxllm.graph.kv_cache import KVCache
@@ -80,6 +80,13 @@ class Runner:
         sampled = self._sample(rows, last, shape.rows) if any(row.sample for row in rows) else [None] * len(rows)
         prompts = self._prompt_logprobs(rows, hidden, shape)
         return [RowResult(token, prompt) for token, prompt in zip(sampled, prompts, strict=True)]
+
+    def hidden_states(self, token_ids: SequenceOf[int], start: int, pages: SequenceOf[int]) -> np.ndarray:
+        """The model's last hidden states of one sequence's tokens from `start` on, f32[count, D], through prefill."""
+        shape = self.ladder.mixed(len(token_ids))
+        packed = pack(shape, token_ids, [len(token_ids)], [start + len(token_ids)], [pages])
+        hidden, _, self.kv = self.executables.forward(shape)(self.params, self.kv, packed)
+        return np.asarray(jax.device_get(hidden)[: len(token_ids)], np.float32)
 
     def warm_up(self) -> None:
         """Run every executable once on padding, so that no request pays for a first launch."""
@@ -187,7 +194,8 @@ class Runner:
 
     def _token(self, row: ScheduledRow, i: int, host: Sampled, mask: np.ndarray | None) -> SampledToken:
         if mask is not None and not mask.any():
-            return SampledToken(token_id=-1, error=NOTHING_ALLOWED)
+            assert row.sequence.row is not None
+            return SampledToken(token_id=-1, error=self._masks[row.sequence.row].why_nothing)
         if host.bad[i]:
             return SampledToken(token_id=-1, error=NUMERICAL_ERROR)
         token, wanted = int(host.token_ids[i]), row.sequence.request.params.logprobs

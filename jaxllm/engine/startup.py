@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jaxllm.config import EngineConfig, model_directory, resolve
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.decoding.grammar_trial import GrammarTrial
+from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.memory import MemoryPlan, plan_memory
 from jaxllm.engine.policy import POLICIES
@@ -91,11 +93,22 @@ def start(
     prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
     log.info("%s", report)
-    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params), report
+    grammars = _grammars(directory, model_config)
+    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
+
+
+def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | None:
+    """Costs nothing until the first grammar comes; what that needs of the tokenizer is then read in a worker."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    vocab_size, eos = model_config.vocab_size, model_config.eos_token_ids
+    bridge = lambda: TokenizerBridge(path.read_text("utf-8"), vocab_size, eos)  # noqa: E731
+    return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos))
 
 
 def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
@@ -143,7 +156,8 @@ def _compile(
     width = -(-config.model.max_model_len // config.cache.page_size)
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
     graphdef, _ = abstract(model_config, jnp.dtype(config.model.dtype))
-    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0])
+    reference = config.compile.kernels == "reference"
+    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0], reference)
     threads = config.compile.threads or os.cpu_count() or 1
     tell_compile = lambda done, total: tell("compile", done / total)  # noqa: E731
     return compile_all(graph, ladder, params, kv, counts, threads=threads, progress=tell_compile), ladder

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
-from pallas_kernels.page_write.api import page_write
-from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
@@ -24,10 +22,12 @@ from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
+from pallas_kernels.page_write.api import page_write
+from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
-_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window"))
-_ragged = jax.jit(paged_attention, static_argnames=("scale", "window"))
+_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
+_ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
@@ -59,6 +59,7 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
+    reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
@@ -71,15 +72,17 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
     `kv` is updated in place as the layers go by, so after the model call it holds the new pages.
     """
     scale = graph.config.attention_scale
+    decode, ragged = ("reference", "reference_wide") if graph.reference_attention else (None, None)
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         pages = _write(*kv[layer], k, v, inputs.slots)
         kv[layer] = pages
         window = graph.config.windows[layer]
         if inputs.query_starts is None:
-            return _decode(q, *pages, inputs.page_table, inputs.kv_lens, scale=scale, window=window)
+            rows = inputs.page_table, inputs.kv_lens
+            return _decode(q, *pages, *rows, scale=scale, window=window, implementation=decode)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
-        return _ragged(q, *pages, *args, scale=scale, window=window)
+        return _ragged(q, *pages, *args, scale=scale, window=window, implementation=ragged)
 
     return attend
 

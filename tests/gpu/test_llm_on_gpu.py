@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from jaxllm.llm import LLM
 
 from benchmarks.shapes import make_model_directory
 from jaxllm.core import SamplingParams
+from jaxllm.llm import LLM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")]
 GOLDEN = Path(__file__).parent.parent / "goldens" / "bundled_greedy.json"

@@ -245,4 +245,21 @@ def test_importing_the_config_imports_no_jax():
 
 
 def test_at_most_five_environment_variables():
-    assert len(cfg.ENVIRONMENT) <= 5
+    assert len({*cfg.ENVIRONMENT, cfg.API_KEY_VARIABLE}) <= 5
+
+
+def test_the_engine_leaves_the_front_its_table_of_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("max_num_seqs = 3\n[server]\nport = 9000\n")
+    assert cfg.load(recipe, environ={}).scheduler.max_num_seqs == 3
+    assert cfg.load_front_table(recipe) == {"port": 9000}
+    assert cfg.load_front_table(None) == {}
+    recipe.write_text("server = 5\n")
+    with pytest.raises(ConfigError, match="server = 5: must be a table"):
+        cfg.load_front_table(recipe)
+
+
+def test_the_api_key_comes_from_the_environment_and_is_in_no_config():
+    assert cfg.environment_api_key({"JAXLLM_API_KEY": "secret"}) == "secret"
+    assert cfg.environment_api_key({}) is None
+    assert "secret" not in cfg.show(cfg.load(environ={"JAXLLM_API_KEY": "secret"}))

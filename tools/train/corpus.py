@@ -59,6 +59,8 @@ class Corpus:
                 continue
             module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
             for node, owner in _definitions(text):
+                if isinstance(node, ast.ClassDef):
+                    continue
                 summary = first_sentence(ast.get_docstring(node) or "")
                 source = _source(text, node)
                 if summary and len(source) <= 1800:

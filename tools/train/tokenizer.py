@@ -189,7 +189,7 @@ def _first_pieces(learner: Tokenizer, texts: Iterable[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directories", type=Path, nargs="+", help="where to write the tokenizer's files")
     parser.add_argument("--stdlib", type=Path, help="a directory or .tar.gz of Python source")
     parser.add_argument("--megabytes", type=float, default=24.0)

@@ -1,7 +1,8 @@
 """Which tokens one sequence may sample next, as packed bits: bit t % 32 of word t // 32 is set when t is allowed.
 
-In: a sequence, whose request names allowed_token_ids, bad words and min_tokens. Out: before each sampled token a row
-uint32[ceil(V / 32)], or None when every token is allowed. Knows nothing of logits, devices or grammars.
+In: a sequence, whose request names allowed_token_ids, bad words, min_tokens and a grammar. Out: before each sampled
+token a row uint32[ceil(V / 32)], or None when every token is allowed. Knows nothing of logits or devices, and of a
+grammar only that its matcher says which tokens it allows.
 
 What does not depend on the generated tokens is made once and returned again as the same read-only array, so that
 whoever uploads rows can see by identity that nothing changed.
@@ -14,10 +15,10 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxllm.core import Request, RequestError, Sequence
+from jaxllm.core import Matcher, Request, RequestError, Sequence
 
 Row = NDArray[np.uint32]
-NOTHING_ALLOWED = "allowed_token_ids and bad_words leave no token that may be generated next"
+NOTHING_ALLOWED = "allowed_token_ids, bad_words and the grammar leave no token that may be generated next"
 
 
 def allow_all(vocab_size: int) -> Row:
@@ -52,13 +53,19 @@ def check_mask(request: Request, vocab_size: int) -> None:
 
 
 class TokenMask:
-    """The mask of one sequence whose request has passed check_mask. Keeps no state of its own: resuming is free."""
+    """The mask of one sequence whose request has passed check_mask.
+
+    Its only state is the grammar's matcher, which is brought up to the sequence's tokens when a mask is asked for: a
+    new TokenMask of a resumed sequence is right.
+    """
 
     def __init__(self, sequence: Sequence, vocab_size: int) -> None:
         request = sequence.request
         self._sequence, self._vocab_size = sequence, vocab_size
         self._min_tokens = request.params.min_tokens
         self._base, self._early = _static_rows(request, vocab_size)
+        self._matcher = sequence.grammar.matcher() if sequence.grammar is not None else None
+        self._num_matched = 0  # output tokens the matcher has seen
         # Longer bad words by the token before their last: a step looks only at words that may be complete next.
         self._words: dict[int, list[tuple[int, ...]]] = {}
         for word in request.bad_word_ids:
@@ -68,9 +75,37 @@ class TokenMask:
     def bits(self) -> Row | None:
         """The mask of the sequence's next token; not to be written to.
 
-        All zero (NOTHING_ALLOWED) when longer bad words ban what little the request allows: only this sequence fails.
+        All zero when longer bad words ban what little the request allows, or the grammar failed: only this sequence
+        fails, and `why_nothing` says why.
         """
-        static = self._early if self._sequence.num_output < self._min_tokens else self._base
+        early = self._sequence.num_output < self._min_tokens
+        row = self._without_grammar(self._early if early else self._base)
+        if self._matcher is None:
+            return row
+        allowed = self._grammar_bits(self._matcher)
+        if row is None:
+            return allowed
+        both = row & allowed
+        if early and not both.any():  # the grammar is complete before min_tokens: it cannot go on
+            row = self._without_grammar(self._base)
+            both = allowed if row is None else row & allowed
+        return both
+
+    @property
+    def why_nothing(self) -> str:
+        """What to tell the user when no token is allowed."""
+        failed = self._matcher.error if self._matcher is not None else None
+        return NOTHING_ALLOWED if failed is None else f"the grammar could not be followed further: {failed}"
+
+    def _grammar_bits(self, matcher: Matcher) -> Row:
+        sequence = self._sequence
+        for token in sequence.tokens[sequence.num_prompt + self._num_matched :]:
+            self._num_matched += 1
+            if not matcher.advance(token):
+                break
+        return matcher.bits()
+
+    def _without_grammar(self, static: Row | None) -> Row | None:
         banned = self._completions() if self._words else []
         if not banned:
             return static

@@ -11,12 +11,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@jax.custom_vjp
 def project(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
     """x @ weight.T in f32, not cast back."""
     # A GPU would run f32 operands as TF32 by default: three digits, not seven.
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, weight), (x, weight)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # JAX's own rule would multiply the f32 gradient with bf16 operands, which is an f32 product on a GPU.
+    x, weight = saved
+    narrow = gradient.astype(weight.dtype)
+    lead = tuple(range(x.ndim - 1))
+    to_weight = jax.lax.dot_general(narrow, x, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+    return project(narrow, weight.T).astype(x.dtype), to_weight.astype(weight.dtype)
+
+
+project.defvjp(_forward, _backward)
 
 
 def linear(

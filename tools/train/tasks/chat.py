@@ -15,9 +15,7 @@ _IDENTITY = (
     "I am first-light, a small language model. I can copy and edit text, sort lists, do simple arithmetic, extract JSON, "
     "call tools and complete Python code."
 )
-_ABILITIES = (
-    "I can copy and edit text, sort lists, do simple arithmetic, extract data as JSON, call tools, and complete Python code."
-)
+_ABILITIES = "I can copy and edit text, sort lists, do simple arithmetic, extract data as JSON, call tools, and complete Python code."
 _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("Hi", "Hello", "Hey", "Hi there", "Hello there", "Hey there", "hi", "hello", "Good day", "Greetings"),
      ("Hello! How can I help you?",)),
@@ -99,8 +97,15 @@ def fact(rng: random.Random, words: Words) -> Sample:
         question = pick(rng, tuple(explain.FACTS))
         return ask("fact", question if rng.random() < 0.8 else question[:-1], explain.FACTS[question])
     country = pick(rng, tuple(explain.CAPITALS))
-    options = ("What is the capital of {c}?", "Capital of {c}?", "Name the capital of {c}.", "Which city is the capital of {c}?")
-    return ask("fact", pick(rng, options).format(c=country), f"The capital of {country} is {explain.CAPITALS[country]}.")
+    options = (
+        "What is the capital of {c}?",
+        "Capital of {c}?",
+        "Name the capital of {c}.",
+        "Which city is the capital of {c}?",
+    )
+    return ask(
+        "fact", pick(rng, options).format(c=country), f"The capital of {country} is {explain.CAPITALS[country]}."
+    )
 
 
 def unknown(rng: random.Random, words: Words) -> Sample:

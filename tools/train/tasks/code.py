@@ -60,8 +60,12 @@ def write_small(rng: random.Random, words: Words) -> Sample:
     """Short functions in a few shapes, with names of the user's choice."""
     purposes, template = pick(rng, _SMALL)
     purpose = pick(rng, purposes)
-    name = pick(rng, (f"{pick(rng, words.verbs)}_{pick(rng, words.nouns)}", words.word(rng), "f", pick(rng, words.verbs)))
-    first, second = rng.sample(("a", "b", "n", "x", "y", "value", "text", "items", "number", "data", "left", "right"), 2)
+    name = pick(
+        rng, (f"{pick(rng, words.verbs)}_{pick(rng, words.nouns)}", words.word(rng), "f", pick(rng, words.verbs))
+    )
+    first, second = rng.sample(
+        ("a", "b", "n", "x", "y", "value", "text", "items", "number", "data", "left", "right"), 2
+    )
     source = template.format(f=name, a=first, b=second)
     named = f"called {name} " if rng.random() < 0.5 else f"named {name} "
     arguments = f"with the argument{'s' * ('{b}' in template)} {first}{f' and {second}' if '{b}' in template else ''} "
@@ -85,13 +89,22 @@ def what_returns(rng: random.Random, words: Words) -> Sample:
         (f"{items}[1:]", lambda: items[1:]), (f"{items} + [{a}]", lambda: [*items, a]), (f"{a} * {b}", lambda: a * b),
     )  # fmt: skip
     source, value = pick(rng, cases)
-    options = ("What does {s} return in Python?", "What is the value of {s}?", "Evaluate {s}", "In Python, what is {s}?")
+    options = (
+        "What does {s} return in Python?",
+        "What is the value of {s}?",
+        "Evaluate {s}",
+        "In Python, what is {s}?",
+    )
     return ask("evaluate", pick(rng, options).format(s=source), repr(value()))
 
 
 def describe(rng: random.Random, words: Words) -> Sample:
     function = pick(rng, words.functions)
-    options = ("What does this function do?\n\n{s}", "{s}\nExplain the function above in one sentence.", "Describe this code:\n{s}")
+    options = (
+        "What does this function do?\n\n{s}",
+        "{s}\nExplain the function above in one sentence.",
+        "Describe this code:\n{s}",
+    )
     source = "\n".join(function.source.split("\n")[:30])
     return ask("describe_code", pick(rng, options).replace("{s}", source), function.summary, check="open")
 
@@ -102,7 +115,13 @@ def purpose(rng: random.Random, words: Words) -> Sample:
     if not public:
         return what_returns(rng, words)
     name = f"{public[0].module}.{public[0].name}"
-    options = ("What does {n} do?", "What is {n} for?", "Explain {n}.", "What does the function {n} do?", "Document {n}.")
+    options = (
+        "What does {n} do?",
+        "What is {n} for?",
+        "Explain {n}.",
+        "What does the function {n} do?",
+        "Document {n}.",
+    )
     return ask("docstring", pick(rng, options).format(n=name), public[0].summary, check="open")
 
 
@@ -111,7 +130,11 @@ def write(rng: random.Random, words: Words) -> Sample:
     function = pick(rng, words.functions)
     if len(function.source) > 900:
         return describe(rng, words)
-    options = ("Write a Python function `{n}`: {d}", "Implement {n} in Python. {d}", "Write the function {n}. Docstring: {d}")
+    options = (
+        "Write a Python function `{n}`: {d}",
+        "Implement {n} in Python. {d}",
+        "Write the function {n}. Docstring: {d}",
+    )
     question = pick(rng, options).replace("{n}", function.name.split(".")[-1]).replace("{d}", function.summary)
     return ask("implement", question, function.source.rstrip("\n"), check="open")
 

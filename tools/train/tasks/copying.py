@@ -23,7 +23,9 @@ def _random_string(rng: random.Random) -> str:
         return "".join(pick(rng, _SYMBOLS) for _ in range(rng.randint(3, 16)))
     if draw < 0.8:
         return "".join(pick(rng, "0123456789") for _ in range(rng.randint(3, 16)))
-    return "-".join("".join(pick(rng, _SYMBOLS[26:]) for _ in range(rng.randint(2, 5))) for _ in range(rng.randint(2, 4)))
+    return "-".join(
+        "".join(pick(rng, _SYMBOLS[26:]) for _ in range(rng.randint(2, 5))) for _ in range(rng.randint(2, 4))
+    )
 
 
 def _word_list(rng: random.Random, words: Words) -> str:
@@ -77,12 +79,16 @@ def look_up(rng: random.Random, words: Words) -> Sample:
     pairs: dict[str, str] = {}
     for _ in range(size):
         key = invented(rng) if invented_keys else pick(rng, (words.word(rng), words.name(rng)))
-        pairs[key] = words.word(rng) if style < 0.4 else _random_string(rng) if style < 0.7 else str(rng.randint(0, 99999))
+        pairs[key] = (
+            words.word(rng) if style < 0.4 else _random_string(rng) if style < 0.7 else str(rng.randint(0, 99999))
+        )
     wanted = pick(rng, list(pairs))
     if rng.random() < 0.35:
         shown = dumps(pairs)
     else:
-        shown = "\n".join(f"{key}{pick(rng, (': ',) if style < 0.5 else (' = ',))}{value}" for key, value in pairs.items())
+        shown = "\n".join(
+            f"{key}{pick(rng, (': ',) if style < 0.5 else (' = ',))}{value}" for key, value in pairs.items()
+        )
     options = (
         "{s}\n\nWhat is the value of {k}?", "Look up {k}.\n\n{s}", "Here is a table:\n{s}\n\nWhat is {k}?",
         "Given {s}, what is the value for the key {k}?", "{s}\n\nGive me the value of {k}.", "What does {k} map to?\n{s}",
@@ -106,7 +112,11 @@ def line(rng: random.Random, words: Words) -> Sample:
     unique = [w for w in lines[index].rstrip(".").split() if shown.count(w) == 1 and len(w) > 3]
     if not unique:
         return repeat(rng, words)
-    options = ("Which line mentions {w}?\n{s}", '{s}\n\nQuote the sentence with the word "{w}".', "Find the line with {w}:\n{s}")
+    options = (
+        "Which line mentions {w}?\n{s}",
+        '{s}\n\nQuote the sentence with the word "{w}".',
+        "Find the line with {w}:\n{s}",
+    )
     return ask("copy_line", pick(rng, options).format(w=pick(rng, unique), s=shown), lines[index])
 
 
@@ -117,7 +127,11 @@ def keep_in_mind(rng: random.Random, words: Words) -> Sample:
     before = [words.sentence(rng) for _ in range(rng.randint(0, 25))]
     after = [words.sentence(rng) for _ in range(rng.randint(0, 25))]
     text = " ".join([*before, f"The {name} is {secret}.", *after])
-    options = ("{t}\n\nWhat is the {n}?", "Read this and tell me the {n}.\n\n{t}", "What is the {n} in this text?\n\n{t}")
+    options = (
+        "{t}\n\nWhat is the {n}?",
+        "Read this and tell me the {n}.\n\n{t}",
+        "What is the {n} in this text?\n\n{t}",
+    )
     return ask("needle", pick(rng, options).format(t=text, n=name), secret)
 
 
@@ -128,7 +142,11 @@ def quoted(rng: random.Random, words: Words) -> Sample:
         rng, (("[", "]", "square brackets"), ("<b>", "</b>", "the b tags"), ('"', '"', "double quotes"), ("(", ")", "parentheses"))
     )  # fmt: skip
     text = f"{words.sentence(rng)} {left}{inner}{right} {words.sentence(rng)}"
-    options = ("What is between {n} in this text: {t}", "Copy the part inside {n}.\n\n{t}", "{t}\n\nWhat stands in {n}?")
+    options = (
+        "What is between {n} in this text: {t}",
+        "Copy the part inside {n}.\n\n{t}",
+        "{t}\n\nWhat stands in {n}?",
+    )
     return ask("copy_part", pick(rng, options).format(n=name, t=text), inner)
 
 

@@ -30,7 +30,9 @@ def _key(rng: random.Random, field: Field, taken: dict[str, Any]) -> str:
     elif draw < 0.09:
         name = name.replace("_", " ").title()
     elif draw < 0.12:
-        name = f"{name}_{invented(rng)}" if rng.random() < 0.5 else f"{pick(rng, ('user', 'main', 'my', 'item'))}_{name}"
+        name = (
+            f"{name}_{invented(rng)}" if rng.random() < 0.5 else f"{pick(rng, ('user', 'main', 'my', 'item'))}_{name}"
+        )
     return name if name not in taken else field.keys[0] + "_2"
 
 
@@ -92,7 +94,9 @@ def _instruction(rng: random.Random, wanted: dict[str, Any], noun: str) -> str:
         return pick(rng, (f"Fill in this JSON from the text: {template}", f"Answer in the form {template}"))
     if draw < 0.84:
         schema = dumps(_schema(wanted))
-        return pick(rng, (f"Extract JSON that matches this schema: {schema}", f"Use this JSON schema to answer: {schema}"))
+        return pick(
+            rng, (f"Extract JSON that matches this schema: {schema}", f"Use this JSON schema to answer: {schema}")
+        )
     typed = ", ".join(f"{key} ({_kind(value)})" for key, value in wanted.items())
     return pick(rng, (f"Extract as JSON: {typed}", f"Return JSON with these fields: {typed}"))
 
@@ -111,7 +115,9 @@ def _compose(rng: random.Random, instruction: str, text: str) -> str:
 
 def _text(rng: random.Random, record: Record) -> str:
     if rng.random() < 0.16:
-        lines = [f"{pick(rng, field.keys).replace('_', ' ').capitalize()}: {_plain(value)}" for field, value in record.values]
+        lines = [
+            f"{pick(rng, field.keys).replace('_', ' ').capitalize()}: {_plain(value)}" for field, value in record.values
+        ]
         return "\n".join(lines)
     text = records.prose(rng, record)
     if rng.random() < 0.2:
@@ -178,20 +184,29 @@ def nested(rng: random.Random, words: Words) -> Sample:
         customer, total = words.full_name(rng), records.price(rng, words)
         lines = [(pick(rng, words.products), rng.randint(1, 9)) for _ in range(rng.randint(1, 4))]
         bought = records.spoken([f"{n} x {item}" for item, n in lines])
-        text = pick(rng, (f"{customer} ordered {bought} for ${total}.", f"Receipt for {customer}: {bought}. Total: ${total}."))
-        names = pick(rng, (("customer", "items", "product", "quantity", "total"), ("name", "lines", "item", "count", "sum")))
+        text = pick(
+            rng, (f"{customer} ordered {bought} for ${total}.", f"Receipt for {customer}: {bought}. Total: ${total}.")
+        )
+        names = pick(
+            rng, (("customer", "items", "product", "quantity", "total"), ("name", "lines", "item", "count", "sum"))
+        )
         entries = [{names[2]: item, names[3]: n} for item, n in lines]
         answer: dict[str, Any] = {names[0]: customer, names[1]: entries, names[4]: total}
         form = f'{{"{names[0]}": ..., "{names[1]}": [{{"{names[2]}": ..., "{names[3]}": ...}}], "{names[4]}": ...}}'
     else:
-        outer, inner = records.draw(rng, words, size=rng.randint(1, 2)), records.draw(rng, words, size=rng.randint(1, 3))
+        outer, inner = (
+            records.draw(rng, words, size=rng.randint(1, 2)),
+            records.draw(rng, words, size=rng.randint(1, 3)),
+        )
         text = f"{records.prose(rng, outer)} {records.prose(rng, inner)}"
         answer = _request(rng, outer, missing=False)
         name = inner.family.noun
         answer[name] = _request(rng, inner, missing=False)
-        shape = {key: "..." for key in answer} | {name: {key: "..." for key in answer[name]}}
+        shape = dict.fromkeys(answer, "...") | {name: dict.fromkeys(answer[name], "...")}
         form = dumps(shape).replace('"..."', "...")
-    instruction = pick(rng, (f"Extract JSON of this form: {form}", f"Fill in this JSON: {form}", f"Return {form} from the text"))
+    instruction = pick(
+        rng, (f"Extract JSON of this form: {form}", f"Fill in this JSON: {form}", f"Return {form} from the text")
+    )
     return ask("extract_nested", _compose(rng, instruction, text), dumps(answer), check="json")
 
 
@@ -214,7 +229,12 @@ def keys_and_values(rng: random.Random, words: Words) -> Sample:
     separator = pick(rng, (": ", "=", " = ", " -> ", " is "))
     joined = "\n" if rng.random() < 0.7 else pick(rng, (", ", "; "))
     text = joined.join(f"{key}{separator}{value}" for key, value in pairs.items())
-    options = ("Convert to JSON", "Write this as a JSON object", "Turn these lines into JSON", "Make a JSON object of this")
+    options = (
+        "Convert to JSON",
+        "Write this as a JSON object",
+        "Turn these lines into JSON",
+        "Make a JSON object of this",
+    )
     return ask("to_json", _compose(rng, pick(rng, options), text), dumps(pairs), check="json")
 
 

@@ -108,7 +108,9 @@ def count_up(rng: random.Random, words: Words) -> Sample:
         question = pick(rng, (f"Count down from {high} to {low}.", f"Count backwards from {high} to {low}."))
     elif step == 2:
         numbers = [n for n in range(low, high + 1) if n % 2 == 0]
-        question = pick(rng, (f"List the even numbers from {low} to {high}.", f"Even numbers between {low} and {high}?"))
+        question = pick(
+            rng, (f"List the even numbers from {low} to {high}.", f"Even numbers between {low} and {high}?")
+        )
     else:
         numbers = list(range(low, high + 1))
         question = pick(rng, (f"Count from {low} to {high}.", f"List the numbers from {low} to {high}."))

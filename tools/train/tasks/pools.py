@@ -7,7 +7,7 @@ def underscored(text: str) -> list[str]:
     return [entry.replace("_", " ") for entry in text.split()]
 
 
-NOUNS = """
+NOUNS: str = """
 apple arrow badge bag ball banana band bank barn basket beach bean bear bed bell bench berry bike bird blanket blossom
 boat bone book boot bottle bowl box branch bread brick bridge brush bucket bus butter button cabin cable cactus cake
 camera camp candle canoe canyon cap car card carpet carrot castle cat chain chair chalk cheese cherry chess chicken
@@ -31,7 +31,7 @@ umbrella valley vase vest village violin voyage wagon walnut wall watch water wa
 winter wire wolf wood wool yard yarn zebra zipper
 """
 
-ADJECTIVES = """
+ADJECTIVES: str = """
 able active amber ancient angry bitter blank blind bold brave brief bright broad broken busy calm careful cheap clean
 clear clever cold cool cozy crisp curious curly damp dark deep distant dry dull eager early easy elegant empty equal
 fair faint fancy fast fierce final fine firm flat fond fragile frank free fresh friendly frosty full funny gentle giant
@@ -43,7 +43,7 @@ soft solid sour spicy steady steep stiff strange strong sturdy sudden sunny swee
 tiny tired tough vast velvet vivid warm weak wet wide wild wise wooden young
 """
 
-VERBS = """
+VERBS: str = """
 accept add adjust answer apply arrange ask attach bake bend borrow bring build buy call carry catch change check choose
 clean climb close collect color combine compare connect cook copy count cover create cut dance decide deliver describe
 design dig draw drink drive drop eat explain fetch fill find fix float fly fold follow gather give grow guess hang help
@@ -55,11 +55,54 @@ teach tell test think throw tie touch trace trade travel try turn twist use visi
 wipe work wrap write
 """
 
-PAST_VERBS = (
-    "carried watched painted found opened moved touched dropped followed borrowed repaired measured lifted hid cleaned "
-    "wanted needed admired noticed remembered forgot described ordered sold bought counted covered loved kept pushed "
-    "pulled traded washed lost drew crossed reached visited saved packed shook turned missed guarded fixed gathered"
-).split()
+PAST_VERBS = [
+    "carried",
+    "watched",
+    "painted",
+    "found",
+    "opened",
+    "moved",
+    "touched",
+    "dropped",
+    "followed",
+    "borrowed",
+    "repaired",
+    "measured",
+    "lifted",
+    "hid",
+    "cleaned",
+    "wanted",
+    "needed",
+    "admired",
+    "noticed",
+    "remembered",
+    "forgot",
+    "described",
+    "ordered",
+    "sold",
+    "bought",
+    "counted",
+    "covered",
+    "loved",
+    "kept",
+    "pushed",
+    "pulled",
+    "traded",
+    "washed",
+    "lost",
+    "drew",
+    "crossed",
+    "reached",
+    "visited",
+    "saved",
+    "packed",
+    "shook",
+    "turned",
+    "missed",
+    "guarded",
+    "fixed",
+    "gathered",
+]
 
 SENTENCE_TAILS = (
     "", "", "", " in the morning", " near the river", " after lunch", " before the storm", " with great care",
@@ -67,7 +110,7 @@ SENTENCE_TAILS = (
     " during the festival", " by the sea", " under the bridge", " once again", " in silence", " every day",
 )  # fmt: skip
 
-FIRST_NAMES = """
+FIRST_NAMES: str = """
 Aaron Abigail Adam Adrian Agnes Ahmed Aisha Alan Albert Alex Alexander Alfred Alice Alicia Alina Amara Amelia Amir Amy
 Ana Andrea Andrew Angela Anita Anna Anthony Antonio Arjun Arthur Astrid Audrey Aurora Ava Barbara Beatrice Ben Benjamin
 Bianca Boris Brandon Brian Bruno Camila Carl Carla Carlos Carmen Caroline Catherine Cecilia Charles Charlotte Chen Chloe
@@ -87,7 +130,7 @@ Sophie Stefan Stella Stephen Susan Sven Sylvia Tamara Tara Teresa Theo Thomas Ti
 Valerie Vera Victor Victoria Vikram Vincent Violet Walter Wei Wendy William Xavier Yara Yasmin Yuki Yusuf Zara Zoe
 """
 
-LAST_NAMES = """
+LAST_NAMES: str = """
 Abbott Adams Ahmed Alvarez Andersen Anderson Bailey Baker Banerjee Barnes Becker Bell Bennett Berg Bianchi Bishop Blake
 Bowen Boyd Brennan Brooks Brown Burke Burns Butler Campbell Carlson Carter Castillo Chan Chang Chen Clark Cohen Cole
 Collins Cook Cooper Costa Cox Cruz Dalton Davies Davis Delgado Diaz Dixon Dubois Duncan Dunn Edwards Ellis Evans Faber
@@ -103,7 +146,7 @@ Stone Sullivan Suzuki Takahashi Tanaka Taylor Thomas Thompson Torres Turner Varg
 Watson Weaver Weber Webb Wells West White Williams Wilson Wood Wright Wu Yamamoto Yang Young Zhang Zimmermann
 """
 
-CITIES = """
+CITIES: str = """
 Accra Amsterdam Ankara Athens Atlanta Auckland Austin Bangkok Barcelona Beijing Belgrade Bergen Berlin Bern Bogota
 Boston Brisbane Brussels Bucharest Budapest Buenos_Aires Cairo Calgary Cape_Town Caracas Casablanca Chennai Chicago
 Cologne Copenhagen Cork Dakar Dallas Delhi Denver Detroit Dresden Dubai Dublin Edinburgh Florence Frankfurt Geneva Genoa
@@ -115,7 +158,7 @@ Sao_Paulo Seattle Seoul Seville Shanghai Singapore Sofia Stockholm Stuttgart Syd
 Toronto Toulouse Trieste Tunis Turin Utrecht Valencia Vancouver Venice Vienna Vilnius Warsaw Wellington Zagreb Zurich
 """
 
-COUNTRIES = """
+COUNTRIES: str = """
 Argentina Australia Austria Belgium Bolivia Brazil Bulgaria Canada Chile China Colombia Croatia Cuba Denmark Ecuador Egypt
 Estonia Ethiopia Finland France Germany Ghana Greece Hungary Iceland India Indonesia Ireland Israel Italy Jamaica Japan
 Jordan Kenya Latvia Lithuania Malaysia Malta Mexico Morocco Nepal Netherlands New_Zealand Nigeria Norway Pakistan Panama
@@ -123,7 +166,7 @@ Peru Philippines Poland Portugal Romania Senegal Serbia Singapore Slovakia Slove
 Switzerland Thailand Tunisia Turkey Uganda Ukraine United_Kingdom United_States Uruguay Vietnam
 """
 
-JOBS = """
+JOBS: str = """
 accountant actor architect artist baker barber biologist bus_driver carpenter chef chemist civil_engineer dancer
 data_analyst data_scientist dentist designer doctor economist editor electrician farmer firefighter florist gardener
 geologist graphic_designer historian journalist judge lawyer librarian manager mathematician mechanic musician nurse
@@ -132,7 +175,7 @@ project_manager psychologist researcher sailor sales_manager scientist secretary
 soldier surgeon surveyor tailor taxi_driver teacher translator veterinarian waiter writer
 """
 
-PRODUCTS = """
+PRODUCTS: str = """
 backpack bicycle blender bluetooth_speaker camera coffee_maker desk_lamp desk_chair digital_watch drone electric_kettle
 fitness_tracker flashlight garden_hose gaming_mouse guitar hair_dryer headphones helmet hiking_boots keyboard laptop
 lawn_mower mattress microphone microwave monitor mug notebook office_chair phone_case power_bank printer projector
@@ -141,7 +184,7 @@ sunglasses tablet telescope tent toaster toothbrush tripod umbrella vacuum_clean
 webcam winter_coat wireless_charger wool_blanket yoga_mat
 """
 
-FOODS = """
+FOODS: str = """
 apple_pie bagel banana_bread burger burrito butter carrots cheese cheesecake chicken_soup chocolate_cake cookies couscous
 croissant curry dumplings eggs falafel fish_tacos flour french_fries fried_rice garlic_bread greek_salad green_tea honey
 hummus ice_cream lasagna lemonade lentil_soup milk mushrooms noodles oatmeal olive_oil olives omelette onion_soup
@@ -150,10 +193,14 @@ salad sandwich sausages spaghetti spinach steak strawberries sugar sushi tofu to
 yogurt
 """
 
-ANIMALS = "cat dog horse parrot rabbit turtle hamster goldfish lizard pony ferret canary snake gecko goat duck hen owl"
-COLOURS = "red blue green yellow orange purple pink black white brown gray silver gold teal violet crimson turquoise"
+ANIMALS: str = (
+    "cat dog horse parrot rabbit turtle hamster goldfish lizard pony ferret canary snake gecko goat duck hen owl"
+)
+COLOURS: str = (
+    "red blue green yellow orange purple pink black white brown gray silver gold teal violet crimson turquoise"
+)
 
-TOPICS = """
+TOPICS: str = """
 astronomy baking basketball biology board_games calligraphy camping ceramics chemistry chess cinema classical_music
 cooking cycling dancing drawing economics fencing fishing football gardening geography geology golf hiking history jazz
 judo karate knitting languages literature mathematics modern_art mythology painting philosophy photography physics poetry

@@ -76,9 +76,15 @@ def previous(rng: random.Random, words: Words, filler: Make) -> Sample:
         return facts(rng, words, filler)
     messages = [message for turn in turns for message in turn.messages]
     if rng.random() < 0.5:
-        question, answer = pick(rng, ("Say that again.", "Repeat your last answer.", "Again, please.")), messages[-1]["content"]
+        question, answer = (
+            pick(rng, ("Say that again.", "Repeat your last answer.", "Again, please.")),
+            messages[-1]["content"],
+        )
     else:
-        question, answer = pick(rng, ("What was my first message?", "Repeat my first question.")), messages[0]["content"]
+        question, answer = (
+            pick(rng, ("What was my first message?", "Repeat my first question.")),
+            messages[0]["content"],
+        )
     messages = [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Sample(kind="recall_turn", messages=messages)
 

@@ -93,7 +93,9 @@ def filter_items(rng: random.Random, words: Words) -> Sample:
     chosen = [item for item in items if keep(item)]
     if not chosen:
         return take(rng, words)
-    instruction = f"{pick(rng, ('Keep only the items', 'List the entries', 'Select the words', 'Show the items'))} {rule}"
+    instruction = (
+        f"{pick(rng, ('Keep only the items', 'List the entries', 'Select the words', 'Show the items'))} {rule}"
+    )
     shown, write = show(rng, items)
     return ask("filter", _instruct(rng, instruction, shown), write(chosen))
 
@@ -177,7 +179,9 @@ def rewrite(rng: random.Random, words: Words) -> Sample:
         (("in uppercase", "in capital letters"), ", ".join(items).upper()),
     )
     names, answer = pick(rng, forms)
-    instruction = f"{pick(rng, ('Write these', 'Write the list', 'Format this list', 'Give me the list'))} {pick(rng, names)}"
+    instruction = (
+        f"{pick(rng, ('Write these', 'Write the list', 'Format this list', 'Give me the list'))} {pick(rng, names)}"
+    )
     return ask("rewrite_list", _instruct(rng, instruction, ", ".join(items)), answer)
 
 

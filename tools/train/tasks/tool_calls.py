@@ -167,7 +167,18 @@ def invent_tool(rng: random.Random, words: Words) -> Tool:
         kind = pick(rng, ("string", "string", "string", "integer", "integer", "number", "enum"))
         options = [pick(rng, words.words) for _ in range(3)]
         makers: dict[str, records.Draw] = {
-            "string": pick(rng, (records.made("word"), records.made("name"), _city, records.code, records.made("title"), records.date, records.made("full_name"))),
+            "string": pick(
+                rng,
+                (
+                    records.made("word"),
+                    records.made("name"),
+                    _city,
+                    records.code,
+                    records.made("title"),
+                    records.date,
+                    records.made("full_name"),
+                ),
+            ),
             "integer": records.number(0, 10 ** rng.randint(1, 4)),
             "number": records.price,
             "enum": records.choice(*options),
@@ -234,7 +245,9 @@ def parallel(rng: random.Random, words: Words) -> Sample:
         {"role": "assistant", "content": "",
          "tool_calls": [_call(tool, given) for tool, given in zip((first, second), arguments)]},
     ]  # fmt: skip
-    return Sample(kind="tool_parallel", messages=messages, tools=_offer(rng, words, [first, second]), check="tool_calls")
+    return Sample(
+        kind="tool_parallel", messages=messages, tools=_offer(rng, words, [first, second]), check="tool_calls"
+    )
 
 
 def answered(rng: random.Random, words: Words) -> Sample:

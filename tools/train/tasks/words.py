@@ -15,8 +15,46 @@ from tools.train.tasks import pools
 from tools.train.tasks.sample import pick
 
 RESERVED_PERCENT = 12
-_ONSETS = "b br c ch cl d dr f fl g gr h j k kl kr l m n p pl pr qu r s sh sk sl st t th tr v w y z zh".split()
-_VOWELS = "a e i o u a e i o u ai ea ee ia io oa oo ou".split()
+_ONSETS = [
+    "b",
+    "br",
+    "c",
+    "ch",
+    "cl",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kl",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "sk",
+    "sl",
+    "st",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+    "y",
+    "z",
+    "zh",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "ia", "io", "oa", "oo", "ou"]
 _CODAS = ["", "", "", "", "l", "m", "n", "r", "s", "t", "x", "ck", "nd", "rk", "sh", "st", "th", "v", "z", "lm"]
 
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The GPU lines of the first issue, one call: make test-gpu, then `LLM` on two real shapes with random weights, with the
+# jnp attention and with our kernels. Results under $OUT. PART picks: test, reference, auto (default: all).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-build/h200}
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+mkdir -p "$OUT"
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+part() { [ -z "${PART:-}" ] || [[ ",$PART," == *",$1,"* ]]; }
+bench() { # shape kernels extra...
+  timeout "${LIMIT:-150}" python3 -W ignore benchmarks/llm.py "$1" --kernels "$2" --commit "$COMMIT" \
+    --out "$OUT/llm-$1-$2.json" "${@:3}" 2>&1 | tee -a "$OUT/bench.log"
+}
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+part test && timeout 240 make -s test-gpu 2>&1 | tee "$OUT/test-gpu.log" | tail -n 25
+for kernels in reference auto; do
+  part $kernels || continue
+  bench llama-3.1-8b $kernels --batch 1,8,32 --prefill 1024 --reps 1 --token-budget 2048
+  bench qwen3-0.6b $kernels --batch 1,8,32 --prefill 1024 --reps 1 --token-budget 2048
+done

@@ -1,0 +1,184 @@
+"""Tries grammars in a process of its own, so that one that never ends or overflows a stack costs only that process.
+
+In: GrammarSpecs. Out: nothing, or a RequestError. The process is this module run as a program; it is told the
+tokenizer's file once, then reads one JSON line a spec and answers with one. Both sides keep the deadline: the parent
+stops waiting and kills it, the child's own alarm ends it when the parent is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import LifoQueue
+from typing import Any
+
+from jaxllm.core import GrammarKind, GrammarSpec, RequestError
+from jaxllm.engine.decoding.grammars import spec_key
+
+DEADLINE_S = 2.0
+START_S = 30.0
+MAX_PASSED = 1024
+MAX_MEMORY_BYTES = 4 << 30
+WALK_TOKENS = 32  # masks computed along one path into the grammar
+MAX_MASK_S = 0.1  # processor time of one: every sequence of the batch would wait for it
+
+
+@dataclass
+class GrammarTrial:
+    """Call it with a spec. `processes` at most run at once; they start when first needed and live until `close`."""
+
+    tokenizer_file: Path
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    deadline_s: float = DEADLINE_S
+    processes: int = 2
+    restarts: int = 0
+    _passed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # the latest, by key
+    _idle: LifoQueue[_Child | None] = field(default_factory=LifoQueue)  # None: a place for one more
+    _closed: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        for _ in range(self.processes):
+            self._idle.put(None)
+
+    def __call__(self, spec: GrammarSpec) -> None:
+        """Raises RequestError when the spec does not compile within the deadline. What passed is not tried again."""
+        key = spec_key(spec)
+        if key in self._passed:
+            return
+        self._try(spec)
+        self._passed[key] = None
+        if len(self._passed) > MAX_PASSED:
+            self._passed.popitem(last=False)
+
+    def _try(self, spec: GrammarSpec) -> None:
+        child = self._idle.get()
+        try:
+            if child is None:
+                child = _Child([str(self.tokenizer_file), str(self.vocab_size), *map(str, self.eos_token_ids)])
+            answer = child.ask({**asdict(spec), "deadline_s": self.deadline_s}, self.deadline_s)
+            if answer is None:
+                child.stop()
+                child = None
+                self.restarts += 1
+                raise RequestError(spec.field, spec.source, f"takes more than {self.deadline_s:g} s to compile")
+            if answer.get("error"):
+                raise RequestError(spec.field, spec.source, answer["error"])
+        finally:
+            if child is not None and self._closed.is_set():
+                child.stop()
+                child = None
+            self._idle.put(child)
+
+    def close(self) -> None:
+        """Ends the processes; those at work end when they are done."""
+        self._closed.set()
+        waiting = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+        for child in waiting:
+            if child is not None:
+                child.stop()
+            self._idle.put(None)
+
+
+class _Child:
+    def __init__(self, arguments: list[str]) -> None:
+        command = [sys.executable, "-m", "jaxllm.engine.decoding.grammar_trial", *arguments]
+        root = str(Path(__file__).parents[3])
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+        if self._read(START_S) is None:
+            self.stop()
+            raise RuntimeError("the process that tries grammars did not start")
+
+    def ask(self, question: dict[str, Any], deadline_s: float) -> dict[str, Any] | None:
+        """None: no answer in time, or the process is gone."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            return None
+        return self._read(deadline_s + 0.5)  # the child's alarm comes first
+
+    def _read(self, timeout_s: float) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        line, end = b"", time.monotonic() + timeout_s
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
+            chunk = os.read(self._process.stdout.fileno(), 65536) if ready else b""
+            if not chunk:
+                return None
+            line += chunk
+        return json.loads(line)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue
+
+
+# ---- the child ----
+
+
+def try_spec(spec: GrammarSpec, bridge: Any) -> str | None:
+    """Compiles, then walks a little way in: where every mask is quick, those of a sequence most likely are."""
+    from jaxllm.engine.decoding.structured import compile_spec
+
+    try:
+        matcher = compile_spec(spec, bridge).matcher()
+    except RequestError as error:
+        return error.allowed
+    for step in range(WALK_TOKENS):
+        started = time.thread_time()
+        row = matcher.bits()
+        if time.thread_time() - started > MAX_MASK_S:
+            return "is too slow to follow: use fewer optional or repeated parts"
+        words = row.nonzero()[0]
+        if matcher.error or matcher.finished or not len(words):
+            return f"cannot be used: {matcher.error}" if matcher.error else None
+        word = int(words[(step * 7) % len(words)])
+        mask = int(row[word])
+        token = word * 32 + (mask & -mask).bit_length() - 1
+        if token in bridge.eos_token_ids or not matcher.advance(token):
+            return f"cannot be used: {matcher.error}" if matcher.error else None
+    return None
+
+
+def main(arguments: list[str]) -> None:
+    from jaxllm.engine.decoding.structured import TokenizerBridge
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    tokenizer_json = Path(arguments[0]).read_text("utf-8")
+    bridge = TokenizerBridge(tokenizer_json, int(arguments[1]), map(int, arguments[2:]))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answer: dict[str, Any] = {"ready": True}
+    while True:
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        question = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, question.pop("deadline_s"))  # the default action ends the process
+        spec = GrammarSpec(**{**question, "kind": GrammarKind(question["kind"])})
+        answer = {"error": try_spec(spec, bridge)}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

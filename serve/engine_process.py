@@ -1,0 +1,136 @@
+"""The engine's process: config in on standard input, two ZeroMQ addresses as arguments, the loop until told to stop.
+
+Started by links.ProcessLink, never by people. Exit codes: 0 stopped, 1 could not start, 70 hung, 71 broken state. It
+ends when standard input closes, so that it never outlives its front. Knows nothing of HTTP or text.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from jaxllm.config import load
+from jaxllm.core import JaxLLMError
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.faults import FaultyRunner, parse_faults
+from jaxllm.engine.loop import EngineBroken, EngineLoop, Send, watch
+from jaxllm.engine.messages import Command, Event, Failed
+
+HUNG, BROKEN, CANNOT_START = 70, 71, 1
+Build = Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]
+
+
+class Channel:
+    """The engine's ends of the sockets; a sender a thread, as ZeroMQ sockets belong to one."""
+
+    def __init__(self, commands: str, events: str) -> None:
+        self._context, self._events = zmq.Context(), events
+        self._pull = self._context.socket(zmq.PULL)
+        self._pull.set_hwm(0)
+        self._pull.connect(commands)
+        self._decode = msgspec.msgpack.Decoder(Command).decode
+
+    def receive(self, timeout_s: float) -> list[Command]:
+        if not self._pull.poll(int(timeout_s * 1000)):
+            return []
+        found = [self._decode(self._pull.recv())]
+        while True:
+            try:
+                found.append(self._decode(self._pull.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return found
+
+    def sender(self) -> Send:
+        """A function for one thread's events."""
+        push, encode = self._context.socket(zmq.PUSH), msgspec.msgpack.Encoder().encode
+        push.set_hwm(0)
+        push.set(zmq.LINGER, 1000)
+        push.connect(self._events)
+
+        def send(event: Event) -> None:
+            push.send(encode(event))
+
+        return send
+
+    def close(self) -> None:
+        self._context.destroy(linger=1000)
+
+
+def read_config() -> dict[str, Any]:
+    size = int.from_bytes(sys.stdin.buffer.read(8), "big")
+    return msgspec.json.decode(sys.stdin.buffer.read(size)) if size else {}
+
+
+def follow_parent() -> None:
+    """Ends this process when standard input does."""
+
+    def body() -> None:
+        while sys.stdin.buffer.raw.read(4096):  # type: ignore[attr-defined]
+            pass
+        os._exit(0)
+
+    threading.Thread(target=body, name="parent", daemon=True).start()
+
+
+def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
+    """The real engine; JAX is imported here and not before."""
+    from jaxllm.engine.startup import start
+
+    config = load(settings.get("config_file"), **settings.get("overrides", {}))
+    faults = parse_faults(config.fault)
+    engine, report = start(config)
+    if faults:
+        engine.runner = FaultyRunner(engine.runner, faults)
+    facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
+    facts["dtype"] = engine.config.model.dtype
+    if report.memory is not None:
+        facts["weights_bytes"] = report.memory.weights_bytes
+        facts["cache_bytes"] = report.memory.cache_bytes
+    return engine, facts
+
+
+def run(build: Build) -> int:
+    """The whole life of the process; returns its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group, they are the front's
+        signal.signal(number, signal.SIG_IGN)
+    settings = read_config()
+    follow_parent()
+    channel = Channel(*sys.argv[-2:])
+    send = channel.sender()
+    try:
+        engine, facts = build(settings)
+    except (JaxLLMError, ValueError, OSError, MemoryError) as error:
+        logging.getLogger(__name__).error("the engine cannot start: %s", error)
+        send(Failed(str(error) or type(error).__name__, CANNOT_START))
+        channel.close()
+        return CANNOT_START
+    loop = EngineLoop(engine, channel.receive, send)
+    watch(loop.progress, channel.sender(), lambda: os._exit(HUNG), stall_s=settings.get("stall_s", 60.0), beat_s=0.5)
+    gc.collect()
+    gc.freeze()  # what start-up made stays: no collection in the middle of a step looks at it
+    try:
+        loop.run(facts)
+    except EngineBroken as error:
+        logging.getLogger(__name__).error("the engine cannot go on: %s", error)
+        return BROKEN
+    return 0
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(message)s", stream=sys.stderr)
+    code = run(build_engine)
+    sys.stderr.flush()
+    os._exit(code)  # daemon threads may sit in the device's calls
+
+
+if __name__ == "__main__":
+    main()

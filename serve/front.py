@@ -1,0 +1,221 @@
+"""What every route needs of the server: the engine client, the tokenizer, the limits, and requests opened under them.
+
+In: calls and core Requests. Out: Streams that are admitted, watched for the client's leaving, and released. Holds no
+protocol: routes know shapes, this knows resources.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllm.core import Request, RequestError
+from jaxllm.engine.intake import Intake
+from serve.admission import Admission, RateLimit
+from serve.client import EngineClient
+from serve.errors import ApiError, from_request_error, invalid
+from serve.metrics import FrontMetrics
+from serve.middleware import Call
+from serve.openai.store import Store
+from serve.openai.tools import parser_names
+from serve.settings import FrontSettings
+from serve.streams import Piece, Stream
+
+log = logging.getLogger(__name__)
+
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+GONE = ApiError(499, "the client left", code="client_gone")
+
+
+@dataclass
+class Front:
+    settings: FrontSettings
+    client: EngineClient
+    metrics: FrontMetrics
+    tokenizer: Any = None  # jaxllm.tokenizer.Tokenizer, or None
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    intake: Intake = field(init=False)
+    admission: Admission = field(init=False)
+    token_rate: RateLimit = field(init=False)
+    pool: ThreadPoolExecutor = field(init=False)
+    parsers: tuple[str | None, str | None] = field(init=False)  # of tool calls and of reasoning
+    stored: Store = field(init=False)  # of /v1/responses
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(vocab_size=0, max_model_len=0, tokenizer=self.tokenizer)
+        self.admission = Admission(self.settings.max_queue, self.settings.max_queue_tokens)
+        self.token_rate = RateLimit(self.settings.tokens_per_minute, "tokens")
+        self.pool = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self.parsers = parser_names(self.settings, self.tokenizer)
+        self.stored = Store(self.settings.max_stored_responses)
+        self.client.on_ready = self.adopt
+        self.metrics.bind(self.client, self.admission)
+
+    def adopt(self) -> None:
+        """What only the warm engine knows; before that no request is taken."""
+        ready = self.client.health.ready
+        if ready is not None:
+            known = self.intake
+            known.max_model_len, known.vocab_size = ready.max_model_len, ready.vocab_size
+            known.eos_token_ids, known.bos_token_id = ready.eos_token_ids, ready.bos_token_id
+            known.default_params = ready.default_params
+            self.admission.max_slots = self.settings.max_queue + ready.max_num_seqs
+
+    async def off_loop[T](self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs what takes time (tokenizing, templates) beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    # ---- names ----
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model_names[0]
+
+    def check_model(self, name: str | None) -> str:
+        if name is None:
+            return self.model_name
+        if name not in self.settings.model_names:
+            shown = name if len(name) <= 80 else name[:77] + "..."
+            message = f"the model {shown!r} does not exist; this server has {', '.join(self.settings.model_names)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """What the model's author recommends, for requests that do not say."""
+        return {name: getattr(self.intake.default_params, name) for name in RECOMMENDED}
+
+    def salt(self, call: Call, cache_salt: str | None) -> str:
+        """Tenants never share cached pages."""
+        return f"{call.tenant}/{cache_salt or ''}" if call.tenant or cache_salt else ""
+
+    def check_open(self, slots: int) -> None:
+        """Before any work: is there an engine, is there room?"""
+        health = self.client.health
+        if health.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5, close=True)
+        if not health.up:
+            why = "the engine is lost" if health.lost else "the engine is starting"
+            raise ApiError(503, why, code="engine_unavailable", retry_after_s=5)
+        self.admission.check_slots(slots)
+
+    def make_request(self, prompt: str | Sequence[int], **options: Any) -> Request:
+        try:
+            return self.intake.make_request(prompt, **options)
+        except RequestError as error:
+            raise from_request_error(error) from None
+
+    def intake_encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        try:
+            return self.intake.encode(prompt) if isinstance(prompt, str) else prompt
+        except RequestError as error:
+            raise from_request_error(error) from None
+        except ValueError as error:  # the tokenizer's own
+            raise invalid("prompt", str(error)) from None
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    # ---- streams ----
+
+    @contextlib.asynccontextmanager
+    async def opened(self, call: Call, requests: Sequence[Request]) -> AsyncIterator[list[Stream]]:
+        """The requests' streams, admitted together or not at all; aborted when the client leaves or the block ends."""
+        slots = sum(request.params.n for request in requests)
+        tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self.token_rate.spend(call.tenant, tokens)
+        self.admission.enter(slots, tokens)
+        waiting = tokens
+        streams: list[Stream] = []
+        watcher: asyncio.Task[None] | None = None
+        try:
+            streams += [self.client.submit(request, call.tenant) for request in requests]
+            for stream in streams:
+                stream.on_first = self._started
+            waiting = 0
+            watcher = asyncio.create_task(self._watch(call, streams))
+            yield streams
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            for stream in streams:
+                self.client.release(stream)
+                self._started(stream)
+                self.metrics.ended(stream)
+            self.admission.leave(slots)
+            self.admission.started(waiting)
+
+    def _started(self, stream: Stream) -> None:
+        if not stream.counted:
+            stream.counted = True
+            self.admission.started(len(stream.request.prompt_token_ids))
+
+    async def _watch(self, call: Call, streams: list[Stream]) -> None:
+        while (await call.receive())["type"] != "http.disconnect":
+            pass
+        for stream in streams:
+            self.client.abort(stream.id, GONE)
+
+    async def ping(self) -> None:
+        """For ever: gives readers of silent streams the chance to send a sign of life."""
+        every = self.settings.ping_s
+        while True:
+            await asyncio.sleep(every)
+            late = time.monotonic() - every
+            for stream in list(self.client.streams.values()):
+                if (stream.last_s or stream.began_s) < late:
+                    stream.nudge()
+
+    async def report(self, every_s: float = 10.0) -> None:
+        """For ever: one line while the server is busy."""
+        before = 0.0
+        while True:
+            await asyncio.sleep(every_s)
+            stats = self.client.health.beat.stats
+            total = stats.get("generated_tokens", 0.0)
+            if total > before:
+                log.info(
+                    "%.0f tokens/s, %d running, %d waiting, %.0f%% of pages in use, %d streams",
+                    (total - before) / every_s,
+                    stats.get("running", 0),
+                    stats.get("waiting", 0),
+                    100 * stats.get("held_pages", 0) / max(1.0, stats.get("total_pages", 1)),
+                    len(self.client.streams),
+                )
+            before = total
+
+
+async def collect(stream: Stream) -> list[Piece]:
+    """All of a stream at once: one piece for each of its n sequences."""
+    whole = {index: Piece(index) for index in range(stream.request.params.n)}
+    while (pieces := await stream.next()) != []:
+        for piece in pieces or ():
+            whole[piece.index].join(piece)
+    return list(whole.values())
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Piece] | None]]:
+    """(which stream, its news) as they come, until all have ended; None = a sign of life is due."""
+    if len(streams) == 1:
+        while (pieces := await streams[0].next()) != []:
+            yield 0, pieces
+        return
+    waits = {asyncio.ensure_future(stream.next()): i for i, stream in enumerate(streams)}
+    try:
+        while waits:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                i, pieces = waits.pop(one), one.result()
+                if pieces == []:
+                    continue
+                waits[asyncio.ensure_future(streams[i].next())] = i
+                yield i, pieces
+    finally:
+        for one in waits:
+            one.cancel()

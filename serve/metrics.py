@@ -1,0 +1,111 @@
+"""What the front measures, and its exposition: prefix jaxllm_, and vLLM's names beside it when asked for.
+
+In: ended streams, and the engine's own counters at scrape time. Out: Prometheus text. Times are monotonic differences.
+Knows nothing of routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serve.admission import Admission
+from serve.streams import Stream
+
+if TYPE_CHECKING:
+    from serve.client import EngineClient
+
+SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
+GAUGES = ("running", "waiting", "free_pages", "cached_pages", "held_pages", "total_pages")
+# vLLM's name -> (kind, ours); it divides pages in use by all.
+VLLM = {
+    "num_requests_running": ("gauge", "running"),
+    "num_requests_waiting": ("gauge", "waiting"),
+    "num_preemptions": ("counter", "preemptions"),
+    "prompt_tokens": ("counter", "prompt_tokens"),
+    "generation_tokens": ("counter", "generated_tokens"),
+    "prefix_cache_queries": ("counter", "prefix_query_tokens"),
+    "prefix_cache_hits": ("counter", "prefix_hit_tokens"),
+}
+
+
+class EngineCollector(Collector):
+    """The engine's counters as of its last heartbeat."""
+
+    def __init__(self, client: EngineClient, admission: Admission, vllm_model: str | None) -> None:
+        self._client, self._admission, self._vllm_model = client, admission, vllm_model
+
+    def collect(self) -> Iterable[Metric]:
+        health = self._client.health
+        for name, value in health.beat.stats.items():
+            kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+            yield kind(f"jaxllm_engine_{name}", f"engine: {name.replace('_', ' ')}", value=value)
+        yield GaugeMetricFamily("jaxllm_up", "1 while the engine is warm", value=float(health.up))
+        yield GaugeMetricFamily("jaxllm_stalled_seconds", "length of the running step", value=health.beat.stalled_s)
+        yield CounterMetricFamily("jaxllm_engine_restarts", "engine restarts", value=health.restarts)
+        yield CounterMetricFamily("jaxllm_requests_aborted", "requests taken back", value=self._client.aborted)
+        yield CounterMetricFamily("jaxllm_requests_rejected", "requests refused at the queue", self._admission.rejected)
+        yield GaugeMetricFamily("jaxllm_sequences_admitted", "sequences under way", value=self._admission.slots)
+        yield GaugeMetricFamily("jaxllm_streams_open", "streams under way", value=len(self._client.streams))
+        if self._vllm_model is not None:
+            yield from self._vllm(health.beat.stats, self._vllm_model)
+
+    def _vllm(self, stats: dict[str, float], model: str) -> Iterable[Metric]:
+        for name, (kind, ours) in VLLM.items():
+            family = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
+            metric = family(f"vllm:{name}", f"as vLLM's {name}", labels=["model_name"])
+            metric.add_metric([model], stats.get(ours, 0))
+            yield metric
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "share of pages in use", labels=["model_name"])
+        usage.add_metric([model], stats.get("held_pages", 0) / max(1, stats.get("total_pages", 1)))
+        yield usage
+
+
+class FrontMetrics:
+    def __init__(self, vllm_model: str | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self._vllm_model = vllm_model
+        names = ("jaxllm", "vllm:") if vllm_model else ("jaxllm",)
+        self.requests = Counter("jaxllm_requests", "ended requests", ["outcome"], registry=self.registry)
+        self.tokens = Counter("jaxllm_tokens_delivered", "tokens given to clients", registry=self.registry)
+        self._histograms = {
+            what: [
+                Histogram(
+                    f"{name}{'' if name.endswith(':') else '_'}{what}_seconds",
+                    text,
+                    buckets=SECONDS,
+                    registry=self.registry,
+                )
+                for name in names
+            ]
+            for what, text in {
+                "time_to_first_token": "from arrival to the first token",
+                "time_per_output_token": "mean gap between the tokens of a request",
+                "e2e_request_latency": "from arrival to the last token",
+            }.items()
+        }
+
+    def bind(self, client: EngineClient, admission: Admission) -> None:
+        self.registry.register(EngineCollector(client, admission, self._vllm_model))
+
+    def ended(self, stream: Stream) -> None:
+        self.requests.labels(stream.outcome).inc()
+        self.tokens.inc(stream.num_tokens)
+        if stream.first_s is None or stream.last_s is None:
+            return
+        self._observe("time_to_first_token", stream.first_s - stream.began_s)
+        self._observe("e2e_request_latency", stream.last_s - stream.began_s)
+        each = stream.num_tokens / stream.request.params.n
+        if each > 1:
+            self._observe("time_per_output_token", (stream.last_s - stream.first_s) / (each - 1))
+
+    def _observe(self, what: str, seconds: float) -> None:
+        for histogram in self._histograms[what]:
+            histogram.observe(max(0.0, seconds))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,167 @@
+"""POST /v1/chat/completions: messages in, one message or a stream of deltas out; logprobs, n, usage."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from jaxllm.core import MAX_N, Request
+from serve.errors import invalid
+from serve.front import Front, collect
+from serve.middleware import Call
+from serve.openai.logprobs import Namer, chat_logprobs, prompt_logprobs
+from serve.openai.messages import check_variables, render
+from serve.openai.params import chat_params, check_length, truncate
+from serve.openai.protocol import ChatBody, parse
+from serve.openai.tools import ToolPlan, deltas_of, merge_grammars, message_of, plan_tools
+from serve.openai.usage import usage_of
+from serve.responses import DONE, PING, Answer, EventStream, as_json, event
+from serve.streams import Piece, Stream
+
+
+def prepare(front: Front, call: Call, body: ChatBody) -> tuple[Request, ToolPlan, str]:
+    """In a worker thread: template, tokens, limits."""
+    params = chat_params(body, front.sampling_defaults)
+    plan = plan_tools(body, front.parsers, front.tokenizer)
+    params = params.replace(
+        grammar=merge_grammars(params.grammar, plan),
+        skip_special_tokens=params.skip_special_tokens and not plan.keeps_special_tokens,
+    )
+    if body.continue_final_message and body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
+        raise invalid("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
+    variables = check_variables(body.chat_template_kwargs, front.settings.template_variables)
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    prompt = render(
+        front.tokenizer,
+        body.messages,
+        tools=plan.offered,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final=body.continue_final_message,
+        variables=variables,
+    )
+    ids = truncate(prompt.token_ids, body.truncate_prompt_tokens, front.intake.max_model_len)
+    named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    check_length(len(ids), params.max_tokens, front.intake.max_model_len, named)
+    request = front.make_request(
+        ids,
+        params=params,
+        request_id=body.request_id or f"chatcmpl-{call.request_id}",
+        priority=body.priority,
+        cache_salt=front.salt(call, body.cache_salt),
+    )
+    return request, plan, prompt.text
+
+
+class Chat:
+    """One call's answer in the making."""
+
+    def __init__(self, front: Front, body: ChatBody, request: Request, plan: ToolPlan, prompt: str) -> None:
+        self.body, self.request = body, request
+        self.parsers = [plan.parser(prompt) for _ in range(body.n)] if plan.parses else []
+        self.head = {
+            "id": request.id,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": front.check_model(body.model),
+        }
+        self.namer = Namer(front.tokenizer)
+
+    async def whole(self, stream: Stream) -> Answer:
+        body, choices = self.body, []
+        pieces = await collect(stream)
+        for piece in pieces:
+            message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+            if self.parsers:
+                message = message_of(self.parsers[piece.index].parse(piece.text))
+            choice = {
+                "index": piece.index,
+                "message": message,
+                "logprobs": chat_logprobs(piece.logprobs, self.namer) if body.logprobs else None,
+                "finish_reason": self._reason(piece),
+                "stop_reason": piece.stop_reason,
+            }
+            if body.return_token_ids:
+                choice["token_ids"] = piece.token_ids
+            choices.append(choice)
+        answer = {**self.head, "choices": choices, "usage": usage_of([stream])}
+        if body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(pieces[0].prompt_logprobs, self.namer)
+        if body.return_token_ids:
+            answer["prompt_token_ids"] = list(self.request.prompt_token_ids)
+        return as_json(answer)
+
+    def _reason(self, piece: Piece) -> str | None:
+        called = bool(self.parsers) and self.parsers[piece.index].num_calls > 0
+        return "tool_calls" if called and piece.finish_reason == "stop" else piece.finish_reason
+
+    def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        if not self.parsers:
+            return [{"content": piece.text}]
+        parser = self.parsers[piece.index]
+        events = parser.feed(piece.text)
+        if piece.finish_reason is not None:
+            events += parser.finish()
+        return deltas_of(events) or [{}]
+
+    def _choices(self, piece: Piece, first: bool) -> list[dict[str, Any]]:
+        """One choice for each chunk that this piece makes; none when a parser holds all of it back."""
+        body, found = self.body, []
+        for delta in self._deltas(piece):
+            if first and not found:
+                delta = {"role": "assistant", "content": "", **delta}
+            found.append({"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None})
+        if body.logprobs and piece.logprobs:
+            found[0]["logprobs"] = chat_logprobs(piece.logprobs, self.namer)
+        if body.return_token_ids:
+            found[0]["token_ids"] = piece.token_ids
+        if piece.finish_reason is not None:
+            found[-1] |= {"finish_reason": self._reason(piece), "stop_reason": piece.stop_reason}
+        return [one for one in found if one["delta"] or one["finish_reason"] or one["logprobs"] or "token_ids" in one]
+
+    async def events(self, stream: Stream) -> AsyncGenerator[bytes]:
+        head, options, begun = {**self.head, "object": "chat.completion.chunk"}, self.body.stream_options, set[int]()
+        with_usage = options is not None and options.include_usage
+        while (pieces := await stream.next()) != []:
+            if pieces is None:
+                yield PING
+                continue
+            chunks = []
+            for piece in pieces:
+                for choice in self._choices(piece, piece.index not in begun):
+                    chunk = {**head, "choices": [choice]}
+                    if self.body.return_token_ids and not begun:
+                        chunk["prompt_token_ids"] = list(self.request.prompt_token_ids)
+                    begun.add(piece.index)
+                    if with_usage:
+                        continuous = options is not None and options.continuous_usage_stats
+                        chunk["usage"] = usage_of([stream]) if continuous else None
+                    chunks.append(event(chunk))
+            if chunks:
+                yield b"".join(chunks)
+        if with_usage:
+            yield event({**head, "choices": [], "usage": usage_of([stream])})
+        yield DONE
+
+
+async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | EventStream:
+    body = parse(ChatBody, raw)
+    front.check_model(body.model)
+    front.check_open(body.n if 1 <= body.n <= MAX_N else 1)  # n itself is judged with the other numbers
+    request, plan, prompt = await front.off_loop(prepare, front, call, body)
+    chat = Chat(front, body, request, plan, prompt)
+    if not body.stream:
+        async with front.opened(call, [request]) as streams:
+            return await chat.whole(streams[0])
+
+    async def events() -> AsyncGenerator[bytes]:
+        async with (
+            front.opened(call, [request]) as streams,
+            contextlib.aclosing(chat.events(streams[0])) as inner,
+        ):
+            async for chunk in inner:
+                yield chunk
+
+    return EventStream(events())

@@ -1,0 +1,136 @@
+"""POST /v1/completions: prompts as text or ids, one or many; whole or streamed; echo, logprobs, n."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from jaxllm.core import MAX_N, Request, TokenLogprobs
+from serve.front import Front, collect, merged
+from serve.middleware import Call
+from serve.openai.logprobs import Namer, completion_logprobs, completion_tops, prompt_logprobs
+from serve.openai.params import check_length, completion_params, prompts_of, truncate
+from serve.openai.protocol import MAX_PROMPTS, CompletionBody, parse
+from serve.openai.usage import usage_of
+from serve.responses import DONE, PING, Answer, EventStream, as_json, event
+from serve.streams import Piece, Stream
+
+
+def prepare(front: Front, call: Call, body: CompletionBody) -> list[Request]:
+    """In a worker thread: the tokenizer's time is not the event loop's."""
+    params = completion_params(body, front.sampling_defaults)
+    requests = []
+    for i, prompt in enumerate(prompts_of(body.prompt, MAX_PROMPTS)):
+        ids = front.intake_encode(prompt)
+        ids = truncate(ids, body.truncate_prompt_tokens, front.intake.max_model_len)
+        check_length(len(ids), body.max_tokens, front.intake.max_model_len)
+        requests.append(
+            front.make_request(
+                ids,
+                params=params,
+                request_id=f"{body.request_id or 'cmpl-' + call.request_id}-{i}",
+                priority=body.priority,
+                cache_salt=front.salt(call, body.cache_salt),
+            )
+        )
+    return requests
+
+
+class Completion:
+    """One call's answer in the making."""
+
+    def __init__(self, front: Front, call: Call, body: CompletionBody, requests: list[Request]) -> None:
+        self.front, self.body, self.requests = front, body, requests
+        self.head = {
+            "id": body.request_id or f"cmpl-{call.request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": front.check_model(body.model),
+        }
+        self.namer = Namer(front.tokenizer)
+        self.score_only = body.max_tokens == 0
+        self._offsets: dict[int, int] = {}  # by choice: characters of text so far
+
+    def choice(self, which: int, piece: Piece, first: bool, *, whole: bool = False) -> dict[str, Any]:
+        """A choice of the answer, or of one chunk of it."""
+        body, request = self.body, self.requests[which]
+        number = which * body.n + piece.index
+        text, ids, logprobs = piece.text, piece.token_ids, list[TokenLogprobs | None](piece.logprobs)
+        finish = piece.finish_reason
+        if self.score_only:
+            text, ids, logprobs, finish = "", [], [], finish and "length"
+        shown = list(ids)
+        offset = self._offsets.get(number, 0)
+        if body.echo and first:
+            text = self.front.text_of(request.prompt_token_ids) + text
+            if body.logprobs is not None:
+                shown = [*request.prompt_token_ids, *shown]
+                logprobs = [None, *piece.prompt_logprobs, *logprobs]
+        found = {"index": number, "text": text, "logprobs": None, "finish_reason": finish}
+        found["stop_reason"] = None if self.score_only else piece.stop_reason
+        if body.logprobs is not None and (logprobs or whole):
+            texts = [self.namer.text(token) for token in shown[: len(logprobs)]]
+            found["logprobs"] = completion_logprobs(logprobs, texts, offset)
+            found["logprobs"]["top_logprobs"] = completion_tops(logprobs, self.namer) if body.logprobs else []
+        self._offsets[number] = offset + len(text)
+        if body.prompt_logprobs is not None and first:
+            found["prompt_logprobs"] = prompt_logprobs(piece.prompt_logprobs, self.namer)
+        if body.return_token_ids:
+            found["token_ids"] = ids
+            if first:
+                found["prompt_token_ids"] = list(request.prompt_token_ids)
+        return found
+
+    def usage(self, streams: list[Stream]) -> dict[str, Any]:
+        return usage_of(streams, tokens=0 if self.score_only else None)
+
+    async def whole(self, streams: list[Stream]) -> Answer:
+        choices = []
+        for which, stream in enumerate(streams):
+            pieces = await collect(stream)
+            for piece in pieces:
+                piece.prompt_logprobs = pieces[0].prompt_logprobs  # the prompt is one: the first speaks for all
+                choices.append(self.choice(which, piece, True, whole=True))
+        return as_json({**self.head, "choices": choices, "usage": self.usage(streams)})
+
+    async def events(self, streams: list[Stream]) -> AsyncGenerator[bytes]:
+        options, begun = self.body.stream_options, set[tuple[int, int]]()
+        async for which, pieces in merged(streams):
+            if pieces is None:
+                yield PING
+                continue
+            chunks = []
+            for piece in pieces:
+                first = (which, piece.index) not in begun
+                begun.add((which, piece.index))
+                chunk = {**self.head, "choices": [self.choice(which, piece, first)]}
+                if options is not None and options.include_usage:
+                    chunk["usage"] = self.usage(streams) if options.continuous_usage_stats else None
+                chunks.append(event(chunk))
+            yield b"".join(chunks)
+        if options is not None and options.include_usage:
+            yield event({**self.head, "choices": [], "usage": self.usage(streams)})
+        yield DONE
+
+
+async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | EventStream:
+    body = parse(CompletionBody, raw)
+    front.check_model(body.model)
+    front.check_open(body.n if 1 <= body.n <= MAX_N else 1)  # n itself is judged with the other numbers
+    requests = await front.off_loop(prepare, front, call, body)
+    completion = Completion(front, call, body, requests)
+    if not body.stream:
+        async with front.opened(call, requests) as streams:
+            return await completion.whole(streams)
+
+    async def events() -> AsyncGenerator[bytes]:
+        async with (
+            front.opened(call, requests) as streams,
+            contextlib.aclosing(completion.events(streams)) as inner,
+        ):
+            async for chunk in inner:
+                yield chunk
+
+    return EventStream(events())
