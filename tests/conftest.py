@@ -8,6 +8,8 @@ from helpers import vocabularies
 from jaxllm.tokenizer import Tokenizer
 
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+# Threads of XLA's CPU pool. Interpreted warpgroups wait for each other on them: two cores' worth would deadlock.
+os.environ.setdefault("NPROC", "16")
 
 
 @pytest.fixture(scope="session")

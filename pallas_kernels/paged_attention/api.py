@@ -25,7 +25,14 @@ def _wide_reference() -> Kernel:
     return functools.partial(reference.paged_attention, scores_at_once=reference.WIDE_SCORES_AT_ONCE)
 
 
-_REFERENCE = "pallas_kernels.paged_attention.reference"
+_ROOM = "pallas_kernels.paged_attention"
+_REFERENCE = f"{_ROOM}.reference"
+register("paged_attention", "mosaic_sm90", imported(f"{_ROOM}.mosaic_sm90:paged_attention"), platforms=("gpu",))
+register("paged_attention", "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:ragged"), platforms=("interpret",))
+register("paged_attention.decode", "triton", imported(f"{_ROOM}.triton:paged_attention_decode"), platforms=("gpu",))
+register(
+    "paged_attention.decode", "triton_interpret", imported(f"{_ROOM}.interpreted:decode"), platforms=("interpret",)
+)
 register("paged_attention", "reference", imported(f"{_REFERENCE}:paged_attention"), platforms=("cpu", "interpret"))
 register("paged_attention", "reference_wide", _wide_reference, platforms=("gpu",))
 register("paged_attention.decode", "reference", imported(f"{_REFERENCE}:paged_attention_decode"))

@@ -1,0 +1,324 @@
+"""Kernels on a GPU, one table: ours, the XLA reference, cuDNN and JAX's own, with the share of what the card can do.
+
+In: nothing but a GPU. Out: a table on the terminal, and kernels.json and kernels.md in --out. Every implementation is
+first compared with the reference on the ops' hostile specs. Times are of calls chained inside one jitted function (so
+captured in one CUDA graph), over enough different pages that the L2 cache does not hold them; each is the best of a few
+repetitions on the host's clock. The two ceilings (read-only reduce, bf16 matrix product) are measured in the same run.
+
+    python -m benchmarks.kernels --out benchmarks/results [--only decode|ragged] [--commit HASH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.dispatch import implementations
+from pallas_kernels.paged_attention import api, specs
+
+N, K, H = 32, 8, 128  # Llama-3.1-8B's heads
+CHAIN_BYTES = 3e9  # what a chain of calls reads: many times the L2
+DECODE = [
+    (B, S, page)
+    for B, S in ((8, 1024), (1, 8192), (32, 1024), (128, 1024), (32, 8192), (1, 32768))
+    for page in (16, 64)
+]
+RAGGED = {
+    "4x4096": ([(4096, 4096)] * 4, 32, 8, 128),
+    "1x16384": ([(16384, 16384)], 32, 8, 128),
+    "2k over 16k": ([(2048, 18432)], 32, 8, 128),
+    "mixed lengths": ([(1000, 1000), (3000, 5001), (4096, 4096), (777, 9000), (2048, 2048)], 32, 8, 128),
+    "1x16384 H64": ([(16384, 16384)], 32, 8, 64),
+    "1x16384 H256": ([(16384, 16384)], 16, 4, 256),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    op: str
+    shape: str
+    implementation: str
+    microseconds: float
+    rate: float  # TB/s of the pages' bytes that must be read, or TFLOP/s of the products that must be computed
+    share: float  # of the ceiling measured in the same run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compiled chain of calls, how to make its arguments, and the work of one call."""
+
+    op: str
+    shape: str
+    implementation: str
+    compiled: Future[Any]
+    make: Callable[[], tuple[Any, ...]]
+    calls: int
+    work: float
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    read_TBps: float
+    matmul_TFLOPs: float
+
+
+def seconds(run: Callable[..., Any], arguments: tuple[Any, ...], repeat: int) -> float:
+    jax.block_until_ready(run(*arguments))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        jax.block_until_ready([run(*arguments) for _ in range(repeat)][-1])
+        best = min(best, (time.perf_counter() - start) / repeat)
+    return best
+
+
+def ceilings() -> Ceilings:
+    ones = jnp.ones((1 << 31,), jnp.bfloat16)
+    read = ones.nbytes / seconds(jax.jit(jnp.max), (ones,), 20)
+    del ones
+    square = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    product = 2 * 8192**3 / seconds(jax.jit(jnp.matmul), (square, square), 20)
+    return Ceilings(read / 1e12, product / 1e12)
+
+
+def check(pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
+    """Relative error of every GPU implementation against the reference, on every spec it accepts."""
+    found, waiting = [], []
+    for op, call, cases in (
+        ("paged_attention", api.paged_attention, specs.PAGED_ATTENTION_SPECS),
+        ("paged_attention.decode", api.paged_attention_decode, specs.PAGED_ATTENTION_DECODE_SPECS),
+    ):
+        for spec in cases:
+            arrays = spec.inputs()
+            if op.endswith("decode"):
+                q = np.zeros((len(spec.rows), spec.N, spec.H), arrays[0].dtype)
+                q[arrays[4] > 0] = arrays[0]
+                arrays = (q, *arrays[1:5])
+            compiled = {}
+            for each in implementations(op, "gpu"):
+                line = {"op": op, "spec": spec.name, "implementation": each.name}
+                run = jax.jit(functools.partial(call, implementation=each.name, **spec.options))
+                try:
+                    compiled[each.name] = pool.submit(run.lower(*arrays).compile)
+                except NotImplementedError as reason:
+                    found.append({**line, "declined": str(reason)})
+            waiting.append((op, spec.name, arrays, compiled))
+    for op, name, arrays, compiled in waiting:
+        results = {each: np.asarray(run.result()(*arrays), np.float32) for each, run in compiled.items()}
+        *ours, reference = results
+        expected = results[reference]
+        for each in ours:
+            error = float(np.linalg.norm(results[each] - expected) / (np.linalg.norm(expected) or 1.0))
+            zeros = bool((results[each][expected == 0] == 0).all())
+            found.append(
+                {"op": op, "spec": name, "implementation": each, "error": error, "good": zeros and error < 1e-2}
+            )
+    return found
+
+
+def table_of(rows: list[tuple[int, int]], page_size: int, P: int, seed: int = 0) -> np.ndarray:
+    needed = [-(-length // page_size) for _, length in rows]
+    table = np.full((len(rows), max(needed)), 2**30, np.int32)
+    pages = np.random.default_rng(seed).permutation(P)
+    for r, count in enumerate(needed):
+        table[r, :count], pages = pages[:count], pages[count:]
+    return table
+
+
+class Bench:
+    """Collects jobs (lowered at once, compiled side by side) and then times them one by one."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(12)
+        self.jobs: list[Job] = []
+
+    def add(
+        self,
+        names: tuple[str, str, str],
+        chain: Callable[..., Any],
+        make: Callable[[], tuple[Any, ...]],
+        calls: int,
+        work: float,
+        repeat: int,
+    ) -> None:
+        try:
+            lowered = jax.jit(chain).lower(*jax.eval_shape(make))
+        except NotImplementedError as reason:
+            print(f"{' '.join(names)}: declined: {reason}")
+            return
+        self.jobs.append(Job(*names, self.pool.submit(lowered.compile), make, calls, work, repeat))
+
+    def run(self, ceilings: Ceilings) -> list[Row]:
+        rows = []
+        for job in self.jobs:
+            try:
+                arguments = job.make()
+                each = seconds(job.compiled.result(), arguments, job.repeat) / job.calls
+            except Exception as error:  # a baseline that fails must not cost the rest of the table
+                print(f"{job.op} {job.shape} {job.implementation}: failed: {str(error)[:300]}", flush=True)
+                continue
+            rate = job.work / each / 1e12
+            ceiling = ceilings.read_TBps if job.op.endswith("decode") else ceilings.matmul_TFLOPs
+            rows.append(Row(job.op, job.shape, job.implementation, each * 1e6, rate, rate / ceiling))
+            print(line(rows[-1]), flush=True)
+            del arguments
+        return rows
+
+    def decode(self, B: int, S: int, page_size: int) -> None:
+        work = 2.0 * B * S * K * H * 2
+        calls = int(max(2, min(16, CHAIN_BYTES // work)))
+        pages = B * S // page_size
+
+        def make() -> tuple[Any, ...]:
+            keys = jax.random.split(jax.random.key(0), 3)
+            pool = (calls * pages, K, page_size, H)
+            order = np.random.default_rng(0).permutation(calls * pages).reshape(calls, B, -1).astype(np.int32)
+            return (
+                jax.random.normal(keys[0], (B, N, H), jnp.bfloat16),
+                jax.random.normal(keys[1], pool, jnp.bfloat16),
+                jax.random.normal(keys[2], pool, jnp.bfloat16),
+                [jnp.asarray(table) for table in order],
+                jnp.full((B,), S, jnp.int32),
+            )
+
+        names = "paged_attention.decode", f"{B}x{S} page {page_size}"
+        for each in implementations("paged_attention.decode", "gpu"):
+            call = functools.partial(api.paged_attention_decode, scale=H**-0.5, implementation=each.name)
+
+            def chain(q: Any, k: Any, v: Any, tables: Any, lens: Any, call: Callable[..., Any] = call) -> Any:
+                return functools.reduce(lambda q, table: call(q, k, v, table, lens), tables, q)
+
+            self.add((*names, each.name), chain, make, calls, work, 3 if "reference" in each.name else 20)
+        self._jax_decode(names, make, calls, work)
+
+    def _jax_decode(self, names: tuple[str, str], make: Callable[[], tuple[Any, ...]], calls: int, work: float) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from jax.experimental.pallas.ops.gpu import paged_attention as theirs
+
+        def make_theirs() -> tuple[Any, ...]:
+            q, k, v, tables, lens = make()
+            return q, k.swapaxes(0, 1), v.swapaxes(0, 1), tables, lens
+
+        def chain(q: Any, k: Any, v: Any, tables: Any, lens: Any) -> Any:
+            call = functools.partial(theirs.paged_attention, k_splits=8)
+            return functools.reduce(lambda q, table: call(q * H**-0.5, k, v, table, lens), tables, q)
+
+        self.add((*names, "jax.experimental"), chain, make_theirs, calls, work, 10)
+
+    def ragged(self, label: str, rows: list[tuple[int, int]], N: int, K: int, H: int, page_size: int) -> None:
+        T, calls = sum(count for count, _ in rows), 3
+        P = sum(-(-length // page_size) for _, length in rows)
+        work = float(sum(4 * N * H * (count * (length - count) + count * count / 2) for count, length in rows))
+
+        def make() -> tuple[Any, ...]:
+            keys = jax.random.split(jax.random.key(0), 3)
+            # Values of standard deviation 16: outputs, which are the next call's queries, stay far from 0.
+            return (
+                jax.random.normal(keys[0], (T, N, H), jnp.bfloat16),
+                jax.random.normal(keys[1], (P, K, page_size, H), jnp.bfloat16),
+                jax.random.normal(keys[2], (P, K, page_size, H), jnp.bfloat16) * 16,
+                jnp.asarray(table_of(rows, page_size, P)),
+                jnp.asarray([length for _, length in rows], jnp.int32),
+                jnp.asarray(np.cumsum([0] + [count for count, _ in rows]), jnp.int32),
+            )
+
+        names = "paged_attention", f"{label} page {page_size}"
+        for each in implementations("paged_attention", "gpu"):
+            call = functools.partial(api.paged_attention, scale=H**-0.5, implementation=each.name)
+
+            def chain(q: Any, *rest: Any, call: Callable[..., Any] = call) -> Any:
+                return functools.reduce(lambda q, _: call(q, *rest), range(calls), q)
+
+            self.add((*names, each.name), chain, make, calls, work, 1 if "reference" in each.name else 5)
+
+    def cudnn(self, label: str, B: int, T: int, N: int, K: int, H: int) -> None:
+        def make() -> tuple[Any, ...]:
+            keys = jax.random.split(jax.random.key(0), 3)
+            return (
+                jax.random.normal(keys[0], (B, T, N, H), jnp.bfloat16),
+                jax.random.normal(keys[1], (B, T, K, H), jnp.bfloat16),
+                jax.random.normal(keys[2], (B, T, K, H), jnp.bfloat16) * 16,
+            )
+
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+
+        def chain(q: Any, k: Any, v: Any) -> Any:
+            return functools.reduce(lambda q, _: attend(q, k, v), range(3), q)
+
+        self.add(("paged_attention", f"{label} dense", "cudnn"), chain, make, 3, 4.0 * B * N * H * T * T / 2, 5)
+
+
+def line(row: Row) -> str:
+    unit = "TB/s" if row.op.endswith("decode") else "TFLOP/s"
+    return (
+        f"| {row.op} | {row.shape} | {row.implementation} | {row.microseconds:.1f} | {row.rate:.4g} {unit} "
+        f"| {row.share:.0%} |"
+    )
+
+
+def write(out: Path, rows: list[Row], checks: list[dict[str, Any]], ceilings: Ceilings, commit: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": commit, **asdict(ceilings)}
+    data = {"machine": machine, "checks": checks, "rows": [asdict(row) for row in rows]}
+    (out / "kernels.json").write_text(json.dumps(data, indent=1) + "\n")
+    lines = [
+        f"{machine['device']}, jax {machine['jax']}, commit {commit}, `python -m benchmarks.kernels`: read-only reduce "
+        f"{ceilings.read_TBps:.2f} TB/s, bf16 8192^3 product {ceilings.matmul_TFLOPs:.0f} TFLOP/s.",
+        "",
+        "| op | shape | implementation | us a call | rate | share of ceiling |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *map(line, rows),
+        "",
+        f"Worst relative error against the reference over the specs: "
+        f"{max((each['error'] for each in checks if 'error' in each), default=0.0):.1e}.",
+    ]
+    (out / "kernels.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=("decode", "ragged"))
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    bench = Bench()
+    checks = check(bench.pool)
+    bad = [each for each in checks if each.get("good") is False]
+    for each in bad:
+        print("WRONG", each)
+    print(f"{len(checks)} checks against the reference, {len(bad)} wrong", flush=True)
+    if options.only != "ragged":
+        for shape in DECODE:
+            bench.decode(*shape)
+    if options.only != "decode":
+        for label, (rows, *heads) in RAGGED.items():
+            bench.ragged(label, rows, *heads, page_size=64)
+        bench.ragged("4x4096", *RAGGED["4x4096"], page_size=16)
+        bench.ragged("1x16384", *RAGGED["1x16384"], page_size=16)
+        bench.cudnn("4x4096", 4, 4096, 32, 8, 128)
+        bench.cudnn("1x16384", 1, 16384, 32, 8, 128)
+        bench.cudnn("1x16384 H64", 1, 16384, 32, 8, 64)
+    measured = ceilings()
+    print(measured, flush=True)
+    write(options.out, bench.run(measured), checks, measured, options.commit)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,33 @@
+"""The GPU kernels of this room under Pallas's interpreters, for tests on a CPU: one small function a kernel.
+
+In and out as the kernels. The Mosaic interpreter looks for races (it prints and counts them) and takes a thread a
+warpgroup and about a tenth of a second a tile, so large inputs are declined. Threads that wait for each other hold
+workers of XLA's CPU pool: it needs more of those than small machines give it (tests/conftest.py asks for them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention import mosaic_sm90, triton
+
+MOST_QUERIES = 1024  # T * N
+PROGRAMS = 2
+
+
+def ragged(q: jax.Array, *arrays: jax.Array, **options: Any) -> jax.Array:
+    """mosaic_sm90.paged_attention by two interpreted programs, with race detection."""
+    if q.shape[0] * q.shape[1] > MOST_QUERIES:
+        raise NotImplementedError(f"{q.shape[0]} x {q.shape[1]} queries would keep the interpreter busy for minutes")
+    blocks = dataclasses.replace(mosaic_sm90.default_blocks(q.shape[2]), programs=PROGRAMS)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return mosaic_sm90.paged_attention(q, *arrays, blocks=blocks, interpret=interpret, **options)
+
+
+def decode(*arrays: jax.Array, **options: Any) -> jax.Array:
+    """triton.paged_attention_decode, interpreted."""
+    return triton.paged_attention_decode(*arrays, interpret=True, **options)

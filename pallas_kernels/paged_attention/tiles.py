@@ -1,0 +1,100 @@
+"""How ragged queries become tiles on the device, and how a fixed number of programs walks them.
+
+In: lengths and query starts of rows, as arrays (tile_list, run by XLA); that list, as a reference in a kernel (walk).
+Out: i32[tiles, 6]; calls of `visit`. A tile is up to TILE queries of one row; with each query head it is one unit of
+work. The list is sorted, longest first, and programs take units in snake order, so that none is left with a long one.
+This module does not know what a tile's attention is, nor which warpgroups there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+TILE = 128  # queries
+ALIGN = 8  # tokens; what the copy engine's tiled transfers start at
+type Carry = tuple[jax.Array, ...]
+type Visit = Callable[[Tile, jax.Array, jax.Array], None]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of queries of one row, as scalars in registers."""
+
+    row: jax.Array
+    token: jax.Array  # its first query in the flat array
+    position: jax.Array  # the same query's place among the row's keys
+    live: jax.Array  # how many queries are its own
+    kv_len: jax.Array
+    head: jax.Array
+
+    @property
+    def aligned(self) -> jax.Array:
+        return lax.rem(self.token, jnp.int32(ALIGN)) == 0
+
+
+def tile_list(T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int) -> tuple[jax.Array, jax.Array]:
+    """i32[tiles, 6] in the order of _Tile's fields without head, most keys first, and i32[1] how many are real.
+
+    Tokens that belong to no row make a last row of length 0, so that they come out 0.
+    """
+    starts = jnp.concatenate([query_starts, jnp.full((1,), T, jnp.int32)])
+    lens = jnp.concatenate([kv_lens, jnp.zeros((1,), jnp.int32)])
+    rows = lens.shape[0]
+    counts = starts[1:] - starts[:-1]
+    padding = jnp.arange(rows) == rows - 1
+    tiles = jnp.where((counts >= fewest) | padding, (counts + TILE - 1) // TILE, 0)
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    tile = jnp.arange(min(rows, T) + T // TILE, dtype=jnp.int32)
+    row = (ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32)
+    row = jnp.minimum(row, rows - 1)
+    offset = (tile - (ends - tiles)[row]) * TILE
+    position = lens[row] - counts[row] + offset
+    live = jnp.minimum(counts[row] - offset, TILE)
+    cost = jnp.where(tile < ends[-1], jnp.where(row == rows - 1, 0, position + live), -1)
+    order = jnp.argsort(-cost)
+    table_row = jnp.minimum(row, rows - 2)
+    fields = jnp.stack([table_row, starts[row] + offset, position, live, lens[row], jnp.zeros_like(row)], axis=1)
+    return fields[order], ends[-1:]
+
+
+def walk(
+    tiles_ref: Any,  # i32[tiles, 6]
+    count_ref: Any,  # i32[1]
+    N: int,
+    programs: int,
+    blocks_of: Callable[[Tile], tuple[jax.Array, jax.Array]],
+    visit: Visit,
+) -> tuple[jax.Array, jax.Array]:
+    """Call visit(tile, how many tiles and how many key blocks came before) for this program's share; both totals."""
+    program, stride = lax.axis_index("program"), jnp.int32(programs)
+    total = count_ref[0] * N
+    rounds, rest = lax.div(total, stride), lax.rem(total, stride)
+
+    def place(step: jax.Array) -> jax.Array:  # snake order: a long tile in one round, a short one in the next
+        return jnp.where(lax.rem(step, jnp.int32(2)) == 0, program, stride - 1 - program)
+
+    steps = rounds + (place(rounds) < rest).astype(jnp.int32)
+
+    def item_of(step: jax.Array) -> jax.Array:
+        return step * stride + place(step)
+
+    def read(step: jax.Array) -> tuple[jax.Array, ...]:
+        tile = lax.div(item_of(jnp.clip(step, 0, jnp.maximum(steps - 1, 0))), jnp.int32(N))
+        return tuple(tiles_ref[tile, field] for field in range(5))
+
+    def one(step: jax.Array, carry: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+        fields, blocks = carry
+        following = read(step + 1)  # fetched now: nothing waits for it until the next tile
+        tile = Tile(*fields, head=lax.rem(item_of(step), jnp.int32(N)))
+        visit(tile, step, blocks)
+        first, last = blocks_of(tile)
+        return following, blocks + last - first
+
+    _, blocks = lax.fori_loop(0, steps, one, (read(jnp.int32(0)), jnp.int32(0)))
+    return steps, blocks

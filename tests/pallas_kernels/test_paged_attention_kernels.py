@@ -1,0 +1,196 @@
+"""What the conformance suite cannot say of the GPU kernels: lowering without a GPU, races, bits, tiles, refusals."""
+
+import functools
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers.kernel_backends import ON_GPU
+from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import tuning
+from pallas_kernels.paged_attention import interpreted, mosaic_sm90, reference, tiles, triton
+from pallas_kernels.paged_attention.specs import PagedAttentionSpec
+from tools import gate
+
+cpu_only = pytest.mark.skipif(ON_GPU, reason="interpreters and cross-lowering are for machines without a GPU")
+
+
+def h200():
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    return jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    )
+
+
+def abstract(rows, width, H, pages=jnp.bfloat16):
+    pool = jax.ShapeDtypeStruct((64, 8, 64, H), pages)
+    return (
+        jax.ShapeDtypeStruct((rows, 32, H), jnp.bfloat16),
+        pool,
+        pool,
+        jax.ShapeDtypeStruct((rows, width), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options"),
+    [
+        (abstract(32, 16, 128), {}),
+        (abstract(256, 1024, 128), {}),
+        (abstract(8, 16, 96), {"window": 700, "soft_cap": 30.0}),
+        (abstract(8, 16, 128, jnp.float8_e4m3fn), {"k_scale": jnp.ones(8), "v_scale": jnp.ones(8)}),
+    ],
+    ids=["a program a split", "splits dealt out", "odd head dim, window, cap", "e4m3 pages"],
+)
+@cpu_only
+def test_decode_lowers_to_triton_on_a_machine_without_a_gpu(arrays, options):
+    decode = jax.jit(functools.partial(triton.paged_attention_decode, scale=0.1, **options))
+    with h200(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The Pallas Triton backend")
+        text = decode.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__gpu$xla.gpu.triton" in text
+
+
+def decode_inputs(lengths, **changes):
+    rows = tuple((1, length) for length in lengths)
+    spec = PagedAttentionSpec("rows", N=8, K=2, H=64, rows=rows, **changes)
+    return spec, spec.inputs()[:5]
+
+
+def bits(array):
+    return np.asarray(array).view(np.uint16)
+
+
+@cpu_only
+@pytest.mark.parametrize("changes", [{}, {"window": 600}], ids=["causal", "window"])
+def test_a_decode_row_has_the_same_bits_alone_in_a_batch_in_a_wide_table_and_dealt_out(changes, monkeypatch):
+    spec, arrays = decode_inputs((1300, 1, 512, 513, 700), **changes)
+    decode = functools.partial(interpreted.decode, **spec.options)
+    whole = bits(jax.jit(decode)(*arrays))
+    q, k, v, table, lengths = arrays
+    np.testing.assert_array_equal(bits(jax.jit(decode)(q[:1], k, v, table[:1], lengths[:1]))[0], whole[0])
+    wide = np.concatenate([table, np.full((5, 200), 2**30, np.int32)], axis=1)
+    np.testing.assert_array_equal(bits(jax.jit(decode)(q, k, v, wide, lengths)), whole)
+    monkeypatch.setattr(triton, "DIRECT_PROGRAMS", 0)
+    monkeypatch.setattr(triton, "DEALT_PROGRAMS", 6)
+    np.testing.assert_array_equal(bits(jax.jit(functools.partial(decode))(*arrays)), whole)
+
+
+@cpu_only
+def test_e4m3_pages_give_what_their_scaled_values_give():
+    spec, (q, k, v, table, lengths) = decode_inputs((600, 40))
+    narrow = [np.nan_to_num(pool.astype(np.float32)).astype(ml_dtypes.float8_e4m3fn) for pool in (k, v)]
+    scales = np.array([0.5, 2.0], np.float32), np.array([0.25, 1.5], np.float32)
+    wide = [
+        (pool.astype(np.float32) * scale[:, None, None]).astype(np.float32)
+        for pool, scale in zip(narrow, scales, strict=True)
+    ]
+    got = interpreted.decode(q, *narrow, table, lengths, k_scale=scales[0], v_scale=scales[1], **spec.options)
+    expected = reference.paged_attention_decode(jnp.asarray(q, jnp.float32), *wide, table, lengths, **spec.options)
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=2e-2)
+
+
+RAGGED = PagedAttentionSpec("ragged", N=2, K=1, H=64, rows=((130, 390), (20, 150)), page_size=32)
+
+
+@cpu_only
+def test_the_ragged_kernel_has_no_races():
+    q, *rest = RAGGED.inputs()
+    jax.block_until_ready(interpreted.ragged(q, *rest, **RAGGED.options))
+    assert not get_races().races_found
+
+
+def test_a_ragged_row_has_the_same_bits_in_chunks_and_at_any_place_in_the_batch():
+    q, k, v, table, lengths, starts = RAGGED.inputs()
+    ragged = mosaic_sm90.paged_attention if ON_GPU else interpreted.ragged
+    attend = jax.jit(functools.partial(ragged, **RAGGED.options))
+    whole = bits(attend(q, k, v, table, lengths, starts))
+    own = slice(starts[1], starts[2])  # starts at token 130, where tiles cannot be copied whole
+    alone = bits(attend(q[own], k, v, table[[1]], lengths[[1]], np.array([0, 20], np.int32)))
+    np.testing.assert_array_equal(alone, whole[own])
+    begun = lengths[0] - 130
+    first = bits(attend(q[:50], k, v, table[[0]], begun[None] + np.int32(50), np.array([0, 50], np.int32)))
+    rest = bits(attend(q[50:130], k, v, table[[0]], lengths[[0]], np.array([0, 80], np.int32)))
+    chunks = np.concatenate([first, rest])
+    # The interpreter's products are the CPU's, whose last bit may depend on a row's place in its tile.
+    apart = np.abs(chunks.astype(np.int32) - whole[:130].astype(np.int32))
+    assert apart.max() <= (0 if ON_GPU else 1)
+
+
+@pytest.mark.parametrize("fewest", [1, 2])
+@pytest.mark.parametrize(("counts", "padding"), [((1, 0, 128, 129, 5), 0), ((300, 1, 1), 70), ((0, 0), 3), ((1,), 0)])
+def test_tiles_cover_every_query_of_long_enough_rows_and_the_padding_once_longest_first(counts, padding, fewest):
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    lengths = np.array(counts, np.int32) + np.arange(len(counts), dtype=np.int32) * 40
+    T = int(starts[-1]) + padding
+    table, count = tiles.tile_list(T, jnp.asarray(lengths), jnp.asarray(starts), fewest)
+    covered, ends = [], []
+    for row, token, position, live, kv_len, _ in np.asarray(table)[: int(count[0])]:
+        assert 0 < live <= tiles.TILE
+        covered += range(token, token + live)
+        ends.append(position + live)
+        if token < starts[-1]:
+            assert kv_len == lengths[row]
+            assert position == lengths[row] - counts[row] + token - starts[row]
+        else:
+            assert kv_len == 0
+            assert position < 0
+    wanted = [t for r, n in enumerate(counts) if n >= fewest for t in range(starts[r], starts[r] + n)]
+    assert sorted(covered) == wanted + list(range(starts[-1], T))
+    real = [end for end in ends if end > 0]
+    assert real == sorted(real, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": jnp.zeros((8, 2, 64))}, "bfloat16 or float16 queries here, got float32"),
+        ({"pages": jnp.zeros((2, 2, 16, 64))}, "pages must be bfloat16 like the queries, got float32"),
+        ({"q": jnp.zeros((8, 2, 96), jnp.bfloat16)}, "head dim must be 64, 128 or 256.*got 96"),
+        ({"pages": jnp.zeros((2, 2, 12, 64), jnp.bfloat16)}, "page size must divide 128.*got 12"),
+        ({"scale": -1.0}, "assumes a positive scale, got -1.0"),
+    ],
+)
+def test_the_ragged_kernel_says_why_it_declines(changes, message):
+    base = {"q": jnp.zeros((8, 2, 64), jnp.bfloat16), "pages": jnp.zeros((2, 2, 16, 64), jnp.bfloat16), "scale": 1.0}
+    q, pages, scale = (base | changes).values()
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_sm90.refuse(q, pages, scale, mosaic_sm90.default_blocks(q.shape[2]))
+
+
+@pytest.mark.parametrize(
+    ("q", "pages", "message"),
+    [
+        (jnp.zeros((1, 2, 64)), jnp.zeros((2, 2, 16, 64)), "bfloat16 or float16 for the tensor cores, got float32"),
+        (jnp.zeros((1, 2, 512), jnp.bfloat16), jnp.zeros((2, 2, 16, 512), jnp.bfloat16), "head dim 512.*at most 256"),
+        (jnp.zeros((1, 2, 64), jnp.bfloat16), jnp.zeros((2, 2, 16, 64), jnp.int8), "float8_e4m3fn, got int8"),
+    ],
+)
+def test_the_decode_kernel_says_why_it_declines(q, pages, message):
+    with pytest.raises(NotImplementedError, match=message):
+        triton.refuse(q, pages, None, None)
+
+
+def test_tuned_numbers_replace_the_heuristics_and_a_wrong_field_names_its_file(tmp_path, monkeypatch):
+    heuristic = triton.Blocks()
+    assert tuning.choose("op/kernel", "key", heuristic, directory=tmp_path) == heuristic  # no GPU, no file
+    monkeypatch.setattr(tuning, "device_name", lambda: "some_gpu")
+    assert tuning.choose("op/kernel", "key", heuristic, directory=tmp_path) == heuristic
+    path = tuning.save({"op/kernel": {"key": {"num_stages": 9}}}, "some_gpu", "the command", tmp_path)
+    assert json.loads(path.read_text())["command"] == "the command"
+    assert tuning.choose("op/kernel", "key", heuristic, directory=tmp_path).num_stages == 9
+    assert tuning.choose("op/kernel", "other", heuristic, directory=tmp_path) == heuristic
+    tuning.save({"op/kernel": {"key": {"stages": 9}}}, "some_gpu", "the command", tmp_path)
+    with pytest.raises(ValueError, match=r"some_gpu\.json: op/kernel: key: unknown stages; known: block_keys"):
+        tuning.choose("op/kernel", "key", heuristic, directory=tmp_path)
+
+
+def test_every_kernel_registered_for_the_gpu_has_a_case_in_the_gate():
+    assert gate.missing_cases() == []
