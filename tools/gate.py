@@ -1,8 +1,8 @@
 """Compile every registered GPU kernel for sm_90a on a machine without a GPU, and say what the compiler made of it.
 
 In: nothing, or names of ops on the command line. Out: one line a kernel (registers, spills, shared memory, tensor-core
-and copy instructions); exit status 1 if a kernel fails to compile, spills beyond its allowance, serialises its WGMMAs, or is
-registered for "gpu" without a case here. Needs a venv with jax[cuda13]; no driver, no GPU: a textual device description
+and copy instructions); exit status 1 if a kernel fails to compile, spills beyond its allowance, serialises its WGMMAs,
+or is registered for "gpu" without a case here. Needs a venv with jax[cuda13]; no driver, no GPU: a textual device description
 stands in for the card.
 
     python -m tools.gate [op ...]
