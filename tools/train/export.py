@@ -147,7 +147,7 @@ No other text was used. The weights are under the repository's licence.
 {summary["steps"]} steps of {used["batch"]} rows, {summary["tokens"] / 1e6:.0f}M tokens ({100 * used["code_share"]:.0f}% code),
 {summary["minutes"]:.1f} minutes on one {summary["device"]}{distilled}. AdamW, peak rate {used["peak_rate"]}, weight decay
 {used["weight_decay"]}, linear decay; bf16 arithmetic over f32 weights. Answers weigh 16 times what prompts weigh.
-Made by `tools/train` (see its README).
+Made by `tools/train` (`run_h200.sh`).
 
 ## Held-out loss
 {held["code_loss"]:.3f} nats a token on unseen source files ({held["code_tokens"]:.0f} tokens), {held["chat_loss"]:.3f} on the
