@@ -15,7 +15,7 @@ PROMPTS = (
     "class Stack:\n    def __init__(self):\n",
     "<|im_start|>user\nSort these numbers: 42, 7, 19, 3, 88<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start|>user\nWhat does the len function do?<|im_end|>\n<|im_start|>assistant\n",
-    "for line in",
+    "import json\n\n\ndef load(path):\n",
 )
 MAX_TOKENS = 64
 
