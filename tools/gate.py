@@ -2,8 +2,8 @@
 
 In: nothing, or names of ops on the command line. Out: one line a kernel (registers, spills, shared memory, tensor-core
 and copy instructions); exit status 1 if a kernel fails to compile, spills beyond its allowance, serialises its WGMMAs,
-or is registered for "gpu" without a case here. Needs a venv with jax[cuda13]; no driver, no GPU: a textual device description
-stands in for the card.
+or is registered for "gpu" without a case here. Needs a venv with jax[cuda13]; no driver, no GPU: a
+textual device description stands in for the card.
 
     python -m tools.gate [op ...]
 
