@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,16 @@ def test_the_engine_jits_nothing(path):
 
 
 def test_no_committed_file_names_a_registry_host_or_a_path_of_this_machine():
-    here = str(ROOT.parent) + "/"
+    # A clone in the temporary folder would flag every script that names that folder.
+    parent = ROOT if ROOT.parent == Path(tempfile.gettempdir()) else ROOT.parent
+    here = f"{parent}/"
     hosts = re.compile(r"(index-url|registry = \"http|https?://[^ \"]*/simple)")
     for path in tracked():
         if path == Path(__file__) or path.suffix in {".safetensors", ".npz", ".png"} or not path.exists():
             continue
         text = path.read_text(errors="ignore")
         assert not hosts.search(text), f"{relative(path)} names a package registry"
-        assert ROOT.parent == Path("/") or here not in text, f"{relative(path)} holds a path of this machine"
+        assert parent == Path("/") or here not in text, f"{relative(path)} holds a path of this machine"
 
 
 def test_no_class_hides_behind_hasattr_or_a_mixin():
