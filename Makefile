@@ -33,10 +33,10 @@ check: .venv/.dev ## format, lint, types, import contracts, sizes
 	@$(PYTEST) tests/test_architecture.py
 
 test-gpu: ## kernels and engine on the GPU of this machine
-	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/pallas_kernels
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/pallas_kernels
 
 bench: ## decode, prefill and throughput of LLM on this machine's GPU
-	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/llm.py
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/llm.py llama-3.1-8b
 
 gate: ## compile every GPU kernel for sm_90a without a GPU; fails on spills (needs the CUDA wheels)
 	@PYTHONPATH=. $(GPU_PYTHON) tools/gate.py

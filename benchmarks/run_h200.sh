@@ -13,7 +13,7 @@ bench() { # shape kernels extra...
     --out "$OUT/llm-$1-$2.json" "${@:3}" 2>&1 | tee -a "$OUT/bench.log"
 }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-part test && timeout "${TEST_LIMIT:-200}" make -s test-gpu 2>&1 | tee "$OUT/test-gpu.log" | tail -n 25
+part test && timeout "${TEST_LIMIT:-280}" make -s test-gpu 2>&1 | tee "$OUT/test-gpu.log" | tail -n 25
 for shape in llama-3.1-8b qwen3-0.6b; do
   for kernels in auto reference; do
     part $kernels && bench $shape $kernels --batch 1,8,32 --prefill 1024 --reps 1 --token-budget 2048

@@ -203,6 +203,9 @@ def ragged_attention(
     fewest: int = 1,
 ) -> jax.Array:
     """As paged_attention, all in one kernel; rows of fewer than `fewest` queries are left unwritten."""
+    # A copy engine's operand must start at 256 bytes, and XLA hands a slice of a larger array over in place: this makes
+    # the table an array of its own, as any arithmetic does.
+    page_table = jnp.clip(page_table, 0, k_pages.shape[0] - 1)
     T, N, H = q.shape
     padded = max(ROWS, pl.cdiv(T, ALIGN) * ALIGN)  # tiles of ALIGN tokens; a tile's loads stay inside the array
     if padded > T:
