@@ -77,7 +77,7 @@ main)
   DATA=data
   data data "$SHARDS" 20000
   $PYTHON -m tools.train.train "$WORK/first-light" --data "$WORK/data" --model first-light --minutes "$MINUTES" \
-    --batch "$BATCH" --remat "$REMAT" ${RESUME:-}
+    --batch "$BATCH" --remat "$REMAT" --save-every 3000 ${RESUME:-}
   export_model first-light
   weights_home first-light
   evaluate first-light 3000
@@ -87,7 +87,7 @@ draft)
   DATA=data
   data data "$SHARDS" 20000
   $PYTHON -m tools.train.train "$WORK/first-light-draft" --data "$WORK/data" --model first-light-draft --minutes "$MINUTES" \
-    --batch "$BATCH" --rate 3e-3 --remat none --teacher "$WORK/models/first-light" ${RESUME:-}
+    --batch "$BATCH" --rate 3e-3 --remat none --teacher "$WORK/models/first-light" --save-every 3000 ${RESUME:-}
   export_model first-light-draft
   weights_home first-light-draft
   evaluate first-light-draft 3000 --target "$WORK/models/first-light"

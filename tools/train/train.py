@@ -198,7 +198,7 @@ class Run:
     def until(self, stop: int, total: int, deadline: float) -> None:
         """Steps up to `stop`, or to the deadline; the device is never more than a few steps behind."""
         number = int(self.state["step"])
-        before = self.state["step"]
+        before = jnp.zeros(())  # nothing of the state, whose buffers the step takes over
         began = time.monotonic()
         while number < stop and time.monotonic() < deadline:
             tokens, weights = self.data.batch(number, self.config)
