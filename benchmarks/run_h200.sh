@@ -16,6 +16,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 part test && timeout "${TEST_LIMIT:-280}" make -s test-gpu 2>&1 | tee "$OUT/test-gpu.log" | tail -n 25
 for shape in llama-3.1-8b qwen3-0.6b; do
   for kernels in auto reference; do
-    part $kernels && bench $shape $kernels --batch 1,8,32 --prefill 1024 --reps 1 --token-budget 2048
+    part $kernels || continue
+    bench $shape $kernels --batch 1,8,32 --prefill 1024 --reps 1 --token-budget 2048
   done
 done
