@@ -91,7 +91,7 @@ def start(
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
     prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
-    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
+    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
     log.info("%s", report)
     grammars = _grammars(directory, model_config)
     return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report

@@ -87,8 +87,8 @@ class Executables:
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def forward(self, shape: StepShape) -> jax.stages.Compiled:
-        return self.table["forward", shape]
+    def step(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["step", shape]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
@@ -106,7 +106,7 @@ def _abstract(tree: Any) -> Any:
 
 
 def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
-    """Everything the request path runs."""
+    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
     vocab = graph.config.vocab_size
@@ -114,26 +114,23 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def hidden(rows: int) -> jax.ShapeDtypeStruct:
-        return spec(jax.tree.leaves(params)[0].dtype, rows, graph.config.d_model)
-
+    last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        function = functools.partial(steps.forward, graph, shape)
-        jitted = jax.jit(function, donate_argnums=(1,))
-        yield ("forward", shape), jitted, (params, kv, spec(jnp.int32, shape.packed_size))
+        # keep_unused: the logits' memory comes in only to be written over.
+        jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
+        logits = spec(jnp.float32, shape.rows, vocab)
+        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = params, counts, hidden(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
-        for mode in SampleMode:
-            yield (
-                ("sample", rows, mode),
-                jax.jit(functools.partial(steps.sample, graph, mode), donate_argnums=(1,)),
-                args,
-            )
+        args = counts, last_tokens, spec(jnp.float32, rows, vocab), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
+            jitted = jax.jit(functools.partial(steps.sample, mode), donate_argnums=(0, 1))
+            yield ("sample", rows, mode), jitted, args
     for tokens in ladder.mixed_tokens:
         jitted = jax.jit(functools.partial(steps.prompt_logprobs, graph))
-        yield ("prompt_logprobs", tokens), jitted, (params, hidden(tokens), spec(jnp.int32, tokens))
+        hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
+        yield ("prompt_logprobs", tokens), jitted, (params, hidden, spec(jnp.int32, tokens))
     scalar = spec(jnp.int32)
     args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
     yield ("set_counts",), jax.jit(sampling.set_counts, donate_argnums=(0,)), args
