@@ -28,7 +28,7 @@ print(json.dumps([report.entries, report.removed, len(hits), float(value), seal(
 
 @pytest.fixture(autouse=True)
 def jax_is_left_as_it_was():
-    before = jax.config.read("jax_compilation_cache_dir")
+    before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)
 
