@@ -119,7 +119,7 @@ class Runner:
         rows = plan.rows
         wants_prompt = any(row.sequence.request.params.prompt_logprobs is not None for row in rows)
         decode = plan.decode_only and not wants_prompt  # a decode step gives no hidden states
-        shape = self.ladder.decode(len(rows)) if decode else self.ladder.mixed(plan.num_tokens)
+        shape = self.ladder.of(len(rows), plan.num_tokens, decode=decode)
         stepped = self._step(shape, self._pack(shape, rows))
         masks = [self._masks[self._place(row.sequence)] if row.sample else None for row in rows]
         launched = Launched(rows, None, masks, shape.rows)
@@ -176,13 +176,13 @@ class Runner:
         """Run every executable once on padding, so that no request pays for a first launch."""
         for shape in self.ladder.shapes():
             stepped = self._step(shape, self._pack(shape, ()))
-            if shape.decode:
-                self.executables.fetch(shape.rows)(stepped.results.token_ids)
-                for mode in SAMPLER_MODES:
-                    self._sample(mode, shape.rows, [])
-            else:
+            if not shape.decode:
                 targets = np.zeros(shape.tokens, np.int32)
                 self.executables.prompt_logprobs(shape.tokens)(self.params, stepped.hidden, targets)
+        for rows in self.ladder.decode_rows:
+            self.executables.fetch(rows)(self._results[rows].token_ids)
+            for mode in SAMPLER_MODES:
+                self._sample(mode, rows, [])
         self._set_counts(self.counts.shape[0] - 1, [], in_prompt=True, fresh=True)
         jax.block_until_ready((self.kv, self.counts))
         self._compiles_when_ready = compile_counter().compiles

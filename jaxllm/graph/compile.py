@@ -61,6 +61,11 @@ class Ladder:
     decode_rows: tuple[int, ...]  # ascending; the last is max_num_seqs
     mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
     width: int  # pages a row
+    one_shape: bool = False  # every step takes the one mixed shape, decodes too: bits then depend on no bucket
+
+    def of(self, rows: int, tokens: int, *, decode: bool) -> StepShape:
+        """The shape of a step with so many rows and tokens; `decode`: one token a row."""
+        return self.decode(rows) if decode and not self.one_shape else self.mixed(tokens)
 
     def decode(self, rows: int) -> StepShape:
         bucket = next(b for b in self.decode_rows if b >= rows)
@@ -71,7 +76,8 @@ class Ladder:
         return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
 
     def shapes(self) -> list[StepShape]:
-        return [self.decode(b) for b in self.decode_rows] + [self.mixed(t) for t in self.mixed_tokens]
+        decode = [] if self.one_shape else [self.decode(b) for b in self.decode_rows]
+        return decode + [self.mixed(t) for t in self.mixed_tokens]
 
 
 @dataclass
