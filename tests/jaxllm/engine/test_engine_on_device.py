@@ -161,13 +161,17 @@ def test_nothing_compiles_after_ready_whatever_a_client_asks_for(build):
     engine = build(num_pages=64)
     counter = compile_counter()
     run(engine, [(prompt(3), greedy(2))])  # the process's first use of helpers outside the step graphs
-    before = counter.compiles
-    rng = random.Random(5)
-    for _ in range(6):
-        kinds = everything()
-        rng.shuffle(kinds)
-        run(engine, [(prompt(rng.randrange(1, 90), salt=rng.random()), params) for params in kinds])
+    before, metrics = counter.compiles, engine.scheduler.metrics
+    rng, kinds = random.Random(5), everything()
+    lengths = [rng.randrange(1, 90) for _ in range(1000)]
+    asked = [(prompt(length, salt=rng.randrange(50)), rng.choice(kinds)) for length in lengths]
+    sequences = [engine.add(engine.make_request(ids, params))[0] for ids, params in asked]
+    while engine.has_work:
+        engine.step()
+    engine.check()
+    assert all(sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for sequence in sequences)
     assert counter.compiles == before
+    assert metrics.compiles_after_ready == before - engine.runner._compiles_when_ready
     jax.jit(lambda x: x * 3)(np.float32(1))  # the counter has teeth
     assert counter.compiles == before + 1
 
