@@ -1,0 +1,486 @@
+"""A chain of small-batch matrix products on Hopper as one persistent kernel that never stops reading weights.
+
+In: activations [M, K], weights [out, in], residual and norm weights of the stages, already checked by api.py. Out: the
+arrays the stages write. One program a multiprocessor. A stage multiplies x[M, K] by W[N, K] transposed: tiles of 128
+rows of W are the left operand of the tensor cores, x the right one. The blocks (tile, depth) of a stage, in this order,
+are cut into as many equal runs as there are programs; a run ends and begins inside tiles, whose pieces are added in
+order of depth by the program that has the first one. Nothing of this depends on M, so a row's bits do not either.
+
+One warp fetches weights, as far ahead as shared memory allows and across the ends of stages: weights depend on nothing.
+Another fetches activations, once the stage that makes them is done everywhere. One warpgroup computes.
+An RMS norm is split: the stage that makes x also writes x * weight and the sums of squares of its tiles; the stage that
+reads it multiplies its products by the rows' scales.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 128  # of a weight tile; gated stages: 64 of gate and the 64 of up that belong to them
+HALF = 64
+WGMMA = plgpu.Layout.WGMMA
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One product: x[M, depth] @ W.T with outs columns; what its inputs are and what is done to its sums."""
+
+    source: int  # 0.. = an external input; -1 - s = the array stage s hands on
+    depth: int
+    outs: int
+    gated: bool = False  # W has 2 * outs rows, gate then up
+    scaled_by: int | None = None  # the stage whose sums of squares scale the rows
+    residual: int | None = None  # external input (>= 0) or -1 - s: stage s's sum
+    normed: bool = False  # also write (sum * norm weight), handed on instead, and sums of squares
+    bias: bool = False
+    wide: bool = False  # f32 out
+
+    @property
+    def width(self) -> int:
+        """Columns a tile gives."""
+        return HALF if self.gated else ROWS
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.outs, self.width)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """`depth` and `programs` decide bits, the others only speed."""
+
+    depth: int = 64
+    programs: int = 132
+    slots: int = 11  # weight blocks in flight
+    x_slots: int = 8  # activation blocks in flight
+
+
+@dataclass(frozen=True)
+class _Plan:
+    M: int
+    stages: tuple[Stage, ...]
+    blocks: Blocks
+    eps: float
+    interpret: bool
+    fence: bool
+
+    def steps(self, stage: Stage) -> int:
+        """Blocks of a tile."""
+        return stage.depth // self.blocks.depth
+
+    def total(self, stage: Stage) -> int:
+        return stage.tiles * self.steps(stage)
+
+    def first(self, stage: Stage, program: jax.Array) -> jax.Array:
+        return lax.div(program * self.total(stage), jnp.int32(self.blocks.programs))
+
+    def pieces(self, stage: Stage) -> int:
+        """The most programs that share a tile."""
+        P, steps, total = self.blocks.programs, self.steps(stage), self.total(stage)
+        owner = [p for p in range(stage.tiles)]
+        most = 1
+        for tile in owner:
+            begin, end = tile * steps, (tile + 1) * steps - 1
+            most = max(most, ((end + 1) * P - 1) // total - ((begin + 1) * P - 1) // total + 1)
+        return most
+
+
+def _async_proxy_fence() -> None:
+    """Orders ordinary accesses of device memory with those of the copy engine."""
+
+    @plgpu.inline_mgpu()
+    def fence(_: Any) -> None:
+        from jax._src.lib.mlir.dialects import llvm  # noqa: PLC0415
+        from jax._src.lib.mlir import ir
+
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.proxy.async.global;", "", has_side_effects=True)
+
+    fence()
+
+
+def chain(
+    inputs: Sequence[jax.Array],  # external activations, [M, *]
+    weights: Sequence[jax.Array],  # a stage's [out, in]
+    norms: Sequence[jax.Array | None],  # a stage's norm weight [outs] when normed
+    biases: Sequence[jax.Array | None],
+    stages: tuple[Stage, ...],
+    *,
+    eps: float = 1e-5,
+    blocks: Blocks = Blocks(),
+    interpret: Any = None,
+    fence: bool = True,
+) -> list[tuple[jax.Array, ...]]:
+    """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares)."""
+    M = inputs[0].shape[0]
+    plan = _Plan(M, stages, blocks, eps, interpret is not None, fence and interpret is None)
+    outs: list[Any] = []
+    places: list[tuple[int, ...]] = []
+    for stage in stages:
+        mine = [jax.ShapeDtypeStruct((M, stage.outs), jnp.float32 if stage.wide else jnp.bfloat16)]
+        if stage.normed:
+            mine.append(jax.ShapeDtypeStruct((M, stage.outs), jnp.bfloat16))
+            mine.append(jax.ShapeDtypeStruct((stage.tiles, M), jnp.float32))
+        places.append(tuple(range(len(outs), len(outs) + len(mine))))
+        outs += mine
+    outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, M), jnp.float32))  # pieces of shared tiles
+    extras = [each for each in (*norms, *biases) if each is not None]
+    n_in, n_w = len(inputs), len(weights)
+
+    def kernel(*refs: Any) -> None:
+        ins, ws = refs[:n_in], refs[n_in : n_in + n_w]
+        rest = list(refs[n_in + n_w : n_in + n_w + len(extras)])
+        norm_refs = [None if each is None else rest.pop(0) for each in norms]
+        bias_refs = [None if each is None else rest.pop(0) for each in biases]
+        out_refs = refs[n_in + n_w + len(extras) :]
+        done, shared = (None, None) if plan.interpret else out_refs[len(outs) :]
+        out_refs = out_refs[: len(outs)]
+
+        def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
+            handed = [out_refs[place[1 if len(place) > 1 else 0]] for place in places]
+            sums = [out_refs[place[0]] for place in places]
+            squares = [out_refs[place[2]] if len(place) > 1 else None for place in places]
+            r = _Refs(
+                sources=[ins[s.source] if s.source >= 0 else handed[-1 - s.source] for s in stages],
+                residuals=[
+                    None if s.residual is None else ins[s.residual] if s.residual >= 0 else sums[-1 - s.residual]
+                    for s in stages
+                ],
+                weights=ws,
+                norms=norm_refs,
+                biases=bias_refs,
+                sums=sums,
+                handed=handed,
+                squares=squares,
+                pieces=out_refs[-1],
+                done=done or barriers[5],
+                shared=shared,
+                w_smem=scratch[0],
+                x_smem=scratch[1],
+                y_smem=scratch[2],
+                z_smem=scratch[3],
+                w_full=barriers[0],
+                w_free=barriers[1],
+                x_full=barriers[2],
+                x_free=barriers[3],
+                y_full=barriers[4],
+            )
+            wg = lax.axis_index("wg")
+            pl.when(wg == 1)(lambda: _memory(plan, r))
+            pl.when(wg == 0)(lambda: _compute(plan, r))
+
+        pl.run_scoped(body, _scratch(plan), _barriers(plan), collective_axes="wg")
+
+    results = plgpu.kernel(
+        kernel,
+        out_type=outs,
+        grid=(blocks.programs,),
+        grid_names=("program",),
+        num_threads=2,
+        thread_name="wg",
+        kernel_name="decode_chain",
+        interpret=interpret,
+        scratch_types=() if plan.interpret else (
+            plgpu.SemaphoreType.REGULAR((len(stages),)),
+            plgpu.SemaphoreType.REGULAR((sum(stage.tiles for stage in stages),)),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(*inputs, *weights, *extras)
+    return [tuple(results[i] for i in place) for place in places]
+
+
+@dataclass(frozen=True)
+class _Refs:
+    sources: Any
+    residuals: Any
+    weights: Any
+    norms: Any
+    biases: Any
+    sums: Any
+    handed: Any
+    squares: Any
+    pieces: Any
+    done: Any
+    shared: Any
+    w_smem: Any
+    x_smem: Any
+    y_smem: Any
+    z_smem: Any
+    w_full: Any
+    w_free: Any
+    x_full: Any
+    x_free: Any
+    y_full: Any
+
+
+def _scratch(plan: _Plan) -> tuple[Any, ...]:
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, 64)), swizzle(128))
+
+    def smem(*dims: int) -> Any:
+        return plgpu.SMEM(dims, jnp.bfloat16, transforms=transforms)
+
+    b = plan.blocks
+    return (
+        smem(b.slots, ROWS, b.depth),
+        smem(b.x_slots, plan.M, b.depth),
+        smem(2, plan.M, HALF),
+        smem(2, plan.M, HALF),
+    )
+
+
+def _barriers(plan: _Plan) -> tuple[Any, ...]:
+    def barrier(count: int, arrivals: int = 1) -> Any:
+        return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
+
+    b = plan.blocks
+    # The interpreter has no semaphores: it runs one program, whose threads these keep apart.
+    done = [barrier(1, stage.tiles) for stage in plan.stages] if plan.interpret else None
+    return barrier(b.slots, 2), barrier(b.slots), barrier(b.x_slots), barrier(b.x_slots), barrier(1, 2), done
+
+
+# The memory warpgroup.
+
+
+def _memory(plan: _Plan, r: _Refs) -> None:
+    plgpu.set_max_registers(40, action="decrease")
+
+    @plgpu.warp_map
+    def _(warp: jax.Array) -> None:
+        pl.when(warp == 0)(lambda: _fetch_weights(plan, r))
+        pl.when(warp == 1)(lambda: _fetch_activations(plan, r))
+
+
+def _fetch_weights(plan: _Plan, r: _Refs) -> None:
+    program = lax.axis_index("program")
+    slots, depth = plan.blocks.slots, plan.blocks.depth
+    before: Any = jnp.int32(0)
+    for stage, w in zip(plan.stages, r.weights, strict=True):
+        first, last = plan.first(stage, program), plan.first(stage, program + 1)
+        steps = jnp.int32(plan.steps(stage))
+
+        def block(i: jax.Array, stage: Stage = stage, w: Any = w, offset: Any = before - first, steps: Any = steps) -> None:
+            done = offset + i
+            slot = lax.rem(done, jnp.int32(slots))
+            pl.when(done >= slots)(lambda: plgpu.barrier_wait(r.w_free.at[slot]))
+            tile, step = lax.div(i, steps), lax.rem(i, steps)
+            columns = pl.ds(step * depth, depth)
+            for half in range(2):
+                row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
+                rows = pl.ds(row, HALF)
+                plgpu.copy_gmem_to_smem(
+                    w.at[rows, columns], r.w_smem.at[slot, pl.ds(half * HALF, HALF)], r.w_full.at[slot]
+                )
+
+        pl.loop(first, last)(block)
+        before = before + (last - first)
+    _drain(before, r.w_free, slots)
+
+
+def _fetch_activations(plan: _Plan, r: _Refs) -> None:
+    program = lax.axis_index("program")
+    slots, depth = plan.blocks.x_slots, plan.blocks.depth
+    before: Any = jnp.int32(0)
+    for stage, x in zip(plan.stages, r.sources, strict=True):
+        first, last = plan.first(stage, program), plan.first(stage, program + 1)
+        steps = jnp.int32(plan.steps(stage))
+        if stage.source < 0:
+            maker = -1 - stage.source
+            if plan.interpret:
+                plgpu.barrier_wait(r.done[maker])
+            else:
+                _await(plan, r, maker)
+            if plan.fence:
+                _async_proxy_fence()
+
+        def block(i: jax.Array, x: Any = x, offset: Any = before - first, steps: Any = steps) -> None:
+            done = offset + i
+            slot = lax.rem(done, jnp.int32(slots))
+            pl.when(done >= slots)(lambda: plgpu.barrier_wait(r.x_free.at[slot]))
+            columns = pl.ds(lax.rem(i, steps) * depth, depth)
+            plgpu.copy_gmem_to_smem(x.at[:, columns], r.x_smem.at[slot], r.x_full.at[slot])
+
+        pl.loop(first, last)(block)
+        before = before + (last - first)
+    _drain(before, r.x_free, slots)
+
+
+def _drain(count: jax.Array, free: Any, slots: int) -> None:
+    """Every arrival is waited for, if only for the interpreter's sake."""
+
+    @pl.loop(jnp.maximum(count - slots, 0), count)
+    def _(done: jax.Array) -> None:
+        plgpu.barrier_wait(free.at[lax.rem(done, jnp.int32(slots))])
+
+
+# The computing warpgroup.
+
+
+def _compute(plan: _Plan, r: _Refs) -> None:
+    plgpu.set_max_registers(232, action="increase")
+    program = lax.axis_index("program")
+    before: Any = jnp.int32(0)
+    tiles_before = 0
+    for number, stage in enumerate(plan.stages):
+        first, last = plan.first(stage, program), plan.first(stage, program + 1)
+        steps = jnp.int32(plan.steps(stage))
+        tile0 = lax.div(first, steps)
+        tile1 = lax.div(last - 1, steps)
+
+        def segment(
+            tile: jax.Array,
+            number: int = number,
+            stage: Stage = stage,
+            first: Any = first,
+            last: Any = last,
+            steps: Any = steps,
+            offset: Any = before - first,
+            tiles_before: int = tiles_before,
+        ) -> None:
+            begin = jnp.maximum(tile * steps, first)
+            end = jnp.minimum((tile + 1) * steps, last)
+            acc = _accumulate(plan, r, offset + begin, end - begin)
+            flag = None if plan.interpret else r.shared.at[tiles_before + tile]
+
+            @pl.when(begin > tile * steps)
+            def _() -> None:
+                if plan.interpret:
+                    return
+                r.pieces[program] = acc
+                plgpu.semaphore_signal(flag, memory_scope="gpu")
+
+            @pl.when(begin == tile * steps)
+            def _() -> None:
+                _finish(plan, r, number, stage, tile, program, acc, flag)
+
+        pl.loop(tile0, tile1 + 1)(segment)
+        before = before + (last - first)
+        tiles_before += stage.tiles
+
+
+def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax.Array:
+    """The product of `count` blocks that come `done` blocks after this program's first one: f32[128, M]."""
+    b = plan.blocks
+
+    def body(acc: Any) -> jax.Array:
+        def step(i: jax.Array) -> None:
+            n = done + i
+            w, x = lax.rem(n, jnp.int32(b.slots)), lax.rem(n, jnp.int32(b.x_slots))
+            plgpu.barrier_wait(r.w_full.at[w])
+            plgpu.barrier_wait(r.x_full.at[x])
+            plgpu.wgmma(acc, r.w_smem.at[w], r.x_smem.at[x].transpose((1, 0)))
+            plgpu.wgmma_wait(1)
+            pl.when(i > 0)(lambda: free(n - 1))
+
+        def free(n: jax.Array) -> None:
+            plgpu.barrier_arrive(r.w_free.at[lax.rem(n, jnp.int32(b.slots))])
+            plgpu.barrier_arrive(r.x_free.at[lax.rem(n, jnp.int32(b.x_slots))])
+
+        pl.loop(0, count)(step)
+        result = acc[...]
+        free(done + count - 1)
+        return result
+
+    return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((ROWS, plan.M), jnp.float32))
+
+
+def _finish(
+    plan: _Plan,
+    r: _Refs,
+    number: int,
+    stage: Stage,
+    tile: jax.Array,
+    program: jax.Array,
+    acc: jax.Array,
+    flag: Any,
+) -> None:
+    """Add the other pieces of a tile, do what follows, hand the result on."""
+    P, steps, total = plan.blocks.programs, plan.steps(stage), plan.total(stage)
+    others = lax.div((tile + 1) * (steps * P) - 1, jnp.int32(total)) - program
+    most = plan.pieces(stage) - 1
+    columns = pl.ds(tile * stage.width, stage.width)
+    if stage.residual is not None:
+        source = r.residuals[number]
+        if stage.residual < 0:
+            _await(plan, r, -1 - stage.residual)
+        for half in range(2):
+            part = pl.ds(tile * ROWS + half * HALF, HALF)
+            plgpu.copy_gmem_to_smem(source.at[:, part], r.y_smem.at[half], r.y_full.at[0])
+    if most:
+        plgpu.semaphore_wait(flag, others, decrement=False, memory_scope="gpu")
+        for other in range(1, most + 1):
+            place = jnp.minimum(program + other, P - 1)
+            piece = plgpu.load(r.pieces.at[place], layout=WGMMA, optimized=False)
+            acc = acc + lax.select(lax.broadcast(other <= others, piece.shape), piece, jnp.zeros_like(piece))
+    if stage.scaled_by is not None:
+        _await(plan, r, stage.scaled_by)
+        acc = acc * lax.broadcast_in_dim(_scale(plan, r, stage), acc.shape, [1])
+    if stage.residual is not None:
+        plgpu.barrier_wait(r.y_full.at[0])
+    total_squares = None
+    for half in range(1 if stage.gated else 2):
+        part = acc[half * HALF : (half + 1) * HALF]
+        here = pl.ds(tile * stage.width + half * HALF, HALF)
+        if stage.gated:
+            up = acc[HALF:]
+            part = part / (1.0 + jnp.exp(-part)) * up
+        if stage.bias:
+            bias = plgpu.load(r.biases[number].at[here], layout=WGMMA.reduce(1), optimized=False)
+            part = part + lax.broadcast_in_dim(bias.astype(jnp.float32), part.shape, [0])
+        smem = r.y_smem.at[half]
+        turned = smem.transpose((1, 0))
+        if stage.residual is not None:
+            part = part + plgpu.load(turned, layout=WGMMA, optimized=False).astype(jnp.float32)
+        narrow = part.astype(jnp.bfloat16)
+        turned[...] = narrow
+        if stage.normed:
+            wide = narrow.astype(jnp.float32)
+            weight = plgpu.load(r.norms[number].at[here], layout=WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+            r.z_smem.at[half].transpose((1, 0))[...] = (
+                wide * lax.broadcast_in_dim(weight, wide.shape, [0])
+            ).astype(jnp.bfloat16)
+            squares = (wide * wide).sum(axis=0)
+            total_squares = squares if total_squares is None else total_squares + squares
+    plgpu.commit_smem()
+    for half in range(1 if stage.gated else 2):
+        here = pl.ds(tile * stage.width + half * HALF, HALF)
+        plgpu.copy_smem_to_gmem(r.y_smem.at[half], r.sums[number].at[:, here])
+        if stage.normed:
+            plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[number].at[:, here])
+    if stage.normed:
+        r.squares[number][tile] = total_squares
+    plgpu.wait_smem_to_gmem(0)
+    if plan.fence:
+        _async_proxy_fence()
+    if plan.interpret:
+        plgpu.barrier_arrive(r.done[number])
+    else:
+        plgpu.semaphore_signal(r.done.at[number], memory_scope="gpu")
+
+
+def _await(plan: _Plan, r: _Refs, number: int) -> None:
+    if plan.interpret:  # the same thread made it
+        return
+    plgpu.semaphore_wait(r.done.at[number], plan.stages[number].tiles, decrement=False, memory_scope="gpu")
+
+
+def _scale(plan: _Plan, r: _Refs, stage: Stage) -> jax.Array:
+    """1 / rms of each row, from the sums of squares of the tiles of the stage that made it."""
+    assert stage.scaled_by is not None
+    maker = plan.stages[stage.scaled_by]
+    layout = WGMMA.reduce(0)
+    total = None
+    for tile in range(maker.tiles):
+        part = plgpu.load(r.squares[stage.scaled_by].at[tile], layout=layout, optimized=False)
+        total = part if total is None else total + part
+    assert total is not None
+    return lax.rsqrt(total * (1.0 / maker.outs) + plan.eps)
