@@ -118,6 +118,7 @@ def chain(
     blocks: Blocks = Blocks(),
     interpret: Any = None,
     fence: bool = True,
+    counters: tuple[jax.Array, jax.Array] | None = None,
 ) -> list[tuple[jax.Array, ...]]:
     """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares)."""
     M = inputs[0].shape[0]
@@ -133,6 +134,9 @@ def chain(
         outs += mine
     outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, M), jnp.float32))  # pieces of shared tiles
     extras = [each for each in (*norms, *biases) if each is not None]
+    n_done = len(stages)
+    if counters is not None:
+        extras += list(counters)
     n_in, n_w = len(inputs), len(weights)
 
     def kernel(*refs: Any) -> None:
@@ -141,7 +145,12 @@ def chain(
         norm_refs = [None if each is None else rest.pop(0) for each in norms]
         bias_refs = [None if each is None else rest.pop(0) for each in biases]
         out_refs = refs[n_in + n_w + len(extras) :]
-        done, shared = (None, None) if plan.interpret else out_refs[len(outs) :]
+        if counters is not None:
+            base = rest[1][0]
+            done = _Counters(rest[0], base)
+            shared = _Counters(rest[0], base + n_done)
+        else:
+            done, shared = (None, None) if plan.interpret else out_refs[len(outs) :]
         out_refs = out_refs[: len(outs)]
 
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
@@ -161,7 +170,7 @@ def chain(
                 handed=handed,
                 squares=squares,
                 pieces=out_refs[-1],
-                done=done or barriers[5],
+                done=barriers[5] if plan.interpret else done,
                 shared=shared,
                 w_smem=scratch[0],
                 x_smem=scratch[1],
@@ -188,13 +197,26 @@ def chain(
         thread_name="wg",
         kernel_name="decode_chain",
         interpret=interpret,
-        scratch_types=() if plan.interpret else (
+        scratch_types=() if plan.interpret or counters is not None else (
             plgpu.SemaphoreType.REGULAR((len(stages),)),
             plgpu.SemaphoreType.REGULAR((sum(stage.tiles for stage in stages),)),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs, *weights, *extras)
     return [tuple(results[i] for i in place) for place in places]
+
+
+@dataclass(frozen=True)
+class _Counters:
+    ref: Any  # i16[2 n]: a pair is one counter
+    base: Any
+
+    @property
+    def at(self) -> _Counters:
+        return self
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.ref.at[(self.base + i) * 2]
 
 
 @dataclass(frozen=True)
@@ -333,6 +355,8 @@ def _compute(plan: _Plan, r: _Refs) -> None:
     for number, stage in enumerate(plan.stages):
         first, last = plan.first(stage, program), plan.first(stage, program + 1)
         steps = jnp.int32(plan.steps(stage))
+        if plan.total(stage) < plan.blocks.programs:
+            raise NotImplementedError(f"{plan.total(stage)} blocks are fewer than the {plan.blocks.programs} programs")
         tile0 = lax.div(first, steps)
         tile1 = lax.div(last - 1, steps)
 
