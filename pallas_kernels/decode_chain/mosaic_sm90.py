@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 128  # of a weight tile; gated stages: 64 of gate and the 64 of up that belong to them
 HALF = 64
+CHUNK = 32  # rows of x whose sums are finished at a time
 WGMMA = plgpu.Layout.WGMMA
 
 
@@ -122,6 +123,11 @@ def chain(
 ) -> list[tuple[jax.Array, ...]]:
     """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares)."""
     M = inputs[0].shape[0]
+    for number, stage in enumerate(stages):
+        if stage.source != (-number if number else 0):
+            raise NotImplementedError("a stage reads what the stage before it hands on: pieces of tiles share places")
+        if stage.tiles * (stage.depth // blocks.depth) < blocks.programs:
+            raise NotImplementedError(f"stage {number} has fewer blocks than the {blocks.programs} programs")
     plan = _Plan(M, stages, blocks, eps, interpret is not None, fence and interpret is None)
     outs: list[Any] = []
     places: list[tuple[int, ...]] = []
@@ -347,6 +353,19 @@ def _drain(count: jax.Array, free: Any, slots: int) -> None:
 # The computing warpgroup.
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One program's share of a stage."""
+
+    number: int
+    stage: Stage
+    first: jax.Array
+    last: jax.Array
+    before: jax.Array  # blocks of earlier stages, less `first`
+    tiles_before: int
+    scale: jax.Array | None  # f32[M]
+
+
 def _compute(plan: _Plan, r: _Refs) -> None:
     plgpu.set_max_registers(232, action="increase")
     program = lax.axis_index("program")
@@ -355,40 +374,43 @@ def _compute(plan: _Plan, r: _Refs) -> None:
     for number, stage in enumerate(plan.stages):
         first, last = plan.first(stage, program), plan.first(stage, program + 1)
         steps = jnp.int32(plan.steps(stage))
-        if plan.total(stage) < plan.blocks.programs:
-            raise NotImplementedError(f"{plan.total(stage)} blocks are fewer than the {plan.blocks.programs} programs")
-        tile0 = lax.div(first, steps)
-        tile1 = lax.div(last - 1, steps)
-
-        def segment(
-            tile: jax.Array,
-            number: int = number,
-            stage: Stage = stage,
-            first: Any = first,
-            last: Any = last,
-            steps: Any = steps,
-            offset: Any = before - first,
-            tiles_before: int = tiles_before,
-        ) -> None:
-            begin = jnp.maximum(tile * steps, first)
-            end = jnp.minimum((tile + 1) * steps, last)
-            acc = _accumulate(plan, r, offset + begin, end - begin)
-            flag = None if plan.interpret else r.shared.at[tiles_before + tile]
-
-            @pl.when(begin > tile * steps)
-            def _() -> None:
-                if plan.interpret:
-                    return
-                r.pieces[program] = acc
-                plgpu.semaphore_signal(flag, memory_scope="gpu")
-
-            @pl.when(begin == tile * steps)
-            def _() -> None:
-                _finish(plan, r, number, stage, tile, program, acc, flag)
-
-        pl.loop(tile0, tile1 + 1)(segment)
+        scale = None if stage.scaled_by is None else _scale(plan, r, stage)
+        run = _Run(number, stage, first, last, before - first, tiles_before, scale)
+        pl.loop(lax.div(first, steps), lax.div(last - 1, steps) + 1)(functools.partial(_segment, plan, r, run, program))
         before = before + (last - first)
         tiles_before += stage.tiles
+
+
+def _segment(plan: _Plan, r: _Refs, run: _Run, program: jax.Array, tile: jax.Array) -> None:
+    """This program's part of a tile: the whole, the first piece (which it completes) or a later one (handed over)."""
+    steps = plan.steps(run.stage)
+    begin = jnp.maximum(tile * steps, run.first)
+    end = jnp.minimum((tile + 1) * steps, run.last)
+    flag = None if plan.interpret else r.shared.at[run.tiles_before + tile]
+    mine = begin == tile * steps
+    if run.stage.residual is not None:
+        pl.when(mine)(lambda: _fetch_residual(plan, r, run, tile))
+    acc = _accumulate(plan, r, run.before + begin, end - begin)
+    if not plan.interpret:
+
+        @pl.when(jnp.logical_not(mine))
+        def _() -> None:
+            r.pieces[program] = acc
+            plgpu.semaphore_signal(flag, memory_scope="gpu")
+
+    pl.when(mine)(lambda: _finish(plan, r, run, tile, program, acc, flag))
+
+
+def _fetch_residual(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
+    source = r.residuals[run.number]
+    assert run.stage.residual is not None
+    if run.stage.residual < 0:
+        _await(plan, r, -1 - run.stage.residual)
+        if plan.fence:
+            _async_proxy_fence()
+    for half in range(2):
+        part = pl.ds(tile * ROWS + half * HALF, HALF)
+        plgpu.copy_gmem_to_smem(source.at[:, part], r.y_smem.at[half], r.y_full.at[0])
 
 
 def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax.Array:
@@ -418,77 +440,79 @@ def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax
 
 
 def _finish(
-    plan: _Plan,
-    r: _Refs,
-    number: int,
-    stage: Stage,
-    tile: jax.Array,
-    program: jax.Array,
-    acc: jax.Array,
-    flag: Any,
+    plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array, acc: jax.Array, flag: Any
 ) -> None:
     """Add the other pieces of a tile, do what follows, hand the result on."""
+    stage = run.stage
     P, steps, total = plan.blocks.programs, plan.steps(stage), plan.total(stage)
     others = lax.div((tile + 1) * (steps * P) - 1, jnp.int32(total)) - program
-    most = plan.pieces(stage) - 1
-    columns = pl.ds(tile * stage.width, stage.width)
-    if stage.residual is not None:
-        source = r.residuals[number]
-        if stage.residual < 0:
-            _await(plan, r, -1 - stage.residual)
-        for half in range(2):
-            part = pl.ds(tile * ROWS + half * HALF, HALF)
-            plgpu.copy_gmem_to_smem(source.at[:, part], r.y_smem.at[half], r.y_full.at[0])
-    if most:
+    if plan.pieces(stage) > 1:
         plgpu.semaphore_wait(flag, others, decrement=False, memory_scope="gpu")
-        for other in range(1, most + 1):
-            place = jnp.minimum(program + other, P - 1)
-            piece = plgpu.load(r.pieces.at[place], layout=WGMMA, optimized=False)
-            acc = acc + lax.select(lax.broadcast(other <= others, piece.shape), piece, jnp.zeros_like(piece))
-    if stage.scaled_by is not None:
-        _await(plan, r, stage.scaled_by)
-        acc = acc * lax.broadcast_in_dim(_scale(plan, r, stage), acc.shape, [1])
     if stage.residual is not None:
         plgpu.barrier_wait(r.y_full.at[0])
-    total_squares = None
+    size = min(plan.M, CHUNK)
+    for row in range(0, plan.M, size):
+        _finish_rows(plan, r, run, tile, program, others, acc[:, row : row + size], pl.ds(row, size))
+    plgpu.commit_smem()
+    for half in range(1 if stage.gated else 2):
+        here = pl.ds(tile * stage.width + half * HALF, HALF)
+        plgpu.copy_smem_to_gmem(r.y_smem.at[half], r.sums[run.number].at[:, here])
+        if stage.normed:
+            plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[run.number].at[:, here])
+    plgpu.wait_smem_to_gmem(0)
+    if plan.fence:
+        _async_proxy_fence()
+    if plan.interpret:
+        plgpu.barrier_arrive(r.done[run.number])
+    else:
+        plgpu.semaphore_signal(r.done.at[run.number], memory_scope="gpu")
+
+
+def _finish_rows(
+    plan: _Plan,
+    r: _Refs,
+    run: _Run,
+    tile: jax.Array,
+    program: jax.Array,
+    others: jax.Array,
+    acc: jax.Array,  # f32[128, rows]
+    rows: Any,
+) -> None:
+    """What _finish does, up to shared memory, for some of the rows of x."""
+    stage, total_squares = run.stage, None
+    for other in range(1, plan.pieces(stage)):
+        place = jnp.minimum(program + other, plan.blocks.programs - 1)
+        piece = plgpu.load(r.pieces.at[place, :, rows], layout=WGMMA, optimized=False)
+        acc = acc + lax.select(lax.broadcast(other <= others, piece.shape), piece, jnp.zeros_like(piece))
+    if run.scale is not None:
+        scale = run.scale[rows.start : rows.start + rows.size]
+        acc = acc * lax.broadcast_in_dim(scale, acc.shape, [1])
     for half in range(1 if stage.gated else 2):
         part = acc[half * HALF : (half + 1) * HALF]
         here = pl.ds(tile * stage.width + half * HALF, HALF)
         if stage.gated:
-            up = acc[HALF:]
-            part = part / (1.0 + jnp.exp(-part)) * up
+            part = part / (1.0 + jnp.exp(-part)) * acc[HALF:]
         if stage.bias:
-            bias = plgpu.load(r.biases[number].at[here], layout=WGMMA.reduce(1), optimized=False)
-            part = part + lax.broadcast_in_dim(bias.astype(jnp.float32), part.shape, [0])
-        smem = r.y_smem.at[half]
-        turned = smem.transpose((1, 0))
+            part = part + _column(r.biases[run.number].at[here], part.shape)
+        turned = r.y_smem.at[half, rows].transpose((1, 0))
         if stage.residual is not None:
             part = part + plgpu.load(turned, layout=WGMMA, optimized=False).astype(jnp.float32)
         narrow = part.astype(jnp.bfloat16)
         turned[...] = narrow
         if stage.normed:
             wide = narrow.astype(jnp.float32)
-            weight = plgpu.load(r.norms[number].at[here], layout=WGMMA.reduce(1), optimized=False).astype(jnp.float32)
-            r.z_smem.at[half].transpose((1, 0))[...] = (
-                wide * lax.broadcast_in_dim(weight, wide.shape, [0])
-            ).astype(jnp.bfloat16)
+            weighted = (wide * _column(r.norms[run.number].at[here], wide.shape)).astype(jnp.bfloat16)
+            r.z_smem.at[half, rows].transpose((1, 0))[...] = weighted
             squares = (wide * wide).sum(axis=0)
             total_squares = squares if total_squares is None else total_squares + squares
-    plgpu.commit_smem()
-    for half in range(1 if stage.gated else 2):
-        here = pl.ds(tile * stage.width + half * HALF, HALF)
-        plgpu.copy_smem_to_gmem(r.y_smem.at[half], r.sums[number].at[:, here])
-        if stage.normed:
-            plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[number].at[:, here])
     if stage.normed:
-        r.squares[number][tile] = total_squares
-    plgpu.wait_smem_to_gmem(0)
-    if plan.fence:
-        _async_proxy_fence()
-    if plan.interpret:
-        plgpu.barrier_arrive(r.done[number])
-    else:
-        plgpu.semaphore_signal(r.done.at[number], memory_scope="gpu")
+        r.squares[run.number][tile, rows] = total_squares
+
+
+def _column(ref: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A vector along the rows of W, for every row of x."""
+    values = plgpu.load(ref, layout=WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+    return lax.broadcast_in_dim(values, shape, [0])
 
 
 def _await(plan: _Plan, r: _Refs, number: int) -> None:
@@ -500,6 +524,7 @@ def _await(plan: _Plan, r: _Refs, number: int) -> None:
 def _scale(plan: _Plan, r: _Refs, stage: Stage) -> jax.Array:
     """1 / rms of each row, from the sums of squares of the tiles of the stage that made it."""
     assert stage.scaled_by is not None
+    _await(plan, r, stage.scaled_by)
     maker = plan.stages[stage.scaled_by]
     layout = WGMMA.reduce(0)
     total = None
