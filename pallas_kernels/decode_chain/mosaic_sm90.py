@@ -73,6 +73,7 @@ class _Plan:
     eps: float
     interpret: bool
     fence: bool
+    pdl: bool
 
     def steps(self, stage: Stage) -> int:
         """Blocks of a tile."""
@@ -120,6 +121,7 @@ def chain(
     interpret: Any = None,
     fence: bool = True,
     counters: tuple[jax.Array, jax.Array] | None = None,
+    pdl: bool = False,
 ) -> list[tuple[jax.Array, ...]]:
     """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares)."""
     M = inputs[0].shape[0]
@@ -128,7 +130,7 @@ def chain(
             raise NotImplementedError("a stage reads what the stage before it hands on: pieces of tiles share places")
         if stage.tiles * (stage.depth // blocks.depth) < blocks.programs:
             raise NotImplementedError(f"stage {number} has fewer blocks than the {blocks.programs} programs")
-    plan = _Plan(M, stages, blocks, eps, interpret is not None, fence and interpret is None)
+    plan = _Plan(M, stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None)
     outs: list[Any] = []
     places: list[tuple[int, ...]] = []
     for stage in stages:
@@ -311,12 +313,16 @@ def _fetch_weights(plan: _Plan, r: _Refs) -> None:
 
         pl.loop(first, last)(block)
         before = before + (last - first)
+    if plan.pdl:
+        plgpu.griddepcontrol_launch_dependents()
     _drain(before, r.w_free, slots)
 
 
 def _fetch_activations(plan: _Plan, r: _Refs) -> None:
     program = lax.axis_index("program")
     slots, depth = plan.blocks.x_slots, plan.blocks.depth
+    if plan.pdl:
+        plgpu.griddepcontrol_wait()
     before: Any = jnp.int32(0)
     for stage, x in zip(plan.stages, r.sources, strict=True):
         first, last = plan.first(stage, program), plan.first(stage, program + 1)
@@ -368,6 +374,8 @@ class _Run:
 
 def _compute(plan: _Plan, r: _Refs) -> None:
     plgpu.set_max_registers(232, action="increase")
+    if plan.pdl:
+        plgpu.griddepcontrol_wait()
     program = lax.axis_index("program")
     before: Any = jnp.int32(0)
     tiles_before = 0
