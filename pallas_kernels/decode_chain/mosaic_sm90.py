@@ -96,6 +96,13 @@ class _Plan:
         return most
 
 
+def padded(M: int) -> int:
+    """Rows of x the tensor cores see; the copy engine fills with zeros and drops what is not there."""
+    if M > 128:
+        raise NotImplementedError(f"at most 128 rows, got {M}")
+    return max(8, 1 << (M - 1).bit_length())
+
+
 def _async_proxy_fence() -> None:
     """Orders ordinary accesses of device memory with those of the copy engine."""
 
@@ -130,17 +137,17 @@ def chain(
             raise NotImplementedError("a stage reads what the stage before it hands on: pieces of tiles share places")
         if stage.tiles * (stage.depth // blocks.depth) < blocks.programs:
             raise NotImplementedError(f"stage {number} has fewer blocks than the {blocks.programs} programs")
-    plan = _Plan(M, stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None)
+    plan = _Plan(padded(M), stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None)
     outs: list[Any] = []
     places: list[tuple[int, ...]] = []
     for stage in stages:
         mine = [jax.ShapeDtypeStruct((M, stage.outs), jnp.float32 if stage.wide else jnp.bfloat16)]
         if stage.normed:
             mine.append(jax.ShapeDtypeStruct((M, stage.outs), jnp.bfloat16))
-            mine.append(jax.ShapeDtypeStruct((stage.tiles, M), jnp.float32))
+            mine.append(jax.ShapeDtypeStruct((stage.tiles, plan.M), jnp.float32))
         places.append(tuple(range(len(outs), len(outs) + len(mine))))
         outs += mine
-    outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, M), jnp.float32))  # pieces of shared tiles
+    outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, plan.M), jnp.float32))  # pieces of shared tiles
     extras = [each for each in (*norms, *biases) if each is not None]
     n_done = len(stages)
     if counters is not None:
@@ -341,7 +348,7 @@ def _fetch_activations(plan: _Plan, r: _Refs) -> None:
             slot = lax.rem(done, jnp.int32(slots))
             pl.when(done >= slots)(lambda: plgpu.barrier_wait(r.x_free.at[slot]))
             columns = pl.ds(lax.rem(i, steps) * depth, depth)
-            plgpu.copy_gmem_to_smem(x.at[:, columns], r.x_smem.at[slot], r.x_full.at[slot])
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(0, plan.M), columns], r.x_smem.at[slot], r.x_full.at[slot])
 
         pl.loop(first, last)(block)
         before = before + (last - first)
@@ -418,7 +425,7 @@ def _fetch_residual(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
             _async_proxy_fence()
     for half in range(2):
         part = pl.ds(tile * ROWS + half * HALF, HALF)
-        plgpu.copy_gmem_to_smem(source.at[:, part], r.y_smem.at[half], r.y_full.at[0])
+        plgpu.copy_gmem_to_smem(source.at[pl.ds(0, plan.M), part], r.y_smem.at[half], r.y_full.at[0])
 
 
 def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax.Array:
@@ -464,9 +471,9 @@ def _finish(
     plgpu.commit_smem()
     for half in range(1 if stage.gated else 2):
         here = pl.ds(tile * stage.width + half * HALF, HALF)
-        plgpu.copy_smem_to_gmem(r.y_smem.at[half], r.sums[run.number].at[:, here])
+        plgpu.copy_smem_to_gmem(r.y_smem.at[half], r.sums[run.number].at[pl.ds(0, plan.M), here])
         if stage.normed:
-            plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[run.number].at[:, here])
+            plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[run.number].at[pl.ds(0, plan.M), here])
     plgpu.wait_smem_to_gmem(0)
     if plan.fence:
         _async_proxy_fence()
