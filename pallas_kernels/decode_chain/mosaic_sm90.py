@@ -127,7 +127,6 @@ def chain(
     blocks: Blocks = Blocks(),
     interpret: Any = None,
     fence: bool = True,
-    counters: tuple[jax.Array, jax.Array] | None = None,
     pdl: bool = False,
 ) -> list[tuple[jax.Array, ...]]:
     """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares)."""
@@ -149,9 +148,6 @@ def chain(
         outs += mine
     outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, plan.M), jnp.float32))  # pieces of shared tiles
     extras = [each for each in (*norms, *biases) if each is not None]
-    n_done = len(stages)
-    if counters is not None:
-        extras += list(counters)
     n_in, n_w = len(inputs), len(weights)
 
     def kernel(*refs: Any) -> None:
@@ -160,13 +156,10 @@ def chain(
         norm_refs = [None if each is None else rest.pop(0) for each in norms]
         bias_refs = [None if each is None else rest.pop(0) for each in biases]
         out_refs = refs[n_in + n_w + len(extras) :]
-        if counters is not None:
-            base = rest[1][0]
-            done = _Counters(rest[0], base)
-            shared = _Counters(rest[0], base + n_done)
-        else:
-            done, shared = (None, None) if plan.interpret else out_refs[len(outs) :]
-        out_refs = out_refs[: len(outs)]
+        done = shared = None
+        if not plan.interpret:  # get_global: the same for every program; scratch semaphores are each program's own
+            done = pl.get_global(plgpu.SemaphoreType.REGULAR((len(stages),)))
+            shared = pl.get_global(plgpu.SemaphoreType.REGULAR((sum(stage.tiles for stage in stages),)))
 
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
             handed = [out_refs[place[1 if len(place) > 1 else 0]] for place in places]
@@ -212,26 +205,9 @@ def chain(
         thread_name="wg",
         kernel_name="decode_chain",
         interpret=interpret,
-        scratch_types=() if plan.interpret or counters is not None else (
-            plgpu.SemaphoreType.REGULAR((len(stages),)),
-            plgpu.SemaphoreType.REGULAR((sum(stage.tiles for stage in stages),)),
-        ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs, *weights, *extras)
     return [tuple(results[i] for i in place) for place in places]
-
-
-@dataclass(frozen=True)
-class _Counters:
-    ref: Any  # i16[2 n]: a pair is one counter
-    base: Any
-
-    @property
-    def at(self) -> _Counters:
-        return self
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.ref.at[(self.base + i) * 2]
 
 
 @dataclass(frozen=True)
@@ -289,8 +265,6 @@ def _barriers(plan: _Plan) -> tuple[Any, ...]:
 
 
 def _memory(plan: _Plan, r: _Refs) -> None:
-    plgpu.set_max_registers(40, action="decrease")
-
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
         pl.when(warp == 0)(lambda: _fetch_weights(plan, r))
@@ -380,7 +354,6 @@ class _Run:
 
 
 def _compute(plan: _Plan, r: _Refs) -> None:
-    plgpu.set_max_registers(232, action="increase")
     if plan.pdl:
         plgpu.griddepcontrol_wait()
     program = lax.axis_index("program")
