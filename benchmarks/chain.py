@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_chain import mosaic_sm90 as kernel
+from pallas_kernels.matmul import streamed_sm90 as kernel
 
 Stage, Blocks = kernel.Stage, kernel.Blocks
 BF, F32 = jnp.bfloat16, jnp.float32

@@ -19,6 +19,7 @@ register("decode_chain", "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted
 register("decode_chain", "reference", imported(f"{_ROOM}.reference:decode_chain"))
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense:
     """The weights of a layer's second part."""
@@ -30,6 +31,7 @@ class Dense:
     o_bias: jax.Array | None = None  # [D]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Following:
     """The weights of the next layer's first part."""
