@@ -39,6 +39,7 @@ class Attention(nnx.Module):
             parameter((2, config.head_dim), (None, "head_dim"), dtype, rngs, "ones") if config.qk_norm else None
         )
 
+    @jax.named_scope("attention")
     def __call__(
         self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend
     ) -> Float[Array, "... D"]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -71,6 +72,7 @@ class Decoder(nnx.Module):
             x = layer(x, number, turned, attend)
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return project(hidden, (self.embed if self.head is None else self.head)[...])
 
