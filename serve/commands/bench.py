@@ -7,11 +7,12 @@ otherwise; a model directory without weights gets random ones. Knows nothing of 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,12 +66,20 @@ def longest(model: str | None, tokens: int) -> int:
     return min(max(4096, tokens), context)
 
 
-def write(figures: Sequence[Figure], out: Path | None, label: str, device: str, started: float) -> None:
+def process_age_s() -> float:
+    """Seconds since this process was started, by the kernel's clock (to 10 ms)."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    up_s = float(Path("/proc/uptime").read_text().split()[0])
+    return up_s - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def write(figures: Sequence[Figure], out: Path | None, label: str, **measured: Any) -> None:
+    """The table to stdout; with what was measured beside it, to a file."""
     typer.echo(table(figures))
     if out is None:
         return
-    about = {**machine(device), "commit": label, "command": " ".join(["jaxllm", *sys.argv[1:]])}
-    document = {**about, "seconds": round(time.time() - started, 1), "figures": [as_json(f) for f in figures]}
+    about = {**machine(measured.pop("device", "")), "commit": label, "command": " ".join(["jaxllm", *sys.argv[1:]])}
+    document = {**about, **measured, "seconds": round(process_age_s(), 1), "figures": [as_json(f) for f in figures]}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -84,8 +93,8 @@ def _heard(figures: Iterable[Figure]) -> list[Figure]:
     return found
 
 
-def _bench(llm: LLM, repeats: int) -> tuple[Bench, str]:
-    """The bench of this model on the device that JAX found, and that device's name."""
+def _bench(llm: LLM, repeats: int) -> tuple[Bench, dict[str, Any]]:
+    """The bench of this model on the device that JAX found; that device's name, and where start-up went."""
     import jax
 
     from jaxllm.engine.engine import Engine
@@ -94,7 +103,9 @@ def _bench(llm: LLM, repeats: int) -> tuple[Bench, str]:
     device = jax.devices()[0].device_kind
     if not isinstance(llm.engine, Engine):
         raise ConfigError("a bench needs an engine of this process")
-    return Bench(llm, floors(llm.engine.model_config, device), repeats), device
+    phases = {} if llm.report is None else {name: round(s, 3) for name, s in llm.report.seconds.items()}
+    about = {"device": device, "ready_s": round(process_age_s(), 2), "start_phases_s": phases}
+    return Bench(llm, floors(llm.engine.model_config, device), repeats), about
 
 
 @dataclass(frozen=True)
@@ -110,19 +121,22 @@ class Commands:
         batch: Annotated[str, typer.Option(help="Rows that decode together.")] = "1,8,32",
         context: Annotated[str, typer.Option(help="Tokens before the first that is timed.")] = "1024",
         prefill: Annotated[str, typer.Option(help="Prompt lengths; empty for none.")] = "1024",
+        requests: Annotated[int, typer.Option(min=0, help="Then `throughput` with so many, in the same engine.")] = 0,
         repeats: Repeats = 3,
         settings: Settings = None,
         out: Out = None,
         label: Label = "",
     ) -> None:
         """Decode step and prefill in milliseconds, beside what the hardware allows."""
-        started = time.time()
         batches, contexts, prefills = numbers(batch), numbers(context), numbers(prefill)
-        need = max([256 + c for c in contexts] + [16 + p for p in prefills], default=0)
-        wanted = dict(prefix_cache=False, max_num_seqs=max(batches), max_model_len=longest(model, need))
+        need = max([256 + c for c in contexts] + [16 + p for p in prefills] + [2049 if requests else 0])
+        wanted = dict(prefix_cache=False, max_model_len=longest(model, need))
+        if not requests:
+            wanted["max_num_seqs"] = max(batches, default=1)
         llm = self.open_llm(model, config, with_defaults(model, config, settings, **wanted))
-        bench, device = _bench(llm, repeats)
-        write(_heard(bench.latency(batches, contexts, prefills)), out, label, device, started)
+        bench, about = _bench(llm, repeats)
+        measured = chain(bench.latency(batches, contexts, prefills), [bench.throughput(requests)] if requests else [])
+        write(_heard(measured), out, label, **about)
 
     def throughput(
         self,
@@ -137,13 +151,12 @@ class Commands:
         label: Label = "",
     ) -> None:
         """Output tokens a second of requests that all come at once: the workload of nano-vllm and mini-sglang."""
-        started = time.time()
         if shortest > most:
             raise ConfigError(f"--shortest {shortest}: must be at most --most {most}")
         wanted = dict(prefix_cache=False, max_model_len=longest(model, 2 * most + 1))
         llm = self.open_llm(model, config, with_defaults(model, config, settings, **wanted))
-        bench, device = _bench(llm, repeats)
-        write(_heard([bench.throughput(requests, (shortest, most))]), out, label, device, started)
+        bench, about = _bench(llm, repeats)
+        write(_heard([bench.throughput(requests, (shortest, most))]), out, label, **about)
 
     def startup(
         self,
@@ -157,12 +170,11 @@ class Commands:
         """Seconds from process start to first token: a cold compile cache, then a warm one; by phase."""
         from jaxllm.tools.bench import startup
 
-        started = time.time()
         options = ["--config", str(config)] if config is not None else []
         for pair in with_defaults(model, config, settings):
             options += ["--set", pair]
         child = [sys.executable, "-m", "serve.cli", "bench", "first-token", *([model] if model else []), *options]
-        write(_heard(startup([*child, "--cache-dir"], repeats)), out, label, "", started)
+        write(_heard(startup([*child, "--cache-dir"], repeats)), out, label)
 
     def first_token(
         self, cache_dir: Annotated[str, typer.Option()], model: Model = None, config: Config = None,
