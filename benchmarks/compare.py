@@ -69,14 +69,15 @@ def lines_of(command: list[str], limit_s: float, log: Path) -> Generator[tuple[f
         )
         timer = threading.Timer(limit_s, os.killpg, (child.pid, signal.SIGKILL))
         timer.start()
+        assert child.stdout is not None
         try:
-            assert child.stdout is not None
             for line in child.stdout:
                 yield time.perf_counter() - start, line.rstrip("\n")
         finally:
             timer.cancel()
             if child.poll() is None:  # the reader had enough
                 os.killpg(child.pid, signal.SIGKILL)
+            child.stdout.close()
             if child.wait() not in (0, -signal.SIGKILL):
                 errors.write(f"\n{shlex.join(command)}: exit {child.returncode}\n".encode())
 

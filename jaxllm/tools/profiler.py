@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -103,10 +105,13 @@ def read_events(folder: Path) -> list[Event]:
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise ProfileError(f"{folder} holds no trace")
-    return list(_events(jax.profiler.ProfileData.from_file(str(files[-1]))))
+    with warnings.catch_warnings():
+        # JAX's reader makes its types on first use, with a warning about itself; as an error it would end the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return list(_events(jax.profiler.ProfileData.from_file(str(files[-1]))))
 
 
-def _events(data: jax.profiler.ProfileData) -> Iterator[Event]:
+def _events(data: Any) -> Iterator[Event]:
     planes = list(data.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     for plane in devices or [plane for plane in planes if plane.name.startswith("/host:CPU")]:
@@ -116,7 +121,7 @@ def _events(data: jax.profiler.ProfileData) -> Iterator[Event]:
             yield from _own_times(line.events, bool(devices))
 
 
-def _own_times(events: Iterable[jax.profiler.ProfileEvent], every: bool) -> Iterator[Event]:
+def _own_times(events: Iterable[Any], every: bool) -> Iterator[Event]:
     """The events of one thread or stream, those without an HLO instruction only if `every`."""
     found: list[tuple[Event, float]] = []  # and when it ended
     inside: list[int] = []  # places in `found` of the events that are still running
