@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +21,7 @@ from jaxllm.config import ConfigError, load, model_directory, setting_names
 from jaxllm.tools.figures import Figure, as_json, machine, table
 
 if TYPE_CHECKING:
+    from jaxllm.engine.metrics import Metrics
     from jaxllm.llm import LLM
     from jaxllm.tools.bench import Bench
 
@@ -73,13 +73,28 @@ def process_age_s() -> float:
     return up_s - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def write(figures: Sequence[Figure], out: Path | None, label: str, **measured: Any) -> None:
+@dataclass(frozen=True)
+class Subject:
+    """The engine that is measured, and what is told of it beside its figures."""
+
+    bench: Bench
+    metrics: Metrics
+    about: dict[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        return {**self.about, "compiles_after_ready": self.metrics.compiles_after_ready}
+
+
+def write(figures: Sequence[Figure], out: Path | None, label: str, subject: Subject | None = None) -> None:
     """The table to stdout; with what was measured beside it, to a file."""
+    facts = {} if subject is None else subject.facts()
     typer.echo(table(figures))
+    if subject is not None:
+        typer.echo(f"compiles after ready: {facts['compiles_after_ready']}", err=True)
     if out is None:
         return
-    about = {**machine(measured.pop("device", "")), "commit": label, "command": " ".join(["jaxllm", *sys.argv[1:]])}
-    document = {**about, **measured, "seconds": round(process_age_s(), 1), "figures": [as_json(f) for f in figures]}
+    about = {**machine(facts.pop("device", "")), "commit": label, "command": " ".join(["jaxllm", *sys.argv[1:]])}
+    document = {**about, **facts, "seconds": round(process_age_s(), 1), "figures": [as_json(f) for f in figures]}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -93,7 +108,7 @@ def _heard(figures: Iterable[Figure]) -> list[Figure]:
     return found
 
 
-def _bench(llm: LLM, repeats: int) -> tuple[Bench, dict[str, Any]]:
+def _subject(llm: LLM, repeats: int) -> Subject:
     """The bench of this model on the device that JAX found; that device's name, and where start-up went."""
     import jax
 
@@ -105,7 +120,8 @@ def _bench(llm: LLM, repeats: int) -> tuple[Bench, dict[str, Any]]:
         raise ConfigError("a bench needs an engine of this process")
     phases = {} if llm.report is None else {name: round(s, 3) for name, s in llm.report.seconds.items()}
     about = {"device": device, "ready_s": round(process_age_s(), 2), "start_phases_s": phases}
-    return Bench(llm, floors(llm.engine.model_config, device), repeats), about
+    metrics = llm.engine.scheduler.metrics
+    return Subject(Bench(llm, floors(llm.engine.model_config, device), metrics, repeats), metrics, about)
 
 
 @dataclass(frozen=True)
@@ -134,9 +150,10 @@ class Commands:
         if not requests:
             wanted["max_num_seqs"] = max(batches, default=1)
         llm = self.open_llm(model, config, with_defaults(model, config, settings, **wanted))
-        bench, about = _bench(llm, repeats)
-        measured = chain(bench.latency(batches, contexts, prefills), [bench.throughput(requests)] if requests else [])
-        write(_heard(measured), out, label, **about)
+        subject = _subject(llm, repeats)
+        figures = _heard(subject.bench.latency(batches, contexts, prefills))
+        figures += _heard([subject.bench.throughput(requests)] if requests else [])
+        write(figures, out, label, subject)
 
     def throughput(
         self,
@@ -155,8 +172,8 @@ class Commands:
             raise ConfigError(f"--shortest {shortest}: must be at most --most {most}")
         wanted = dict(prefix_cache=False, max_model_len=longest(model, 2 * most + 1))
         llm = self.open_llm(model, config, with_defaults(model, config, settings, **wanted))
-        bench, about = _bench(llm, repeats)
-        write(_heard([bench.throughput(requests, (shortest, most))]), out, label, **about)
+        subject = _subject(llm, repeats)
+        write(_heard([subject.bench.throughput(requests, (shortest, most))]), out, label, subject)
 
     def startup(
         self,
@@ -210,7 +227,7 @@ class Commands:
         if not isinstance(llm.engine, Engine) or not isinstance(llm.engine.runner, Runner):
             raise ConfigError("a profile needs an engine of this process")
         window = profiler.trace_window(llm.engine, trace, batch=batch, context=context, steps=steps)
-        modules = [profiler.scopes_of(text) for text in llm.engine.runner.executables.texts()]
+        modules = [profiler.read_module(text) for text in llm.engine.runner.executables.texts()]
         typer.echo(profiler.table(profiler.by_scope(profiler.read_events(trace), modules, depth), window.steps))
         typer.echo(f"{window.steps} steps, {window.tokens} tokens; trace in {trace}", err=True)
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from jaxllm.core import CompletionOutput, FinishReason, RequestOutput
+from jaxllm.engine.metrics import Metrics
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tools import bench as tool
 from jaxllm.tools.bench import Bench, BenchError, floors, startup, workload
@@ -61,6 +62,19 @@ def test_a_decode_step_is_free_of_prefill(clock):
     assert [figure.floor for figure in figures] == pytest.approx([3.522, 3.740], abs=2e-3)
     sampling = clock.calls[-1][2]
     assert (sampling.temperature, sampling.ignore_eos) == (0.0, True)
+
+
+def test_what_the_device_waited_for_the_host_is_told_a_step(clock):
+    metrics = Metrics()
+    whole = clock.generate
+
+    def generate(prompts, params, **how):
+        metrics.exposed_host_s += 0.5 + 2e-4 * params[0].max_tokens  # the 0.5 stands for prefill
+        return whole(prompts, params, **how)
+
+    clock.generate = generate
+    (figure,) = Bench(clock, floors(CONFIG, "some GPU"), metrics).latency([4], [16], [])
+    assert figure.notes == {"exposed host, ms": pytest.approx(0.2)}
 
 
 def test_prefill_is_the_time_to_one_token_and_its_first_try_does_not_count(clock):
