@@ -183,7 +183,10 @@ def _compile(
             report.compile_cache = open_cache(config.compile.directory)
     page_size = config.cache.page_size
     ladder = Ladder(
-        config.compile.decode_buckets, config.compile.token_buckets, -(-config.model.max_model_len // page_size)
+        config.compile.decode_buckets,
+        config.compile.token_buckets,
+        -(-config.model.max_model_len // page_size),
+        config.scheduler.deterministic,
     )
     sharding = jax.sharding.SingleDeviceSharding(device)
     counts = jax.ShapeDtypeStruct(
