@@ -6,7 +6,8 @@ Each round runs every engine once, each alone on the GPU in a process of its own
 reverse one, so that a card that warms up favours nobody; a figure is the median over all rounds and repeats. The model
 directory needs config.json and a tokenizer; weights are random on all sides. `--peer` is a folder with the peers'
 scripts (`setup.sh`, `peer_vllm.py`, `peer_hf.py`) that print one "PEER {json}" line a figure. Start is the wall clock
-from starting a process to an engine that is ready; compile caches are empty in the first round and kept after it.
+from starting a process: ours to its first token, vLLM's only to a loaded engine. Compile caches are empty in the first
+round and kept after it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from jaxllm.tools.figures import RATE, Figure, as_json, comparison, from_json, m
 
 ROOT = Path(__file__).parent.parent
 PEER_LINE = "PEER "
-START = "process start to ready"
+START = "process start to first token (vLLM: to ready)"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def run_jaxllm(plan: Plan, log: Path) -> Run:
         if not out.exists():
             return Run("jaxllm", seconds, [], f"no figures; see {log.name}")
         document = json.loads(out.read_text())
-    ready = median_figure(START, "", "s", [document["ready_s"]])
+    ready = median_figure(START, "", "s", [document["first_token_s"]])
     return Run("jaxllm", seconds, [*map(from_json, document["figures"]), ready])
 
 

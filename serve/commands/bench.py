@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxllm.config import ConfigError, load, model_directory, setting_names
+from jaxllm.core import SamplingParams
 from jaxllm.tools.figures import Figure, as_json, machine, table
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def _subject(llm: LLM, repeats: int) -> Subject:
         raise ConfigError("a bench needs an engine of this process")
     phases = {} if llm.report is None else {name: round(s, 3) for name, s in llm.report.seconds.items()}
     about = {"device": device, "ready_s": round(process_age_s(), 2), "start_phases_s": phases}
+    llm.generate([[0, 1, 2, 3]], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1), use_tqdm=False)
+    about["first_token_s"] = round(process_age_s(), 2)
     metrics = llm.engine.scheduler.metrics
     return Subject(Bench(llm, floors(llm.engine.model_config, device), metrics, repeats), metrics, about)
 
