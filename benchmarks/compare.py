@@ -61,12 +61,12 @@ class Plan:
     limit_s: float  # of one process
 
 
-def lines_of(command: list[str], limit_s: float, log: Path) -> Generator[tuple[float, str]]:
+def lines_of(command: list[str], limit_s: float, log: Path, cwd: Path = ROOT) -> Generator[tuple[float, str]]:
     """(seconds since the start, line) of a child's stdout as they come, until it ends; its stderr goes to `log`."""
     with log.open("ab") as errors:
         start = time.perf_counter()
         child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd, start_new_session=True
         )
         timer = threading.Timer(limit_s, os.killpg, (child.pid, signal.SIGKILL))
         timer.start()
@@ -122,7 +122,7 @@ def _run_peer(engine: str, plan: Plan, script: list[str], log: Path, last: int |
     )
     command = ["bash", "-c", f"{setup}exec python3 {shlex.join(script)}"]
     start, figures, errors = time.perf_counter(), list[Figure](), []
-    lines = lines_of(command, plan.limit_s, log)
+    lines = lines_of(command, plan.limit_s, log, cwd=plan.peer)  # not ours: our packages' names are generic
     for elapsed, line in lines:
         if not line.startswith(PEER_LINE):
             continue
