@@ -110,6 +110,10 @@ class Executables:
     def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
         return self.table["prompt_logprobs", tokens]
 
+    def texts(self) -> list[str]:
+        """Each compiled module as XLA prints it, with the scope of every instruction."""
+        return [text for program in self.table.values() if (text := program.as_text())]
+
     @property
     def set_counts(self) -> jax.stages.Compiled:
         return self.table["set_counts",]

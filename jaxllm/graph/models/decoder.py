@@ -93,6 +93,7 @@ class Decoder(nnx.Module):
             x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return project(hidden, (self.embed if self.head is None else self.head)[...])
 
