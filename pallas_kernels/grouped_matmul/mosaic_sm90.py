@@ -1,4 +1,4 @@
-"""Tiles of tokens times their expert's weights on Hopper in Pallas Mosaic GPU: weights stream, tokens are the narrow side.
+"""Tiles of tokens times their expert's weights on Hopper in Pallas Mosaic GPU: weights stream, tokens are narrow.
 
 In: tiles of tokens [tiles, N, K] (or one tile that all share), weights [E, rows, K], which expert each tile is for, and
 on the device how many tiles there are. Out: [tiles, N, rows], or [tiles, N, rows / 2] after silu(gate) * up when the
@@ -207,7 +207,6 @@ def _walk(shape: _Shape, refs: _Refs, visit: Callable[[_Unit], None]) -> jax.Arr
 
 
 def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
-
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
         @pl.when(warp == 0)

@@ -33,7 +33,7 @@ def routed_mlp(
 ) -> jax.Array:
     """See api.routed_mlp."""
     T, E, k = x.shape[0], gate_up.shape[0], expert_ids.shape[1]
-    if T <= shared_tokens:
+    if shared_tokens >= T:
         N = max(8, -(-T // 8) * 8)
         plan = shared_tile(expert_ids, E, N)
         tiles = jnp.pad(x, ((0, N - T), (0, 0)))[None]
