@@ -84,7 +84,7 @@ def _planned(T: int, ids: list[np.ndarray], options: dict[str, Any], make: Calla
         N = max(8, -(-T // 8) * 8)
         tokens = plans[0].tokens
         x = jnp.pad(x, ((0, N - T), (0, 0)))[None] if tokens is None else x[tokens]
-        return x, gate_up, down, [(each.experts, each.count) for each in plans]
+        return x, gate_up, down, [(each.experts, each.live) for each in plans]
 
     return made
 

@@ -21,8 +21,8 @@ COMPARED_PAIRS = 2048  # up to here pairs are ranked by comparing all with all; 
 class Plan(NamedTuple):
     """`tokens` is None when every tile is of the same tokens."""
 
-    experts: jax.Array  # i32[tiles]; past the count: in range, of no meaning
-    count: jax.Array  # i32[1]
+    experts: jax.Array  # i32[tiles]; past the live ones: in range, of no meaning
+    live: jax.Array  # i32[1]: how many
     place: jax.Array  # i32[T, k]: row of a pair's result among [tiles * N]; of no meaning for pairs that take no part
     tokens: jax.Array | None  # i32[tiles, N]: in range; 0 in padding
 

@@ -43,7 +43,7 @@ def routed_mlp(
         tiles = x.at[plan.tokens].get(mode="clip")
 
     def product(x: jax.Array, w: jax.Array, gated: bool) -> jax.Array:
-        return mosaic_sm90.tiles_matmul(x, w, plan.experts, plan.count, gated=gated, blocks=blocks, interpret=interpret)
+        return mosaic_sm90.tiles_matmul(x, w, plan.experts, plan.live, gated=gated, blocks=blocks, interpret=interpret)
 
     hidden = product(tiles, gate_up, True)
     return combine(product(hidden, down, False), plan, expert_ids, expert_weights, E).astype(x.dtype)
