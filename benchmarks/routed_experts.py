@@ -1,7 +1,7 @@
 """Routed experts on a GPU at the shape of Qwen3-30B-A3B, against what the card can read and compute in the same run.
 
 In: nothing but a GPU. Out: a table: microseconds a layer's experts take, TB/s over the bytes of the experts in use (up
-to 512 tokens) or TFLOP/s, and the share of the ceiling. `whole` is the op as a model calls it (plan, both kernels,
+to 1024 tokens) or TFLOP/s, and the share of the ceiling. `whole` is the op as a model calls it (plan, both kernels,
 sum); `kernels` is the two kernels alone on a plan made before. Calls are chained in one jitted function, each with
 other experts, so that the L2 cache does not hold them.
 
@@ -46,7 +46,7 @@ def work(ids: list[np.ndarray]) -> float:
     """Bytes of the experts in use, or operations, a call."""
     T = ids[0].shape[0]
     distinct = float(np.mean([len(np.unique(each)) for each in ids]))
-    return distinct * 3 * D * F * 2 if T <= 512 else T * K * 6.0 * D * F
+    return distinct * 3 * D * F * 2 if T <= 1024 else T * K * 6.0 * D * F
 
 
 def inputs(T: int, ids: list[np.ndarray]) -> tuple[Any, ...]:
@@ -56,8 +56,8 @@ def inputs(T: int, ids: list[np.ndarray]) -> tuple[Any, ...]:
 
 
 def add(bench: Bench, T: int, label: str, options: dict[str, Any]) -> None:
-    ids = routing(T, CALLS if T <= 512 else 2)
-    op = "grouped_matmul.decode" if T <= 512 else "grouped_matmul"
+    ids = routing(T, CALLS if T <= 1024 else 2)
+    op = "grouped_matmul.decode" if T <= 1024 else "grouped_matmul"
     names = op, f"{T} tokens"
     make = functools.partial(inputs, T, ids)
 
@@ -150,13 +150,15 @@ def main() -> int:
 
 def sweep(T: int) -> list[tuple[str, dict[str, Any]]]:
     Blocks = mosaic_sm90.Blocks
-    if T > 512:
+    if T > 1024:
         return [("N 64", {"width": 64, "blocks": Blocks(warpgroups=2, block_k=64)})]
     if T == 1:
         return [("K 64", {"blocks": Blocks(block_k=64, stages=12)})]
+    if T > 128:
+        return [("sorted 128", {"width": 128})]
     tries: list[tuple[str, dict[str, Any]]] = [("sorted 8", {"shared_tokens": 0, "width": 8})]
     if T >= 64:
-        tries += [("shared", {"shared_tokens": 512}), ("sorted 32", {"shared_tokens": 0, "width": 32})]
+        tries.append(("shared", {"shared_tokens": 128}))
     return tries
 
 

@@ -88,5 +88,11 @@ def _rank_within(ids: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def tile_width(T: int, k: int, E: int) -> int:
-    """Tokens a tile of sorted pairs: an expert's usual share, rounded up, so that few tiles are begun in vain."""
-    return min(128, max(16, pl.next_power_of_2(pl.cdiv(2 * T * k, E))))
+    """Tokens a tile of sorted pairs.
+
+    While weights take longer to read than tiles to compute, a tile holds twice an expert's usual share, so that few
+    experts' weights are read twice; beyond, what tiles hold in vain is kept small.
+    """
+    share = pl.cdiv(T * k, E)
+    doubled, single = (pl.next_power_of_2(max(1, tokens)) for tokens in (2 * share, share))
+    return max(8, doubled) if doubled <= 64 else min(128, max(64, single))

@@ -130,6 +130,12 @@ def test_the_bound_on_tiles_is_reached():
     assert plan.most_tiles(2, 4, 8) == 2
 
 
+def test_tiles_hold_twice_an_experts_share_until_that_costs_more_than_it_saves():
+    widths = [plan.tile_width(T, 8, 128) for T in (1, 40, 128, 256, 512, 1024, 2048, 8192)]
+    assert widths == [8, 8, 16, 32, 64, 64, 128, 128]
+    assert plan.tile_width(8192, 1, 1) == 128
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
