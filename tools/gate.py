@@ -131,10 +131,21 @@ def grouped_matmul_cases() -> Iterator[Case]:
             yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N}", product, arrays)
 
 
+def route_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import router
+
+    for T, E, k in ((1, 128, 8), (64, 60, 4), (32, 8, 2)):
+        route = functools.partial(router.route, k=k, norm_topk=True)
+        yield Case("triton", f"{T} tokens, {k} of {E}", route, (_array((T, E), jnp.float32),))
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
     "grouped_matmul": grouped_matmul_cases,
+    "grouped_matmul.route": route_cases,
 }
 
 

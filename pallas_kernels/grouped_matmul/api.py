@@ -1,7 +1,8 @@
 """Routed experts: argument checks, then the best implementation that accepts.
 
-In: tokens, every expert's weights, and which experts each token goes to with what weight. Out: the weighted sums.
-Group sizes are data: no expert, or one for all tokens, costs no other compile. This module does not know routers.
+In: a router's logits (route), or tokens, every expert's weights, and which experts each token goes to with what weight
+(routed_mlp). Out: experts and weights, or the weighted sums of their outputs. Group sizes are data: no expert, or one
+for all tokens, costs no other compile. This module does not know layers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,30 @@ _ROOM = "pallas_kernels.grouped_matmul"
 register("grouped_matmul", "mosaic_sm90", imported(f"{_ROOM}.routed:routed_mlp"), platforms=("gpu",))
 register("grouped_matmul", "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:routed_mlp"), ("interpret",))
 register("grouped_matmul", "reference", imported(f"{_ROOM}.reference:routed_mlp"))
+register("grouped_matmul.route", "triton", imported(f"{_ROOM}.router:route"), platforms=("gpu",))
+register("grouped_matmul.route", "triton_interpret", imported(f"{_ROOM}.interpreted:route"), platforms=("interpret",))
+register("grouped_matmul.route", "reference", imported(f"{_ROOM}.reference:route"))
+
+
+def route(
+    logits: jax.Array,  # f32[T, E]
+    *,
+    k: int,
+    norm_topk: bool,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-> i32[T, k], f32[T, k]: each token's k most likely experts, best first, ties to the lower number.
+
+    Weights are their softmax probabilities, with `norm_topk` scaled to sum to 1. A token with a NaN logit has NaN
+    weights and experts in range.
+    """
+    if logits.ndim != 2 or 0 in logits.shape or logits.dtype != jnp.float32:
+        raise ValueError(f"logits must be f32[T, E], not empty, got {logits.dtype}{list(logits.shape)}")
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"k must be 1 to E = {logits.shape[1]}, got {k}")
+    run = dispatch("grouped_matmul.route", implementation=implementation, platform=platform)
+    return run(logits, k=k, norm_topk=norm_topk)
 
 
 def routed_mlp(

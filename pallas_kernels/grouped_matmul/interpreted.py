@@ -12,10 +12,15 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul import mosaic_sm90, routed
+from pallas_kernels.grouped_matmul import mosaic_sm90, routed, router
 
 MOST_PRODUCTS = 1 << 26  # tokens * choices * expert weights
 PROGRAMS = 2
+
+
+def route(logits: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """router.route, interpreted."""
+    return router.route(logits, interpret=True, **options)
 
 
 def routed_mlp(

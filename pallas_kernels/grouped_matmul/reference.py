@@ -11,6 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def route(logits: jax.Array, *, k: int, norm_topk: bool) -> tuple[jax.Array, jax.Array]:
+    """See api.route."""
+    weights, ids = lax.top_k(jax.nn.softmax(logits, axis=-1), k)
+    return ids, weights / weights.sum(axis=-1, keepdims=True) if norm_topk else weights
+
+
 def routed_mlp(
     x: jax.Array,  # [T, D]
     gate_up: jax.Array,  # [E, 2F, D]

@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from helpers.kernel_backends import ON_GPU, jitted, pairs
 from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 
 from pallas_kernels.grouped_matmul import interpreted, mosaic_sm90, plan, routed
-from pallas_kernels.grouped_matmul.api import routed_mlp
+from pallas_kernels.grouped_matmul.api import route, routed_mlp
 from pallas_kernels.grouped_matmul.specs import LARGE_SPECS, ROUTED_SPECS, RoutedSpec
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3}
@@ -49,6 +50,36 @@ def test_experts_of_real_models_match_the_reference(spec):
     got = np.asarray(jitted(routed_mlp, "mosaic_sm90")(*arrays), np.float64)
     expected = np.asarray(jitted(routed_mlp, "reference")(*arrays), np.float64)
     assert np.linalg.norm(got - expected) <= TOLERANCE[spec.dtype] * np.linalg.norm(expected)
+
+
+ROUTERS = [SimpleNamespace(name=f"{T}x{E}x{k}", T=T, E=E, k=k) for T, E, k in ((5, 8, 2), (3, 60, 4), (17, 128, 8))]
+
+
+@pytest.mark.parametrize("norm_topk", [False, True])
+@pytest.mark.parametrize(("name", "spec"), pairs("grouped_matmul.route", ROUTERS))
+def test_routers_take_the_most_likely_experts_and_ties_go_to_the_lower_number(name, spec, norm_topk):
+    logits = np.random.default_rng(0).standard_normal((spec.T, spec.E), np.float32) * 2
+    logits[0] = 1.0
+    logits[1, : spec.E // 2] = logits[1, 0]
+    ids, weights = jitted(route, name, k=spec.k, norm_topk=norm_topk)(logits)
+    likely = np.exp(logits.astype(np.float64))
+    likely /= likely.sum(axis=1, keepdims=True)
+    expected = np.argsort(-likely, axis=1, kind="stable")[:, : spec.k]
+    np.testing.assert_array_equal(ids, expected)
+    chosen = np.take_along_axis(likely, expected, axis=1)
+    if norm_topk:
+        chosen /= chosen.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(weights, chosen, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("grouped_matmul.route", ROUTERS[:1]))
+def test_a_token_with_a_nan_logit_has_nan_weights_and_experts_in_range(name, spec):
+    logits = np.zeros((spec.T, spec.E), np.float32)
+    logits[2, 3] = np.nan
+    ids, weights = jitted(route, name, k=spec.k, norm_topk=True)(logits)
+    assert np.isnan(weights[2]).all()
+    assert np.isfinite(np.delete(weights, 2, axis=0)).all()
+    assert ((ids >= 0) & (ids < spec.E)).all()
 
 
 def kernel(**options):

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.graph.layers.linear import project
 from jaxllm.graph.layers.mlp import MLP
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.models.config import ExpertsConfig, ModelConfig
-from pallas_kernels.grouped_matmul.api import routed_mlp
+from pallas_kernels.grouped_matmul.api import route, routed_mlp
 
-_routed_mlp = jax.jit(routed_mlp)  # layers of one shape share one trace
+# Layers of one shape share one trace.
+_route = jax.jit(route, static_argnames=("k", "norm_topk"))
+_routed_mlp = jax.jit(routed_mlp)
 
 
 class MoE(nnx.Module):
@@ -40,17 +42,10 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         tokens = x.reshape(-1, x.shape[-1])
-        ids, weights = route(project(tokens, self.router[...]), self.experts)
+        logits = project(tokens, self.router[...])
+        ids, weights = _route(logits, k=self.experts.per_token, norm_topk=self.experts.norm_topk)
         out = _routed_mlp(tokens, self.experts_gate_up[...], self.experts_down[...], ids, weights).reshape(x.shape)
         if self.shared is None or self.shared_gate is None:
             return out
         share = jax.nn.sigmoid(project(x, self.shared_gate[...]))
         return (out.astype(jnp.float32) + share * self.shared(x).astype(jnp.float32)).astype(x.dtype)
-
-
-def route(logits: Float[Array, "T E"], experts: ExpertsConfig) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-    """Each token's most likely experts, best first, and their weights."""
-    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts.per_token)
-    if experts.norm_topk:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-    return ids, weights
