@@ -22,7 +22,7 @@ from pallas_kernels.grouped_matmul.api import route, routed_mlp
 
 # Layers of one shape share one trace.
 _route = jax.jit(route, static_argnames=("k", "norm_topk"))
-_routed_mlp = jax.jit(routed_mlp)
+_routed_mlp = jax.jit(routed_mlp, static_argnames="elsewhere")
 
 
 class MoE(nnx.Module):
@@ -44,7 +44,8 @@ class MoE(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         logits = project(tokens, self.router[...])
         ids, weights = _route(logits, k=self.experts.per_token, norm_topk=self.experts.norm_topk)
-        out = _routed_mlp(tokens, self.experts_gate_up[...], self.experts_down[...], ids, weights).reshape(x.shape)
+        leaves = self.experts_gate_up[...], self.experts_down[...]
+        out = _routed_mlp(tokens, *leaves, ids, weights, elsewhere=False).reshape(x.shape)
         if self.shared is None or self.shared_gate is None:
             return out
         share = jax.nn.sigmoid(project(x, self.shared_gate[...]))
