@@ -98,12 +98,6 @@ class Executables:
     def step(self, shape: StepShape) -> jax.stages.Compiled:
         return self.table["step", shape]
 
-    def feed(self, shape: StepShape) -> jax.stages.Compiled:
-        return self.table["feed", shape]
-
-    def fetch(self, rows: int) -> jax.stages.Compiled:
-        return self.table["fetch", rows]
-
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
@@ -134,14 +128,10 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
 
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        # keep_unused: the results' memory comes in only to be written over.
+        # keep_unused: the logits' memory comes in only to be written over.
         jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
-        results = steps.Results(spec(jnp.int32, shape.rows), spec(jnp.float32, shape.rows, vocab))
-        packed = spec(jnp.int32, shape.packed_size)
-        yield ("step", shape), jitted, (params, kv, last_tokens, results, packed)
-        yield ("feed", shape), jax.jit(steps.feed, donate_argnums=(0,), keep_unused=True), (packed, packed)
-    for rows in ladder.decode_rows:
-        yield ("fetch", rows), jax.jit(steps.fetch), (spec(jnp.int32, rows),)
+        logits = spec(jnp.float32, shape.rows, vocab)
+        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
