@@ -26,10 +26,6 @@ from jaxllm.graph.steps import Graph, SampleMode
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
-LARGE_TOKENS = 256
-# From here on cuBLAS beats Triton's matmuls, which autotuning prefers now and then: it times candidates while other
-# threads' candidates run on the same device.
-LARGE_PRODUCTS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
 Progress = Callable[[int, int], None]  # executables done, executables in all
@@ -174,16 +170,11 @@ def compile_all(
 ) -> Executables:
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
-    on_gpu = counts.sharding.device_set.copy().pop().platform == "gpu"
-
-    def large(key: Key) -> bool:
-        return on_gpu and key[0] == "step" and not key[1].decode and key[1].tokens >= LARGE_TOKENS
-
     jobs = list(_jobs(graph, ladder, params, kv, counts))
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()
-        executables.table[key] = lowered.compile(LARGE_PRODUCTS if large(key) else None)
+        executables.table[key] = lowered.compile()
         executables.seconds[key] = time.perf_counter() - start
         if progress:
             progress(len(executables.table), len(jobs))

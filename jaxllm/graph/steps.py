@@ -8,6 +8,7 @@ an array argument here, so nothing a client sends may cause a compile.
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from jaxllm.graph import sampling
 from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
+from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Decoder, Params, merge
+from jaxllm.graph.models.decoder import Decoder, Params, merge, plainly
+from pallas_kernels.decode_chain.api import decode_chain
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
@@ -29,6 +32,7 @@ from pallas_kernels.paged_attention.api import paged_attention, paged_attention_
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
+_onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -62,7 +66,9 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
-    reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
+    reference_attention: bool = (
+        False  # pin jnp attention and single products: to tell a kernel's fault from the model's
+    )
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
@@ -137,7 +143,8 @@ def step(
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
-    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
+    onward = plainly if graph.reference_attention else _onward
+    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv), onward)
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = sampling.greedy(logits)
