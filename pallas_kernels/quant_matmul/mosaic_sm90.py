@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quant_matmul import packing
+from pallas_kernels.quant_matmul import packing, reference
 
 BLOCK = 128  # inputs accumulated at once; decides bits
 ROWS = 64  # outputs a warpgroup
@@ -42,17 +42,37 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class _Kind:
+    """What the weight is made of."""
+
+    name: str  # int8, int4, e4m3
+    group: int | None = None  # inputs that share a scale; None: one scale an output
+    zeros: bool = False
+    by_row: bool = False  # x has scales of its own
+
+    @property
+    def narrow(self) -> bool:
+        """Weights and activations are e4m3, and both in shared memory."""
+        return self.name == "e4m3"
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.name == "int4" else 8
+
+    @property
+    def groups(self) -> int:
+        """Separately scaled parts of a block."""
+        return 1 if self.group is None else max(1, BLOCK // self.group)
+
+
+@dataclass(frozen=True)
 class _Shape:
     """What the kernel knows when it is compiled."""
 
     M: int
     N: int
     K: int
-    bits: int
-    narrow: bool  # weights and activations are e4m3, both in shared memory
-    group: int | None  # inputs that share a scale; None: one scale an output
-    zeros: bool
-    by_row: bool  # x has scales of its own
+    kind: _Kind
     splits: int
     dtype: Any
     blocks: Blocks
@@ -61,11 +81,6 @@ class _Shape:
     @property
     def outputs(self) -> int:
         return ROWS * self.blocks.warpgroups
-
-    @property
-    def groups(self) -> int:
-        """Separately scaled parts of a block."""
-        return 1 if self.group is None else max(1, BLOCK // self.group)
 
     @property
     def units(self) -> int:
@@ -111,69 +126,77 @@ def splits_of(N: int, K: int) -> int:
     return max(1, min(8, 128 // tiles, blocks // 4))
 
 
-def quant_matmul(
-    x: jax.Array,  # [M, K]
-    words: jax.Array,  # i32[N / 64, K / 64, rows, 128]
-    scale: jax.Array,  # f32[N] or [K / group, N]
-    zero: jax.Array | None = None,  # [K / group, N], of scale's dtype
+def int8_matmul(
+    x: jax.Array,  # bf16[M, K]
+    words: jax.Array,  # i32[N / 64, K / 64, 8, 128]
+    scale: jax.Array,  # f32[N]
     *,
-    bits: int,
     out_dtype: Any = jnp.float32,
-    blocks: Blocks | None = None,
-    splits: int | None = None,
-    interpret: Any = None,
+    **options: Any,
 ) -> jax.Array:
-    """x @ W.T with W = scale * (q - zero); without `zero`, q is signed."""
-    M, K = x.shape
-    N = words.shape[0] * ROWS
-    blocks = blocks or default_blocks(M, N, bits)
-    group = None if scale.ndim == 1 else K // scale.shape[0]
-    padded = pl.cdiv(M, blocks.columns) * blocks.columns
-    if padded > M:
-        x = jnp.pad(x, ((0, padded - M), (0, 0)))
-    splits = splits or splits_of(N, K)
-    part_dtype = out_dtype if splits == 1 else jnp.float32
-    shape = _Shape(
-        M=padded,
-        N=N,
-        K=K,
-        bits=bits,
-        narrow=False,
-        group=group,
-        zeros=zero is not None,
-        by_row=False,
-        splits=splits,
-        dtype=jnp.dtype(part_dtype),
-        blocks=blocks,
-        interpret=interpret is not None,
-    )
-    inputs = (x, words, scale) if zero is None else (x, words, scale, zero)
-    return _summed(_call(shape, inputs, interpret), M, out_dtype)
+    """W = scale * q."""
+    refuse(x, words.shape[0] * ROWS)
+    return _multiply(_Kind("int8"), x, (words, scale), out_dtype, **options)
+
+
+def int4_matmul(
+    x: jax.Array,  # bf16[M, K]
+    words: jax.Array,  # i32[N / 64, K / 64, 4, 128]
+    scale: jax.Array,  # [K / group, N]
+    zero: jax.Array | None = None,  # [K / group, N]
+    *,
+    out_dtype: Any = jnp.float32,
+    **options: Any,
+) -> jax.Array:
+    """W = scale * (q - zero); without `zero`, q is signed."""
+    refuse(x, words.shape[0] * ROWS)
+    kind = _Kind("int4", group=x.shape[1] // scale.shape[0], zeros=zero is not None)
+    return _multiply(kind, x, (words, scale) if zero is None else (words, scale, zero), out_dtype, **options)
 
 
 def fp8_matmul(
-    x: jax.Array,  # e4m3[M, K]
+    x: jax.Array,  # [M, K]
     weight: jax.Array,  # e4m3[N, K]
     scale: jax.Array,  # f32[N] or f32[K / 128, N]
-    x_scale: jax.Array,  # f32[M], or f32[K / 128, M] with scales of blocks
+    x_scale: jax.Array | None = None,
     *,
     out_dtype: Any = jnp.float32,
+    **options: Any,
+) -> jax.Array:
+    """x is rounded to e4m3 by XLA, which fuses that into what made x."""
+    refuse(x, weight.shape[0])
+    narrow, scales = reference.narrowed(x, scale.ndim == 2, x_scale)
+    kind = _Kind("e4m3", group=None if scale.ndim == 1 else BLOCK, by_row=True)
+    return _multiply(kind, narrow, (weight, scale, scales), out_dtype, **options)
+
+
+def refuse(x: jax.Array, N: int) -> None:
+    """NotImplementedError for what this implementation does not do."""
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"WGMMA takes bfloat16 activations here, got {x.dtype}")
+
+
+def _multiply(
+    kind: _Kind,
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],  # the weight, its scales, and zeros or scales of x
+    out_dtype: Any,
+    *,
     blocks: Blocks | None = None,
     splits: int | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """(x * x_scale) @ (weight * scale).T"""
-    (M, K), N = x.shape, weight.shape[0]
-    blocks = blocks or default_blocks(M, N, 8)
-    padded = pl.cdiv(M, blocks.columns) * blocks.columns
-    if padded > M:
-        x = jnp.pad(x, ((0, padded - M), (0, 0)))
-        x_scale = jnp.pad(x_scale, ((0, 0),) * (x_scale.ndim - 1) + ((0, padded - M),))
+    (M, K), N = x.shape, weights[0].shape[0] * (1 if kind.narrow else ROWS)
+    blocks = blocks or default_blocks(M, N, kind.bits)
+    if extra := -M % blocks.columns:
+        x = jnp.pad(x, ((0, extra), (0, 0)))
+        if kind.by_row:
+            *others, x_scale = weights
+            weights = (*others, jnp.pad(x_scale, ((0, 0),) * (x_scale.ndim - 1) + ((0, extra),)))
     splits = splits or splits_of(N, K)
-    part_dtype = jnp.dtype(out_dtype if splits == 1 else jnp.float32)
-    group = None if scale.ndim == 1 else BLOCK
-    shape = _Shape(padded, N, K, 8, True, group, False, True, splits, part_dtype, blocks, interpret is not None)
-    return _summed(_call(shape, (x, weight, scale, x_scale), interpret), M, out_dtype)
+    dtype = jnp.dtype(out_dtype if splits == 1 else jnp.float32)
+    shape = _Shape(M + extra, N, K, kind, splits, dtype, blocks, interpret is not None)
+    return _summed(_call(shape, (x, *weights), interpret), M, out_dtype)
 
 
 def _summed(parts: jax.Array, M: int, dtype: Any) -> jax.Array:
@@ -197,8 +220,8 @@ def _call(shape: _Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.A
 
     def kernel(*arrays: Any) -> None:
         x, w, scale, *extra, out = arrays
-        zero = extra.pop(0) if shape.zeros else None
-        x_scale = extra.pop(0) if shape.by_row else None
+        zero = extra.pop(0) if shape.kind.zeros else None
+        x_scale = extra.pop(0) if shape.kind.by_row else None
 
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
             refs = _Refs(x, w, scale, zero, x_scale, out, *scratch, *barriers)
@@ -215,7 +238,7 @@ def _call(shape: _Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.A
         grid_names=("program",),
         num_threads=shape.blocks.warpgroups + 1,
         thread_name="wg",
-        kernel_name="quant_matmul_e4m3" if shape.narrow else f"quant_matmul_int{shape.bits}",
+        kernel_name=f"quant_matmul_{shape.kind.name}",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
@@ -225,30 +248,30 @@ def _scratch(shape: _Shape, scale_dtype: Any) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform  # typed as abstract in 0.11
     swizzle: Any = plgpu.SwizzleTransform
     blocks = shape.blocks
-    x_dtype, wide = (jnp.float8_e4m3fn, 128) if shape.narrow else (jnp.bfloat16, 64)
+    x_dtype, wide = (jnp.float8_e4m3fn, 128) if shape.kind.narrow else (jnp.bfloat16, 64)
     swizzled = (tiling((8, wide)), swizzle(128))
     x = plgpu.SMEM((blocks.stages, blocks.columns, BLOCK), x_dtype, transforms=swizzled)
-    if shape.narrow:
+    if shape.kind.narrow:
         w = plgpu.SMEM((blocks.stages, shape.outputs, BLOCK), x_dtype, transforms=swizzled)
     else:
-        rows = packing.rows_of(shape.bits)
+        rows = packing.rows_of(shape.kind.bits)
         w = plgpu.SMEM((blocks.stages, blocks.warpgroups, TILES, rows, packing.LANES), jnp.int32)
-    per_group = plgpu.SMEM((blocks.stages, shape.groups, shape.outputs), scale_dtype)
+    per_group = plgpu.SMEM((blocks.stages, shape.kind.groups, shape.outputs), scale_dtype)
     out = plgpu.SMEM((blocks.warpgroups, blocks.columns, ROWS), shape.dtype)
     x_scales = plgpu.SMEM((blocks.stages, 1, blocks.columns), jnp.float32)
-    grouped = shape.group is not None
+    grouped = shape.kind.group is not None
     return (
         x,
         w,
         per_group if grouped else None,
-        per_group if shape.zeros else None,
-        x_scales if grouped and shape.by_row else None,
+        per_group if shape.kind.zeros else None,
+        x_scales if grouped and shape.kind.by_row else None,
         out,
     )
 
 
 def _barriers(shape: _Shape) -> tuple[Any, ...]:
-    copies = 2 + shape.zeros + (0 if shape.group is None else 1 + shape.by_row)
+    copies = 2 + shape.kind.zeros + (0 if shape.kind.group is None else 1 + shape.kind.by_row)
     stages = shape.blocks.stages
     return (
         plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
@@ -288,20 +311,20 @@ def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
             block = unit.first + step
             pl.when(done >= blocks.stages)(lambda: plgpu.barrier_wait(refs.free.at[slot]))
             full = refs.full.at[slot]
-            if shape.narrow:
+            if shape.kind.narrow:
                 where = pl.ds(unit.output * shape.outputs, shape.outputs), pl.ds(block * BLOCK, BLOCK)
             else:
                 where = pl.ds(unit.output * blocks.warpgroups, blocks.warpgroups), pl.ds(block * TILES, TILES)
             plgpu.copy_gmem_to_smem(refs.w.at[where], refs.w_smem.at[slot], full)
             rows = pl.ds(unit.row * blocks.columns, blocks.columns)
             plgpu.copy_gmem_to_smem(refs.x.at[rows, pl.ds(block * BLOCK, BLOCK)], refs.x_smem.at[slot], full)
-            if shape.group is not None:
-                group = block * BLOCK // shape.group if shape.group > BLOCK else block * shape.groups
-                where = pl.ds(group, shape.groups), pl.ds(unit.output * shape.outputs, shape.outputs)
+            if shape.kind.group is not None:
+                group = block * BLOCK // shape.kind.group if shape.kind.group > BLOCK else block * shape.kind.groups
+                where = pl.ds(group, shape.kind.groups), pl.ds(unit.output * shape.outputs, shape.outputs)
                 plgpu.copy_gmem_to_smem(refs.scale.at[where], refs.scale_smem.at[slot], full)
-                if shape.zeros:
+                if shape.kind.zeros:
                     plgpu.copy_gmem_to_smem(refs.zero.at[where], refs.zero_smem.at[slot], full)
-                if shape.by_row:
+                if shape.kind.by_row:
                     plgpu.copy_gmem_to_smem(refs.x_scale.at[pl.ds(block, 1), rows], refs.x_scale_smem.at[slot], full)
 
     seen = _walk(shape, visit)
@@ -319,7 +342,7 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
         def step(number: jax.Array, total: jax.Array) -> jax.Array:
             slot = lax.rem(before + number, jnp.int32(blocks.stages))
             plgpu.barrier_wait(refs.full.at[slot])
-            total = (_narrow_block if shape.narrow else _block)(shape, refs, wg, slot, total)
+            total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
             plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
             plgpu.barrier_arrive(refs.free.at[slot])
             return total
@@ -327,10 +350,10 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
         start = plgpu.layout_cast(jnp.zeros((ROWS, blocks.columns), jnp.float32), plgpu.Layout.WGMMA)
         total = lax.fori_loop(0, unit.last - unit.first, step, start)
         output = unit.output * shape.outputs + wg * ROWS
-        if shape.group is None:
+        if shape.kind.group is None:
             scale = plgpu.load(refs.scale.at[pl.ds(output, ROWS)], layout=_by_output(), optimized=False)
             total *= lax.broadcast_in_dim(scale.astype(jnp.float32), total.shape, [0])
-            if shape.by_row:
+            if shape.kind.by_row:
                 rows = pl.ds(unit.row * blocks.columns, blocks.columns)
                 x_scale = plgpu.load(refs.x_scale.at[rows], layout=_by_row(), optimized=False)
                 total *= lax.broadcast_in_dim(x_scale, total.shape, [1])
@@ -355,7 +378,7 @@ def _narrow_block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, to
     weights = refs.w_smem.at[slot, pl.ds(wg * ROWS, ROWS)]
     if shape.interpret:
         w, x = (array[...].astype(jnp.float32) for array in (weights, refs.x_smem.at[slot]))
-        product = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        product = _on_a_cpu(w, x)
     else:
 
         def multiply(acc: Any) -> jax.Array:
@@ -363,7 +386,7 @@ def _narrow_block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, to
             return acc[...]
 
         product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, shape.blocks.columns), jnp.float32))
-    if shape.group is not None:
+    if shape.kind.group is not None:
         mine = pl.ds(wg * ROWS, ROWS)
         scale = plgpu.load(refs.scale_smem.at[slot, 0, mine], layout=_by_output(), optimized=False)
         x_scale = plgpu.load(refs.x_scale_smem.at[slot, 0], layout=_by_row(), optimized=False)
@@ -373,20 +396,20 @@ def _narrow_block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, to
 
 def _block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, total: jax.Array) -> jax.Array:
     """total plus one block's product, group by group."""
-    size = BLOCK // shape.groups
+    size = BLOCK // shape.kind.groups
     loaded = refs.w_smem.at[slot, wg]
-    words_layout = plgpu.Layout.WG_STRIDED((TILES, packing.rows_of(shape.bits), packing.LANES), vec_size=4)
+    words_layout = plgpu.Layout.WG_STRIDED((TILES, packing.rows_of(shape.kind.bits), packing.LANES), vec_size=4)
     words = plgpu.load(loaded, layout=words_layout)
-    for group in range(shape.groups):
+    for group in range(shape.kind.groups):
         zero = None
         mine = pl.ds(wg * ROWS, ROWS)
-        if shape.zeros:
+        if shape.kind.zeros:
             zero = plgpu.load(refs.zero_smem.at[slot, group, mine], layout=_by_output(), optimized=False)
             zero = zero.astype(jnp.float32)
         weights = _widen(shape, words, zero, group * size, size)
         columns = refs.x_smem.at[slot, :, pl.ds(group * size, size)]
         product = _product(shape, weights, columns)
-        if shape.group is not None:
+        if shape.kind.group is not None:
             scale = plgpu.load(refs.scale_smem.at[slot, group, mine], layout=_by_output(), optimized=False)
             product *= lax.broadcast_in_dim(scale.astype(jnp.float32), product.shape, [0])
         total += product
@@ -398,7 +421,7 @@ def _product(shape: _Shape, weights: jax.Array, columns: Any) -> jax.Array:
     if shape.interpret:
         x = columns[...]
         plgpu.commit_smem()
-        return lax.dot_general(weights, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return _on_a_cpu(weights, x)
 
     def product(acc: Any) -> jax.Array:
         plgpu.wgmma(acc, weights, columns.T)
@@ -407,11 +430,21 @@ def _product(shape: _Shape, weights: jax.Array, columns: Any) -> jax.Array:
     return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, shape.blocks.columns), jnp.float32))
 
 
+def _on_a_cpu(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """weights @ x.T, eight columns at a time: a CPU's order of sums changes with the shape."""
+    contract = (((1,), (1,)), ((), ()))
+    parts = [
+        lax.dot_general(weights, x[column : column + 8], contract, preferred_element_type=jnp.float32)
+        for column in range(0, x.shape[0], 8)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
 def _widen(shape: _Shape, words: jax.Array, zero: jax.Array | None, start: int, size: int) -> jax.Array:
     """bf16[64, size] of the block's inputs from `start`: q, or q - zero."""
     if shape.interpret:
         values = jnp.concatenate(
-            [packing.unpack(tile[None, None], shape.bits, signed=zero is None) for tile in words], axis=1
+            [packing.unpack(tile[None, None], shape.kind.bits, signed=zero is None) for tile in words], axis=1
         )
         wide = values[:, start : start + size].astype(jnp.float32)
         return (wide if zero is None else wide - zero[:, None]).astype(jnp.bfloat16)
@@ -424,7 +457,7 @@ def _widen(shape: _Shape, words: jax.Array, zero: jax.Array | None, start: int, 
     )
     def widen(ctx: Any, words: Any, zero: Any = None) -> Any:
         del ctx
-        return _widen_registers(shape.bits, words, zero, start, size)
+        return _widen_registers(shape.kind.bits, words, zero, start, size)
 
     return widen(*arguments)
 
