@@ -39,6 +39,7 @@ class Blocks:
     columns: int = 8  # rows of x
     stages: int = 8  # blocks in flight
     programs: int = 132
+    fence: bool = True  # EXPERIMENT: order ordinary reads before the copy engine's writes
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def _scratch(shape: _Shape, scale_dtype: Any) -> tuple[Any, ...]:
         w = plgpu.SMEM((blocks.stages, blocks.warpgroups, TILES, rows, packing.LANES), jnp.int32)
     per_group = plgpu.SMEM((blocks.stages, shape.kind.groups, shape.outputs), scale_dtype)
     out = plgpu.SMEM((blocks.warpgroups, blocks.columns, ROWS), shape.dtype)
-    x_scales = plgpu.SMEM((blocks.stages, 1, blocks.columns), jnp.float32)
+    x_scales = plgpu.SMEM((blocks.stages, 1, max(32, blocks.columns)), jnp.float32)  # copies start at 128 bytes
     grouped = shape.kind.group is not None
     return (
         x,
@@ -325,7 +326,8 @@ def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
                 if shape.kind.zeros:
                     plgpu.copy_gmem_to_smem(refs.zero.at[where], refs.zero_smem.at[slot], full)
                 if shape.kind.by_row:
-                    plgpu.copy_gmem_to_smem(refs.x_scale.at[pl.ds(block, 1), rows], refs.x_scale_smem.at[slot], full)
+                    target = refs.x_scale_smem.at[slot, :, pl.ds(0, blocks.columns)]
+                    plgpu.copy_gmem_to_smem(refs.x_scale.at[pl.ds(block, 1), rows], target, full)
 
     seen = _walk(shape, visit)
 
@@ -343,7 +345,8 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
             slot = lax.rem(before + number, jnp.int32(blocks.stages))
             plgpu.barrier_wait(refs.full.at[slot])
             total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
-            plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
+            if blocks.fence:
+                plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
             plgpu.barrier_arrive(refs.free.at[slot])
             return total
 
@@ -389,7 +392,9 @@ def _narrow_block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, to
     if shape.kind.group is not None:
         mine = pl.ds(wg * ROWS, ROWS)
         scale = plgpu.load(refs.scale_smem.at[slot, 0, mine], layout=_by_output(), optimized=False)
-        x_scale = plgpu.load(refs.x_scale_smem.at[slot, 0], layout=_by_row(), optimized=False)
+        x_scale = plgpu.load(
+            refs.x_scale_smem.at[slot, 0, pl.ds(0, shape.blocks.columns)], layout=_by_row(), optimized=False
+        )
         product *= lax.broadcast_in_dim(scale, product.shape, [0]) * lax.broadcast_in_dim(x_scale, product.shape, [1])
     return total + product
 

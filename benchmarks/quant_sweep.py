@@ -1,0 +1,221 @@
+"""One GPU call: quantised products against float64, then tile choices against bf16, layer by layer. Prints and stops in time.
+
+    python -m benchmarks.quant_sweep --out DIR [--seconds 140] [--part check,small,variants,triton,large]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.kernels import seconds
+from pallas_kernels.quant_matmul import api, mosaic_sm90, packing, reference, triton
+from pallas_kernels.quant_matmul.specs import LAYERS, QUANT_MATMUL_SPECS, QuantMatmulSpec
+
+CONTRACT = (((1,), (1,)), ((), ()))
+START = time.perf_counter()
+CALLS = {"int8": api.int8_matmul, "int4": api.int4_matmul, "fp8": api.fp8_matmul}
+
+
+def bf16(x: Any, w: Any) -> Any:
+    return jax.lax.dot_general(x, w, CONTRACT, preferred_element_type=jnp.bfloat16)
+
+
+def check() -> None:
+    for spec in QUANT_MATMUL_SPECS:
+        arrays = spec.inputs()
+        if spec.dtype != "bfloat16":
+            continue
+        x = arrays[0].astype(np.float64)
+        if spec.kind == "fp8":
+            narrow, scales = reference.narrowed(jnp.asarray(arrays[0]), spec.group is not None, arrays[3])
+            s = np.asarray(scales, np.float64)
+            x = np.asarray(narrow, np.float64) * (s[:, None] if spec.group is None else np.repeat(s, 128, axis=0).T)
+        expected = x @ spec.weight(arrays).T
+        for name in ("mosaic_sm90", "reference"):
+            call = functools.partial(CALLS[spec.kind], implementation=name)
+            try:
+                got = np.asarray(jax.jit(call)(*arrays), np.float64)
+                error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+                print(f"check {spec.name} {name}: {error:.1e}", flush=True)
+            except Exception as error:
+                print(f"check {spec.name} {name}: FAILED {str(error)[:300]}", flush=True)
+    for kind, group in (("int8", None), ("int4", 128), ("fp8", None), ("fp8", 128)):
+        spec = QuantMatmulSpec("bits", kind, M=300, N=256, K=1024, group=group)
+        x, *rest = (None if a is None else jnp.asarray(a) for a in spec.inputs())
+        call = jax.jit(functools.partial(CALLS[kind], implementation="mosaic_sm90"))
+        try:
+            whole = np.asarray(call(x, *rest)).view(np.uint32)
+            same = [
+                bool((np.asarray(call(x[a:b], *rest)).view(np.uint32) == whole[a:b]).all())
+                for a, b in ((3, 4), (3, 11), (3, 19), (3, 35), (3, 67), (3, 200))
+            ]
+            print(f"bits {kind} group {group}: M 1, 8, 16, 32, 64, 197 against 300: {same}", flush=True)
+        except Exception as error:
+            print(f"bits {kind}: FAILED {str(error)[:300]}", flush=True)
+
+
+def make_weights(kind: str, K: int, N: int, count: int) -> Any:
+    @functools.partial(jax.jit, static_argnums=())
+    def one(key: Any) -> Any:
+        a, b = jax.random.split(key)
+        if kind == "bf16":
+            return (jax.random.normal(a, (N, K), jnp.bfloat16) * jnp.bfloat16(0.02),)
+        if kind == "fp8":
+            return jax.random.normal(a, (N, K), jnp.bfloat16).astype(jnp.float8_e4m3fn), jnp.full((N,), 0.02, jnp.float32)
+        if kind == "fp8b":
+            w = jax.random.normal(a, (N, K), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+            return w, jnp.full((K // 128, N), 0.02, jnp.float32)
+        scale4 = (jax.random.uniform(b, (K // 128, N)) * 0.01 + 0.001).astype(jnp.bfloat16)
+        if kind == "t4":
+            return jax.random.bits(a, (N, K // 2), jnp.uint8), scale4
+        if kind == "t8":
+            return jax.lax.bitcast_convert_type(jax.random.bits(a, (N, K), jnp.uint8), jnp.int8), jnp.full((N,), 1e-3)
+        bits = 4 if kind.startswith("int4") else 8
+        shape = (N // 64, K // 64, packing.rows_of(bits), 128)
+        words = jax.lax.bitcast_convert_type(jax.random.bits(a, shape, jnp.uint32), jnp.int32)
+        if kind == "int4z":
+            return words, scale4, jnp.full_like(scale4, 8)
+        return (words, scale4) if kind == "int4" else (words, jnp.full((N,), 1e-3, jnp.float32))
+
+    keys = jax.random.split(jax.random.key(0), count)
+    return [one(key) for key in keys]
+
+
+class Sweep:
+    def __init__(self, limit: float) -> None:
+        self.pool, self.limit, self.jobs, self.rows = ThreadPoolExecutor(14), limit, [], []
+
+    def add(self, layer: str, M: int, kind: str, label: str, call: Callable[..., Any]) -> None:
+        K, N = LAYERS[layer]
+        count = int(max(3, min(24, 3e9 // (K * N * 2))))
+        shapes = jax.eval_shape(functools.partial(make_weights, kind, K, N, count))
+        x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
+        one = jax.jit(call)
+
+        def chain(x: Any, ws: Any) -> Any:
+            return [one(x, *w) for w in ws]
+
+        try:
+            lowered = jax.jit(chain).lower(x, shapes)
+        except Exception as error:
+            print(f"{layer} M{M} {kind} {label}: LOWERING {type(error).__name__} {str(error)[:300]}", flush=True)
+            return
+        self.jobs.append((layer, M, kind, label, self.pool.submit(lowered.compile), count))
+
+    def run(self) -> None:
+        order = sorted(range(len(self.jobs)), key=lambda i: (list(LAYERS).index(self.jobs[i][0]), self.jobs[i][2]))
+        held: tuple[Any, Any] = (None, None)
+        for i in order:
+            layer, M, kind, label, compiled, count = self.jobs[i]
+            if time.perf_counter() - START > self.limit:
+                print("out of time", flush=True)
+                break
+            K, N = LAYERS[layer]
+            try:
+                run = compiled.result()
+                if held[0] != (layer, kind):
+                    held = (None, None)
+                    held = ((layer, kind), jax.block_until_ready(make_weights(kind, K, N, count)))
+                x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
+                each = seconds(run, (x, held[1]), 5 if M <= 64 else 2) / count
+            except Exception as error:
+                print(f"{layer} M{M} {kind} {label}: FAILED {str(error)[:300]}", flush=True)
+                continue
+            self.rows.append({"layer": layer, "M": M, "kind": kind, "label": label, "us": each * 1e6})
+        self.jobs = []
+
+    def table(self) -> None:
+        base = {(r["layer"], r["M"]): r["us"] for r in self.rows if r["kind"] == "bf16"}
+        for r in self.rows:
+            b = base.get((r["layer"], r["M"]))
+            K, N = LAYERS[r["layer"]]
+            size = {"bf16": 2, "int4": 0.5156, "int4z": 0.531, "t4": 0.5156}.get(r["kind"], 1.0)
+            print(
+                f"{r['layer']:8s} M{r['M']:<5d} {r['kind']:6s} {r['label']:44s} {r['us']:8.1f} us "
+                f"{K * N * size / r['us'] / 1e6:5.2f} TB/s {2 * r['M'] * K * N / r['us'] / 1e6:6.0f} TF "
+                f"{b / r['us'] if b else 0:5.2f}x",
+                flush=True,
+            )
+
+
+def mosaic(kind: str, M: int, N: int, out_dtype: Any = jnp.bfloat16, splits: int | None = None, **changes: Any) -> Any:
+    call = {"int4": mosaic_sm90.int4_matmul, "int4z": mosaic_sm90.int4_matmul, "int8": mosaic_sm90.int8_matmul}.get(
+        kind, mosaic_sm90.fp8_matmul
+    )
+    blocks = dataclasses.replace(mosaic_sm90.default_blocks(M, N, 4 if kind.startswith("int4") else 8), **changes)
+    return functools.partial(call, out_dtype=out_dtype, blocks=blocks, splits=splits)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=140)
+    parser.add_argument("--part", default="check,small,variants,triton,large")
+    options = parser.parse_args()
+    parts = options.part.split(",")
+    if "check" in parts:
+        check()
+    sweep = Sweep(options.seconds)
+    if "small" in parts:
+        for layer, (_, N) in LAYERS.items():
+            for M in (1, 16, 64):
+                sweep.add(layer, M, "bf16", "xla", bf16)
+                for kind in ("int4", "int8", "fp8"):
+                    sweep.add(layer, M, kind, "mosaic", mosaic(kind, M, N))
+    if "variants" in parts:
+        for layer in ("gate_up", "down"):
+            N = LAYERS[layer][1]
+            for M in (1, 64):
+                for kind in ("int4", "int8"):
+                    sweep.add(layer, M, kind, "no fence", mosaic(kind, M, N, fence=False))
+                    half = mosaic_sm90.default_blocks(M, N, 4 if kind == "int4" else 8).stages
+                    two = dict(warpgroups=2, programs=264, stages=max(2, half))
+                    sweep.add(layer, M, kind, "2 warpgroups x 264", mosaic(kind, M, N, **two))
+                    sweep.add(layer, M, kind, "half the stages", mosaic(kind, M, N, stages=max(2, half // 2)))
+                sweep.add(layer, M, "int4z", "mosaic", mosaic("int4z", M, N))
+                sweep.add(layer, M, "fp8b", "mosaic", mosaic("fp8b", M, N))
+        for splits in (4, 16):
+            sweep.add("down", 1, "int4", f"splits {splits}", mosaic("int4", 1, 4096, splits=splits))
+        for splits in (1, 2, 8):
+            sweep.add("qkv", 1, "int4", f"splits {splits}", mosaic("int4", 1, 6144, splits=splits))
+    if "triton" in parts:
+        for layer, splits in (("gate_up", 1), ("down", 4)):
+            for M in (1, 16, 64):
+                for bits in (4, 8):
+                    for outputs, stages in ((64, 5), (128, 5), (64, 8)):
+                        b = triton.Blocks(outputs=outputs, splits=splits, num_stages=stages)
+                        call = functools.partial(triton.matmul, bits=bits, blocks=b, out_dtype=jnp.bfloat16)
+                        sweep.add(layer, M, f"t{bits}", f"triton {outputs} stages {stages}", call)
+    if "large" in parts:
+        for M in (512, 2048):
+            N = LAYERS["gate_up"][1]
+            sweep.add("gate_up", M, "bf16", "xla", bf16)
+            for kind in ("int4", "int8", "fp8", "fp8b"):
+                sweep.add("gate_up", M, kind, "mosaic", mosaic(kind, M, N))
+            for kind in ("int4", "fp8"):
+                call = functools.partial(CALLS[kind], implementation="reference", out_dtype=jnp.bfloat16)
+                sweep.add("gate_up", M, kind, "xla", call)
+    print(f"{len(sweep.jobs)} jobs lowered after {time.perf_counter() - START:.0f} s", flush=True)
+    sweep.run()
+    sweep.table()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "quant_sweep.json").write_text(json.dumps(sweep.rows, indent=1))
+    print(f"done after {time.perf_counter() - START:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
