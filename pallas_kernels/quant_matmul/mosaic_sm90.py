@@ -249,8 +249,9 @@ def _scratch(shape: _Shape, scale_dtype: Any) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform  # typed as abstract in 0.11
     swizzle: Any = plgpu.SwizzleTransform
     blocks = shape.blocks
-    x_dtype, wide = (jnp.float8_e4m3fn, 128) if shape.kind.narrow else (jnp.bfloat16, 64)
-    swizzled = (tiling((8, wide)), swizzle(128))
+    x_dtype = jnp.float8_e4m3fn if shape.kind.narrow else jnp.bfloat16
+    tile_bytes = min(128, BLOCK // shape.kind.groups * x_dtype.dtype.itemsize)  # a product takes whole tiles
+    swizzled = (tiling((8, tile_bytes // x_dtype.dtype.itemsize)), swizzle(tile_bytes))
     x = plgpu.SMEM((blocks.stages, blocks.columns, BLOCK), x_dtype, transforms=swizzled)
     if shape.kind.narrow:
         w = plgpu.SMEM((blocks.stages, shape.outputs, BLOCK), x_dtype, transforms=swizzled)
