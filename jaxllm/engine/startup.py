@@ -33,6 +33,7 @@ from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
+from jaxllm.graph.quant.scheme import quantisation
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
@@ -113,12 +114,13 @@ def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | N
 
 def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
     dtype = jnp.dtype(config.model.dtype)
+    scheme = quantisation(config.model)
+    scheme.check(model_config)
     if config.model.load_format == "dummy":
-        params = random.dummy(model_config, dtype, config.seed, device)
+        params = random.dummy(model_config, dtype, config.seed, device, scheme)
     else:
-        params = loader.load(
-            directory, model_config, dtype, device, progress=lambda done, total: tell("weights", done / total)
-        )
+        progress = lambda done, total: tell("weights", done / total)  # noqa: E731
+        params = loader.load(directory, model_config, dtype, device, progress, scheme)
     return jax.block_until_ready(params)
 
 

@@ -23,6 +23,7 @@ from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
 from jaxllm.graph.models.decoder import Params
+from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -51,11 +52,13 @@ def load(
     dtype: DTypeLike = jnp.bfloat16,
     device: Placement = None,
     progress: Progress | None = None,
+    scheme: Scheme = PLAIN,
 ) -> Params:
-    """The parameters of `config`, cast to `dtype`, on `device`. Raises WeightsError."""
+    """The parameters of `config`, cast to `dtype`, quantised as `scheme` says, on `device`. Raises WeightsError."""
     found = check(Path(directory), config)
     total = sum(tensor.end - tensor.begin for _, _, tensor in found)
     params: Params = {}
+    losses: list[str] = []
     done = 0
     for path, group in itertools.groupby(found, key=lambda entry: entry[0].path):
         arrays = []
@@ -67,9 +70,12 @@ def load(
         for key in path[:-1]:
             node = node.setdefault(key, {})
         # Waiting here bounds what is in flight, in staging memory and on the device, to one leaf.
-        node[path[-1]] = jax.block_until_ready(_join(tuple(arrays), path[-1] in ("norms", "qk_norms"), dtype))
+        whole = _join(tuple(arrays), path[-1] in ("norms", "qk_norms"), dtype)
+        node[path[-1]] = jax.block_until_ready(scheme.leaf(path, whole, losses))
         if progress is not None:
             progress(done, total)
+    if losses:
+        raise WeightsError(Path(directory), losses)
     return params
 
 
