@@ -167,6 +167,7 @@ class SchedulerConfig:
     token_budget: int = _knob(AUTO, _integer(1, 2**20, auto=True), "max_num_batched_tokens")
     max_prefill_chunk: int | None = _knob(None, _integer(1, 2**20, optional=True), "long_prefill_token_threshold")
     policy: str = _knob("fcfs", _choice("fcfs", "priority"), "scheduling_policy")
+    overlap: bool = _knob(True, _flag, "async_scheduling")  # launch the next step before the last one is read
 
     def __post_init__(self) -> None:
         _check_fields(self, "scheduler.")
