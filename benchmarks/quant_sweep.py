@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import functools
 import json
 import time
@@ -33,38 +34,53 @@ def bf16(x: Any, w: Any) -> Any:
     return jax.lax.dot_general(x, w, CONTRACT, preferred_element_type=jnp.bfloat16)
 
 
-def check() -> None:
+def check(pool: ThreadPoolExecutor) -> Callable[[], None]:
+    """Lower everything now; the result prints errors and whether bits agree."""
+    waiting: list[Any] = []
     for spec in QUANT_MATMUL_SPECS:
-        arrays = spec.inputs()
         if spec.dtype != "bfloat16":
             continue
+        arrays = spec.inputs()
         x = arrays[0].astype(np.float64)
         if spec.kind == "fp8":
-            narrow, scales = reference.narrowed(jnp.asarray(arrays[0]), spec.group is not None, arrays[3])
+            with jax.default_device(jax.devices("cpu")[0]):
+                narrow, scales = reference.narrowed(jnp.asarray(arrays[0]), spec.group is not None, arrays[3])
             s = np.asarray(scales, np.float64)
             x = np.asarray(narrow, np.float64) * (s[:, None] if spec.group is None else np.repeat(s, 128, axis=0).T)
         expected = x @ spec.weight(arrays).T
-        for name in ("mosaic_sm90", "reference"):
-            call = functools.partial(CALLS[spec.kind], implementation=name)
-            try:
-                got = np.asarray(jax.jit(call)(*arrays), np.float64)
-                error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
-                print(f"check {spec.name} {name}: {error:.1e}", flush=True)
-            except Exception as error:
-                print(f"check {spec.name} {name}: FAILED {str(error)[:300]}", flush=True)
-    for kind, group in (("int8", None), ("int4", 128), ("fp8", None), ("fp8", 128)):
-        spec = QuantMatmulSpec("bits", kind, M=300, N=256, K=1024, group=group)
+        call = jax.jit(functools.partial(CALLS[spec.kind], implementation="mosaic_sm90"))
+        waiting.append((spec.name, expected, arrays, pool.submit(call.lower(*arrays).compile)))
+    rows: list[Any] = []
+    for kind, group in (("int8", None), ("int4", 128), ("fp8", None)):
+        spec = QuantMatmulSpec("bits", kind, M=200, N=256, K=1024, group=group)
         x, *rest = (None if a is None else jnp.asarray(a) for a in spec.inputs())
         call = jax.jit(functools.partial(CALLS[kind], implementation="mosaic_sm90"))
-        try:
-            whole = np.asarray(call(x, *rest)).view(np.uint32)
-            same = [
-                bool((np.asarray(call(x[a:b], *rest)).view(np.uint32) == whole[a:b]).all())
-                for a, b in ((3, 4), (3, 11), (3, 19), (3, 35), (3, 67), (3, 200))
-            ]
-            print(f"bits {kind} group {group}: M 1, 8, 16, 32, 64, 197 against 300: {same}", flush=True)
-        except Exception as error:
-            print(f"bits {kind}: FAILED {str(error)[:300]}", flush=True)
+        for first, last in ((0, 200), (3, 4), (3, 19), (3, 67)):
+            part = x[first:last]
+            rows.append((kind, first, last, part, rest, pool.submit(call.lower(part, *rest).compile)))
+
+    def finish() -> None:
+        for name, expected, arrays, compiled in waiting:
+            try:
+                got = np.asarray(compiled.result()(*arrays), np.float64)
+                error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+                say(f"check {name}: {error:.1e}")
+            except Exception as error:
+                say(f"check {name}: FAILED {type(error).__name__} {str(error)[:300]}")
+        whole = None
+        for kind, first, last, part, rest, compiled in rows:
+            try:
+                got = np.asarray(compiled.result()(part, *rest)).view(np.uint32)
+                whole = got if first == 0 else whole
+                say(f"bits {kind} rows {first}:{last} {bool((got == whole[first:last]).all())}")
+            except Exception as error:
+                say(f"bits {kind} {first}:{last}: FAILED {str(error)[:300]}")
+
+    return finish
+
+
+def say(text: str) -> None:
+    print(f"{time.perf_counter() - START:6.1f} {text}", flush=True)
 
 
 def make_weights(kind: str, K: int, N: int, count: int) -> Any:
@@ -121,7 +137,7 @@ class Sweep:
         for i in order:
             layer, M, kind, label, compiled, count = self.jobs[i]
             if time.perf_counter() - START > self.limit:
-                print("out of time", flush=True)
+                say("out of time")
                 break
             K, N = LAYERS[layer]
             try:
@@ -132,23 +148,21 @@ class Sweep:
                 x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
                 each = seconds(run, (x, held[1]), 5 if M <= 64 else 2) / count
             except Exception as error:
-                print(f"{layer} M{M} {kind} {label}: FAILED {str(error)[:300]}", flush=True)
+                say(f"{layer} M{M} {kind} {label}: FAILED {type(error).__name__} {str(error)[:300]}")
                 continue
             self.rows.append({"layer": layer, "M": M, "kind": kind, "label": label, "us": each * 1e6})
+            self.show(self.rows[-1])
         self.jobs = []
 
-    def table(self) -> None:
-        base = {(r["layer"], r["M"]): r["us"] for r in self.rows if r["kind"] == "bf16"}
-        for r in self.rows:
-            b = base.get((r["layer"], r["M"]))
-            K, N = LAYERS[r["layer"]]
-            size = {"bf16": 2, "int4": 0.5156, "int4z": 0.531, "t4": 0.5156}.get(r["kind"], 1.0)
-            print(
-                f"{r['layer']:8s} M{r['M']:<5d} {r['kind']:6s} {r['label']:44s} {r['us']:8.1f} us "
-                f"{K * N * size / r['us'] / 1e6:5.2f} TB/s {2 * r['M'] * K * N / r['us'] / 1e6:6.0f} TF "
-                f"{b / r['us'] if b else 0:5.2f}x",
-                flush=True,
-            )
+    def show(self, r: dict[str, Any]) -> None:
+        base = {(r["layer"], r["M"]): r["us"] for r in self.rows if r["kind"] == "bf16"}.get((r["layer"], r["M"]))
+        K, N = LAYERS[r["layer"]]
+        size = {"bf16": 2, "int4": 0.5156, "int4z": 0.531, "t4": 0.5156}.get(r["kind"], 1.0)
+        say(
+            f"{r['layer']:8s} M{r['M']:<5d} {r['kind']:6s} {r['label']:36s} {r['us']:8.1f} us "
+            f"{K * N * size / r['us'] / 1e6:5.2f} TB/s {2 * r['M'] * K * N / r['us'] / 1e6:6.0f} TF "
+            f"{base / r['us'] if base else 0:5.2f}x"
+        )
 
 
 def mosaic(kind: str, M: int, N: int, out_dtype: Any = jnp.bfloat16, splits: int | None = None, **changes: Any) -> Any:
@@ -161,60 +175,59 @@ def mosaic(kind: str, M: int, N: int, out_dtype: Any = jnp.bfloat16, splits: int
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    faulthandler.dump_traceback_later(60, repeat=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=140)
     parser.add_argument("--part", default="check,small,variants,triton,large")
     options = parser.parse_args()
     parts = options.part.split(",")
-    if "check" in parts:
-        check()
     sweep = Sweep(options.seconds)
+    finish = check(sweep.pool) if "check" in parts else lambda: None
     if "small" in parts:
         for layer, (_, N) in LAYERS.items():
-            for M in (1, 16, 64):
+            for M in (1, 64):
                 sweep.add(layer, M, "bf16", "xla", bf16)
                 for kind in ("int4", "int8", "fp8"):
                     sweep.add(layer, M, kind, "mosaic", mosaic(kind, M, N))
+    say(f"{len(sweep.jobs)} jobs lowered")
+    finish()
+    sweep.run()
     if "variants" in parts:
         for layer in ("gate_up", "down"):
             N = LAYERS[layer][1]
             for M in (1, 64):
                 for kind in ("int4", "int8"):
-                    sweep.add(layer, M, kind, "no fence", mosaic(kind, M, N, fence=False))
-                    half = mosaic_sm90.default_blocks(M, N, 4 if kind == "int4" else 8).stages
-                    two = dict(warpgroups=2, programs=264, stages=max(2, half))
+                    stages = mosaic_sm90.default_blocks(M, N, 4 if kind == "int4" else 8).stages
+                    two = dict(warpgroups=2, programs=264, stages=max(2, stages))
                     sweep.add(layer, M, kind, "2 warpgroups x 264", mosaic(kind, M, N, **two))
-                    sweep.add(layer, M, kind, "half the stages", mosaic(kind, M, N, stages=max(2, half // 2)))
-                sweep.add(layer, M, "int4z", "mosaic", mosaic("int4z", M, N))
-                sweep.add(layer, M, "fp8b", "mosaic", mosaic("fp8b", M, N))
-        for splits in (4, 16):
-            sweep.add("down", 1, "int4", f"splits {splits}", mosaic("int4", 1, 4096, splits=splits))
-        for splits in (1, 2, 8):
+                sweep.add(layer, M, "int4", "no fence", mosaic("int4", M, N, fence=False))
+            sweep.add(layer, 1, "int4z", "mosaic", mosaic("int4z", 1, N))
+            sweep.add(layer, 1, "fp8b", "mosaic", mosaic("fp8b", 1, N))
+        for splits in (1, 2):
             sweep.add("qkv", 1, "int4", f"splits {splits}", mosaic("int4", 1, 6144, splits=splits))
+        sweep.add("down", 1, "int4", "splits 4", mosaic("int4", 1, 4096, splits=4))
+    if "large" in parts:
+        N = LAYERS["gate_up"][1]
+        sweep.add("gate_up", 2048, "bf16", "xla", bf16)
+        for kind in ("int4", "int8", "fp8", "fp8b"):
+            sweep.add("gate_up", 2048, kind, "mosaic", mosaic(kind, 2048, N))
+        call = functools.partial(CALLS["fp8"], implementation="reference", out_dtype=jnp.bfloat16)
+        sweep.add("gate_up", 2048, "fp8", "xla", call)
+    say(f"{len(sweep.jobs)} jobs lowered")
+    sweep.run()
     if "triton" in parts:
         for layer, splits in (("gate_up", 1), ("down", 4)):
-            for M in (1, 16, 64):
+            for M in (1, 16):
                 for bits in (4, 8):
-                    for outputs, stages in ((64, 5), (128, 5), (64, 8)):
-                        b = triton.Blocks(outputs=outputs, splits=splits, num_stages=stages)
-                        call = functools.partial(triton.matmul, bits=bits, blocks=b, out_dtype=jnp.bfloat16)
-                        sweep.add(layer, M, f"t{bits}", f"triton {outputs} stages {stages}", call)
-    if "large" in parts:
-        for M in (512, 2048):
-            N = LAYERS["gate_up"][1]
-            sweep.add("gate_up", M, "bf16", "xla", bf16)
-            for kind in ("int4", "int8", "fp8", "fp8b"):
-                sweep.add("gate_up", M, kind, "mosaic", mosaic(kind, M, N))
-            for kind in ("int4", "fp8"):
-                call = functools.partial(CALLS[kind], implementation="reference", out_dtype=jnp.bfloat16)
-                sweep.add("gate_up", M, kind, "xla", call)
-    print(f"{len(sweep.jobs)} jobs lowered after {time.perf_counter() - START:.0f} s", flush=True)
+                    b = triton.Blocks(outputs=64, splits=splits, num_stages=6)
+                    call = functools.partial(triton.matmul, bits=bits, blocks=b, out_dtype=jnp.bfloat16)
+                    sweep.add(layer, M, f"t{bits}", "triton 64 stages 6", call)
+    say(f"{len(sweep.jobs)} jobs lowered")
     sweep.run()
-    sweep.table()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "quant_sweep.json").write_text(json.dumps(sweep.rows, indent=1))
-    print(f"done after {time.perf_counter() - START:.0f} s", flush=True)
+    say("done")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,6 @@ def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | N
 def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
     dtype = jnp.dtype(config.model.dtype)
     scheme = quantisation(config.model)
-    scheme.check(model_config)
     if config.model.load_format == "dummy":
         params = random.dummy(model_config, dtype, config.seed, device, scheme)
     else:
@@ -130,7 +129,9 @@ def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, de
 
 def _shapes(config: EngineConfig, model_config: ModelConfig, device: Device) -> Params:
     """The parameters' shapes where they will lie."""
-    _, shapes = abstract(model_config, jnp.dtype(config.model.dtype))
+    scheme = quantisation(config.model)
+    scheme.check(model_config)
+    shapes = scheme.shapes(abstract(model_config, jnp.dtype(config.model.dtype))[1])
     sharding = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 

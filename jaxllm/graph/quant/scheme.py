@@ -16,8 +16,10 @@ import jax.numpy as jnp
 
 from jaxllm.config import ConfigError, ModelSource
 from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.decoder import Params
 from jaxllm.graph.quant.leaf import Fp8Weight, Int4Weight, Int8Weight, QuantisedWeight
 
+Path = tuple[str | int, ...]
 Kind = Literal["none", "int8", "int4", "fp8"]
 MATRICES = ("qkv", "o", "gate_up", "down")
 E4M3_MAX = 448.0
@@ -53,24 +55,31 @@ class Scheme:
                     f"model.quantization_group = {self.group}: does not divide {name} = {width}; use {instead}"
                 )
 
-    def leaf(
-        self, path: tuple[str | int, ...], weight: jax.Array, losses: list[str] | None = None
-    ) -> jax.Array | QuantisedWeight:
-        """The leaf to keep at this path of the parameter tree; a loss beyond MOST_LOST adds a line to `losses`."""
+    def leaf(self, path: Path, weight: jax.Array) -> jax.Array | QuantisedWeight:
+        """The leaf to keep at this path of the parameter tree."""
         name = path[-1]
         if self.kind == "none" or weight.ndim != 2 or name not in (*MATRICES, "head"):
             return weight
         if self.kind == "fp8":
-            made = to_fp8(weight)
-        else:
-            made = to_int4(weight, self.group) if self.kind == "int4" and name != "head" else to_int8(weight)
-        if losses is not None and not (lost := float(lost_share(weight, made))) <= MOST_LOST:
-            where = ".".join(map(str, path))
-            losses.append(
-                f"{where}: {self.kind} would lose {lost:.1%} of the weight, more than {MOST_LOST:.0%}; "
-                'keep quantization = "none" or choose "int8"'
-            )
-        return made
+            return to_fp8(weight)
+        return to_int4(weight, self.group) if self.kind == "int4" and name != "head" else to_int8(weight)
+
+    def shapes(self, params: Params) -> Params:
+        """The same tree of ShapeDtypeStructs with its matrices quantised."""
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.eval_shape(functools.partial(self.leaf, tuple(part.key for part in path)), leaf),
+            params,
+        )
+
+
+def complaint(path: Path, weight: jax.Array, leaf: jax.Array | QuantisedWeight) -> str | None:
+    """Why this weight must not be quantised so, with the figure; None where all is well."""
+    if not isinstance(leaf, QuantisedWeight) or (lost := float(lost_share(weight, leaf))) <= MOST_LOST:
+        return None
+    return (
+        f"{'.'.join(map(str, path))}: quantised, it would lose {lost:.1%} of its size, more than {MOST_LOST:.0%}; "
+        'choose quantization = "int8" or "none"'
+    )
 
 
 PLAIN = Scheme()

@@ -23,7 +23,7 @@ from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
 from jaxllm.graph.models.decoder import Params
-from jaxllm.graph.quant.scheme import PLAIN, Scheme
+from jaxllm.graph.quant.scheme import PLAIN, Scheme, complaint
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -71,7 +71,9 @@ def load(
             node = node.setdefault(key, {})
         # Waiting here bounds what is in flight, in staging memory and on the device, to one leaf.
         whole = _join(tuple(arrays), path[-1] in ("norms", "qk_norms"), dtype)
-        node[path[-1]] = jax.block_until_ready(scheme.leaf(path, whole, losses))
+        node[path[-1]] = jax.block_until_ready(scheme.leaf(path, whole))
+        if (loss := complaint(path, whole, node[path[-1]])) is not None:
+            losses.append(loss)
         if progress is not None:
             progress(done, total)
     if losses:
