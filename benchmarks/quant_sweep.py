@@ -1,13 +1,13 @@
-"""One GPU call: quantised products against float64, then tile choices against bf16, layer by layer. Prints and stops in time.
+"""One GPU call: quantised products against float64, then tile choices against bf16, layer by layer. Prints and stops in
+time.
 
-    python -m benchmarks.quant_sweep --out DIR [--seconds 140] [--part check,small,variants,triton,large]
+python -m benchmarks.quant_sweep --out DIR [--seconds 140] [--part check,small,variants,triton,large]
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import faulthandler
 import functools
 import json
 import time
@@ -90,7 +90,9 @@ def make_weights(kind: str, K: int, N: int, count: int) -> Any:
         if kind == "bf16":
             return (jax.random.normal(a, (N, K), jnp.bfloat16) * jnp.bfloat16(0.02),)
         if kind == "fp8":
-            return jax.random.normal(a, (N, K), jnp.bfloat16).astype(jnp.float8_e4m3fn), jnp.full((N,), 0.02, jnp.float32)
+            return jax.random.normal(a, (N, K), jnp.bfloat16).astype(jnp.float8_e4m3fn), jnp.full(
+                (N,), 0.02, jnp.float32
+            )
         if kind == "fp8b":
             w = jax.random.normal(a, (N, K), jnp.bfloat16).astype(jnp.float8_e4m3fn)
             return w, jnp.full((K // 128, N), 0.02, jnp.float32)
@@ -175,7 +177,6 @@ def mosaic(kind: str, M: int, N: int, out_dtype: Any = jnp.bfloat16, splits: int
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    faulthandler.dump_traceback_later(60, repeat=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=140)

@@ -34,6 +34,7 @@ from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
+from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.scheme import quantisation
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
@@ -131,7 +132,8 @@ def _shapes(config: EngineConfig, model_config: ModelConfig, device: Device) -> 
     """The parameters' shapes where they will lie."""
     scheme = quantisation(config.model)
     scheme.check(model_config)
-    shapes = scheme.shapes(abstract(model_config, jnp.dtype(config.model.dtype))[1])
+    _, shapes = abstract(model_config, jnp.dtype(config.model.dtype))
+    shapes = scheme.shapes(shapes) if model_config.stored is None else stored.shapes(model_config.stored, shapes)
     sharding = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 

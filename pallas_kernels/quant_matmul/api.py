@@ -63,9 +63,7 @@ def int4_matmul(
     if scale.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"scale must be bfloat16, float16 or float32, got {scale.dtype}")
     if zero is not None and (zero.shape != scale.shape or zero.dtype != scale.dtype):
-        raise ValueError(
-            f"zero {zero.dtype}{list(zero.shape)} must agree with scale {scale.dtype}{list(scale.shape)}"
-        )
+        raise ValueError(f"zero {zero.dtype}{list(zero.shape)} must agree with scale {scale.dtype}{list(scale.shape)}")
     return dispatch("quant_matmul.int4", implementation=implementation, platform=platform)(
         x, words, scale, zero, out_dtype=out_dtype
     )
@@ -100,7 +98,9 @@ def fp8_matmul(
 def _check_packed(x: jax.Array, words: jax.Array, bits: int) -> int:
     rows = packing.rows_of(bits)
     if x.ndim != 2 or 0 in x.shape or words.ndim != 4 or words.shape[2:] != (rows, packing.LANES):
-        raise ValueError(f"need x[M, K], not empty, and words[N / 64, K / 64, {rows}, 128]; got {x.shape}, {words.shape}")
+        raise ValueError(
+            f"need x[M, K], not empty, and words[N / 64, K / 64, {rows}, 128]; got {x.shape}, {words.shape}"
+        )
     N, K = words.shape[0] * packing.TILE, words.shape[1] * packing.TILE
     if words.dtype != jnp.int32 or x.shape[1] != K:
         raise ValueError(f"words {words.dtype}{list(words.shape)} hold [N, K] = [{N}, {K}], x is {list(x.shape)}")

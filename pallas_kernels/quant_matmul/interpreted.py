@@ -1,7 +1,7 @@
 """The GPU kernels of this room under Pallas's interpreter, for tests on a CPU: one small function a kernel.
 
-In and out as the kernels. The interpreter looks for races (it prints and counts them) and takes a thread a warpgroup, so
-large inputs are declined.
+In and out as the kernels. The interpreter looks for races (it prints and counts them) and takes a thread a warpgroup,
+so large inputs are declined.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Products with quantised weights on Hopper in Pallas Mosaic GPU: weights stream by TMA and meet WGMMA in registers.
 
-In: activations [M, K] in bf16, weights packed by packing.py, scales; already checked by api.py. Out: [M, N].
-Sides are swapped: a warpgroup's 64 rows are outputs and its columns are rows of x, so that one row of x costs no more
-than eight. Each thread reads its own 16 bytes of packed weights, widens them to bf16 in registers (exactly: integers up
-to 255 are bf16) and gives them to WGMMA as its first operand; x lies in shared memory. One warpgroup fetches, the others
-compute, each 64 outputs; programs walk units of work and the fetching one runs ahead across them.
-Order of the sum over inputs: blocks of 128 (or groups, where smaller) in an accumulator of their own, scaled, added one
-after the other in f32; K is cut into `splits` ranges, whose sums are added in order. None of it depends on M, so a
-row's bits do not depend on the rows around it.
+In: activations [M, K] in bf16, weights packed by packing.py, scales; already checked by api.py. Out: [M, N]. Sides are
+swapped: a warpgroup's 64 rows are outputs and its columns are rows of x, so that one row of x costs no more than
+eight. Each thread reads its own 16 bytes of packed weights, widens them to bf16 in registers (exactly: integers up to
+255 are bf16) and gives them to WGMMA as its first operand; x lies in shared memory. One warpgroup fetches, the others
+compute, each 64 outputs; programs walk units of work and the fetching one runs ahead across them. Order of the sum
+over inputs: blocks of 128 (or groups, where smaller) in an accumulator of their own, scaled, added one after the other
+in f32; K is cut into `splits` ranges, whose sums are added in order. None of it depends on M, so a row's bits do not
+depend on the rows around it.
 """
 
 from __future__ import annotations
@@ -217,20 +217,18 @@ def default_blocks(M: int, N: int, bits: int) -> Blocks:
 
 
 def _call(shape: _Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.Array:
-    scale = inputs[2]
-
     def kernel(*arrays: Any) -> None:
-        x, w, scale, *extra, out = arrays
+        x, w, scales, *extra, out = arrays
         zero = extra.pop(0) if shape.kind.zeros else None
         x_scale = extra.pop(0) if shape.kind.by_row else None
 
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
-            refs = _Refs(x, w, scale, zero, x_scale, out, *scratch, *barriers)
+            refs = _Refs(x, w, scales, zero, x_scale, out, *scratch, *barriers)
             wg = lax.axis_index("wg")
             pl.when(wg == shape.blocks.warpgroups)(lambda: _memory_warpgroup(shape, refs))
             pl.when(wg < shape.blocks.warpgroups)(lambda: _compute_warpgroup(shape, refs, wg))
 
-        pl.run_scoped(body, _scratch(shape, scale.dtype), _barriers(shape), collective_axes="wg")
+        pl.run_scoped(body, _scratch(shape, inputs[2].dtype), _barriers(shape), collective_axes="wg")
 
     return plgpu.kernel(
         kernel,

@@ -1,10 +1,10 @@
 """How quantised weights lie in memory: in the order in which a warpgroup's threads feed them to the tensor cores.
 
-In: integers of a weight [N, K]. Out: words i32[N / 64, K / 64, rows, 128] for kernels that hold the weight in registers,
-and the way back. A tile is 64 outputs x 64 inputs. Of its 128 threads, thread t holds words 4 t .. 4 t + 3 of every
-512; a word holds what the thread gives to one step of 16 inputs (int4: all eight values) or half of it (int8: four).
-So a thread reads 16 bytes at a time and passes nothing to its neighbours. Packing is done once, at load. This module
-knows no scales.
+In: integers of a weight [N, K]. Out: words i32[N / 64, K / 64, rows, 128] for kernels that hold the weight in
+registers, and the way back. A tile is 64 outputs x 64 inputs. Of its 128 threads, thread t holds words 4 t .. 4 t + 3
+of every 512; a word holds what the thread gives to one step of 16 inputs (int4: all eight values) or half of it (int8:
+four). So a thread reads 16 bytes at a time and passes nothing to its neighbours. Packing is done once, at load. This
+module knows no scales.
 """
 
 from __future__ import annotations

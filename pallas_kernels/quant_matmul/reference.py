@@ -1,7 +1,8 @@
 """Products with quantised weights in plain jnp: the weight is widened, then multiplied. It is also the fallback.
 
-In and out as api.py. With f32 activations everything is f32 at full precision; with bf16 ones the widened weight is bf16,
-which XLA gives to its own matrix products, and the sum is f32. Knows no block sizes and promises no order of sums.
+In and out as api.py. With f32 activations everything is f32 at full precision; with bf16 ones the widened weight is
+bf16, which XLA gives to its own matrix products, and the sum is f32. Knows no block sizes and promises no order of
+sums.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def int8_matmul(x: jax.Array, words: jax.Array, scale: jax.Array, *, out_dtype: 
     return (_project(x, wide) * scale).astype(out_dtype)
 
 
-def int4_matmul(x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None, *, out_dtype: Any) -> jax.Array:
+def int4_matmul(
+    x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None, *, out_dtype: Any
+) -> jax.Array:
     return _project(x, int4_weight(words, scale, zero).astype(x.dtype)).astype(out_dtype)
 
 

@@ -1,7 +1,7 @@
 """Named shapes of quantised products, shared by tests and benchmarks: odd numbers of rows, every scheme of scales.
 
-In: a spec's name. Out: numpy inputs as the ops take them, and the weight they stand for in float64. This module knows no
-implementation. N and K are small enough for a CPU; the layers of real models are in `LAYERS`, for benchmarks.
+In: a spec's name. Out: numpy inputs as the ops take them, and the weight they stand for in float64. This module knows
+no implementation. N and K are small enough for a CPU; the layers of real models are in `LAYERS`, for benchmarks.
 """
 
 from __future__ import annotations

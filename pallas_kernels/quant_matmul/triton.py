@@ -36,9 +36,7 @@ def _widen_int4(words: jax.Array, shift: int) -> jax.Array:
         sub.bf16x2 $0, t0, bias; sub.bf16x2 $1, t1, bias;
     }}"""
     like = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
-    (made,) = plt.elementwise_inline_asm(
-        text, args=[words], constraints="=r,=r,r", pack=4, result_shape_dtypes=[like]
-    )
+    (made,) = plt.elementwise_inline_asm(text, args=[words], constraints="=r,=r,r", pack=4, result_shape_dtypes=[like])
     return made
 
 

@@ -22,7 +22,7 @@ def present(arrays):
     return tuple(None if array is None else jnp.asarray(array) for array in arrays)
 
 
-@pytest.mark.parametrize("name, spec", ALL_PAIRS)
+@pytest.mark.parametrize(("name", "spec"), ALL_PAIRS)
 def test_the_product_is_that_of_the_widened_weight(name, spec):
     arrays = spec.inputs()
     got = jitted(OPS[spec.kind], name)(*present(arrays))

@@ -1,9 +1,9 @@
 """Quantised weights as leaves of a parameter tree: what is stored, and the product that goes with it.
 
-In: activations [..., I]. Out: [..., O], as a product with a plain weight [O, I] would give. A leaf is a dataclass pytree,
-so a step takes it as it takes an array; whoever multiplies asks the leaf and never looks at a dtype. Sizes are padded to
-what the kernels tile (outputs to 64, inputs to 128) with weights of zero, and cut or padded back here. Knows nothing of
-how the numbers were chosen.
+In: activations [..., I]. Out: [..., O], as a product with a plain weight [O, I] would give. A leaf is a dataclass
+pytree, so a step takes it as it takes an array; whoever multiplies asks the leaf and never looks at a dtype. Sizes are
+padded to what the kernels tile (outputs to 64, inputs to 128) with weights of zero, and cut or padded back here. Knows
+nothing of how the numbers were chosen.
 """
 
 from __future__ import annotations

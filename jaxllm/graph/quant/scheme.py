@@ -1,8 +1,8 @@
 """How a plain weight becomes a quantised one when a model is loaded, and which of a model's weights do.
 
-In: a bf16 (f16, f32) weight [O, I] on its device. Out: a leaf of leaf.py. One small program a distinct shape, so a model
-is quantised tensor by tensor as it streams in. Embeddings and norms stay as they are; a tied head is the embedding and
-stays too. With int4 the head becomes int8: four bits there cost the most and save the least.
+In: a bf16 (f16, f32) weight [O, I] on its device. Out: a leaf of leaf.py. One small program a distinct shape, so a
+model is quantised tensor by tensor as it streams in. Embeddings and norms stay as they are; a tied head is the
+embedding and stays too. With int4 the head becomes int8: four bits there cost the most and save the least.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Scheme:
 
     def check(self, config: ModelConfig) -> None:
         """ConfigError, with the figure, where the scheme does not fit the model."""
+        if self.kind != "none" and config.stored is not None:
+            raise ConfigError(
+                f'model.quantization = "{self.kind}": the checkpoint is quantised already ({config.stored.method}); '
+                'leave it at "none"'
+            )
         if self.kind != "int4":
             return
         widths = {
