@@ -38,6 +38,7 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
+OURS = ("paged_", "quant_")  # how the kernels of our rooms are named
 REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
@@ -116,9 +117,37 @@ def paged_attention_decode_cases() -> Iterator[Case]:
     yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
 
 
+def quant_matmul_cases(kind: str) -> Iterator[Case]:
+    """A few rows of x, a wide batch and a prefill, on layers of an 8B model."""
+    import jax.numpy as jnp
+
+    from pallas_kernels.quant_matmul import mosaic_sm90, packing
+
+    functions = {"int8": mosaic_sm90.int8_matmul, "int4": mosaic_sm90.int4_matmul, "fp8": mosaic_sm90.fp8_matmul}
+    groups = {"int8": (None,), "int4": (128, 64, 32), "fp8": (None, 128)}[kind]
+    for M, K, N in ((8, 4096, 28672), (64, 14336, 4096), (2048, 4096, 6144)):
+        for group in groups:
+            dtype = jnp.bfloat16 if kind == "int4" else jnp.float32
+            scale = _array((N,) if group is None else (K // group, N), dtype)
+            if kind == "fp8":
+                weight = _array((N, K), jnp.float8_e4m3fn)
+            else:
+                rows = packing.rows_of(4 if kind == "int4" else 8)
+                weight = _array((N // packing.TILE, K // packing.TILE, rows, packing.LANES), jnp.int32)
+            arrays = _array((M, K), jnp.bfloat16), weight, scale
+            call = functools.partial(functions[kind], out_dtype=jnp.bfloat16)
+            label = f"{M} x {K} x {N}" + (f" group {group}" if group else "")
+            yield Case("mosaic_sm90", label, call, arrays)
+            if kind == "int4":
+                yield Case("mosaic_sm90", f"{label} zeros", call, (*arrays, scale))
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
+    "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),
+    "quant_matmul.int4": functools.partial(quant_matmul_cases, "int4"),
+    "quant_matmul.fp8": functools.partial(quant_matmul_cases, "fp8"),
 }
 
 
@@ -170,7 +199,7 @@ def inspect(ptx: Path) -> Report | None:
     """What ptxas says of one PTX file; None for kernels that XLA made."""
     text = ptx.read_text()
     entry = re.search(r"\.entry (\w+)", text)
-    if entry is None or not entry.group(1).startswith("paged_"):
+    if entry is None or not entry.group(1).startswith(OURS):
         return None
     run = subprocess.run(
         [_ptxas(), "-arch=sm_90a", "-v", ptx, "-o", os.devnull], capture_output=True, text=True, check=True

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
@@ -41,6 +42,7 @@ from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 
 
@@ -96,7 +98,7 @@ def start(
         max_model_len=config.model.max_model_len,
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
-    prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
+    prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
     log.info("%s", report)
     grammars = _grammars(directory, model_config)
@@ -186,7 +188,10 @@ def _compile(
             report.compile_cache = open_cache(config.compile.directory)
     page_size = config.cache.page_size
     ladder = Ladder(
-        config.compile.decode_buckets, config.compile.token_buckets, -(-config.model.max_model_len // page_size)
+        config.compile.decode_buckets,
+        config.compile.token_buckets,
+        -(-config.model.max_model_len // page_size),
+        config.scheduler.deterministic,
     )
     sharding = jax.sharding.SingleDeviceSharding(device)
     counts = jax.ShapeDtypeStruct(

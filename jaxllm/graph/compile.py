@@ -26,6 +26,10 @@ from jaxllm.graph.steps import Graph, SampleMode
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
+LARGE_TOKENS = 256
+# From here on cuBLAS beats Triton's matmuls, which autotuning prefers now and then: it times candidates while other
+# threads' candidates run on the same device.
+LARGE_PRODUCTS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
 Progress = Callable[[int, int], None]  # executables done, executables in all
@@ -57,6 +61,11 @@ class Ladder:
     decode_rows: tuple[int, ...]  # ascending; the last is max_num_seqs
     mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
     width: int  # pages a row
+    one_shape: bool = False  # every step takes the one mixed shape, decodes too: bits then depend on no bucket
+
+    def of(self, rows: int, tokens: int, *, decode: bool) -> StepShape:
+        """The shape of a step with so many rows and tokens; `decode`: one token a row."""
+        return self.decode(rows) if decode and not self.one_shape else self.mixed(tokens)
 
     def decode(self, rows: int) -> StepShape:
         bucket = next(b for b in self.decode_rows if b >= rows)
@@ -67,7 +76,8 @@ class Ladder:
         return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
 
     def shapes(self) -> list[StepShape]:
-        return [self.decode(b) for b in self.decode_rows] + [self.mixed(t) for t in self.mixed_tokens]
+        decode = [] if self.one_shape else [self.decode(b) for b in self.decode_rows]
+        return decode + [self.mixed(t) for t in self.mixed_tokens]
 
 
 @dataclass
@@ -92,6 +102,12 @@ class Executables:
     def step(self, shape: StepShape) -> jax.stages.Compiled:
         return self.table["step", shape]
 
+    def feed(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["feed", shape]
+
+    def fetch(self, rows: int) -> jax.stages.Compiled:
+        return self.table["fetch", rows]
+
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
@@ -113,20 +129,24 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     sharding = counts.sharding
     vocab = graph.config.vocab_size
 
-    def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def spec(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        # keep_unused: the logits' memory comes in only to be written over.
+        # keep_unused: the results' memory comes in only to be written over.
         jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
-        logits = spec(jnp.float32, shape.rows, vocab)
-        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
+        results = steps.Results(spec(jnp.int32, shape.rows), spec(jnp.float32, shape.rows, vocab))
+        packed = spec(jnp.int32, shape.packed_size)
+        yield ("step", shape), jitted, (params, kv, last_tokens, results, packed)
+        yield ("feed", shape), jax.jit(steps.feed, donate_argnums=(0,), keep_unused=True), (packed, packed)
+    for rows in ladder.decode_rows:
+        yield ("fetch", rows), jax.jit(steps.fetch), (spec(jnp.int32, rows),)
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
         args = counts, last_tokens, spec(jnp.float32, rows, vocab), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
-        for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
+        for mode in steps.SAMPLER_MODES:
             jitted = jax.jit(functools.partial(steps.sample, mode), donate_argnums=(0, 1))
             yield ("sample", rows, mode), jitted, args
     for tokens in ladder.mixed_tokens:
@@ -150,11 +170,16 @@ def compile_all(
 ) -> Executables:
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
+    on_gpu = counts.sharding.device_set.copy().pop().platform == "gpu"
+
+    def large(key: Key) -> bool:
+        return on_gpu and key[0] == "step" and not key[1].decode and key[1].tokens >= LARGE_TOKENS
+
     jobs = list(_jobs(graph, ladder, params, kv, counts))
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()
-        executables.table[key] = lowered.compile()
+        executables.table[key] = lowered.compile(LARGE_PRODUCTS if large(key) else None)
         executables.seconds[key] = time.perf_counter() - start
         if progress:
             progress(len(executables.table), len(jobs))

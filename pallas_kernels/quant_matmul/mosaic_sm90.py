@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.quant_matmul import packing, reference
 
@@ -468,9 +470,6 @@ def _widen(shape: _Shape, words: jax.Array, zero: jax.Array | None, start: int, 
 
 def _widen_registers(bits: int, words: Any, zero: Any, start: int, size: int) -> Any:
     """The same in one thread's registers, as Mosaic's dialect. `words` are vectors of four."""
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, llvm, vector
-
     i32 = ir.IntegerType.get_signless(32)
     bf16x2 = ir.VectorType.get((2,), ir.BF16Type.get())
 
