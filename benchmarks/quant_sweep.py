@@ -34,17 +34,18 @@ def bf16(x: Any, w: Any) -> Any:
     return jax.lax.dot_general(x, w, CONTRACT, preferred_element_type=jnp.bfloat16)
 
 
-def check(pool: ThreadPoolExecutor) -> Callable[[], None]:
+def check(pool: ThreadPoolExecutor, kinds: list[str]) -> Callable[[], None]:
     """Lower everything now; the result prints errors and whether bits agree."""
     waiting: list[Any] = []
     for spec in QUANT_MATMUL_SPECS:
-        if spec.dtype != "bfloat16":
+        if spec.dtype != "bfloat16" or spec.kind not in kinds:
             continue
         arrays = spec.inputs()
         x = arrays[0].astype(np.float64)
         if spec.kind == "fp8":
             with jax.default_device(jax.devices("cpu")[0]):
-                narrow, scales = reference.narrowed(jnp.asarray(arrays[0]), spec.group is not None, arrays[3])
+                fixed = None if arrays[3] is None else jnp.asarray(arrays[3])
+                narrow, scales = reference.narrowed(jnp.asarray(arrays[0]), spec.group is not None, fixed)
             s = np.asarray(scales, np.float64)
             x = np.asarray(narrow, np.float64) * (s[:, None] if spec.group is None else np.repeat(s, 128, axis=0).T)
         expected = x @ spec.weight(arrays).T
@@ -52,6 +53,8 @@ def check(pool: ThreadPoolExecutor) -> Callable[[], None]:
         waiting.append((spec.name, expected, arrays, pool.submit(call.lower(*arrays).compile)))
     rows: list[Any] = []
     for kind, group in (("int8", None), ("int4", 128), ("fp8", None)):
+        if kind not in kinds:
+            continue
         spec = QuantMatmulSpec("bits", kind, M=200, N=256, K=1024, group=group)
         x, *rest = (None if a is None else jnp.asarray(a) for a in spec.inputs())
         call = jax.jit(functools.partial(CALLS[kind], implementation="mosaic_sm90"))
@@ -180,16 +183,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=140)
+    parser.add_argument("--kinds", default="int8,int4,fp8")
     parser.add_argument("--part", default="check,small,variants,triton,large")
     options = parser.parse_args()
-    parts = options.part.split(",")
+    parts, kinds = options.part.split(","), options.kinds.split(",")
     sweep = Sweep(options.seconds)
-    finish = check(sweep.pool) if "check" in parts else lambda: None
+    finish = check(sweep.pool, kinds) if "check" in parts else lambda: None
     if "small" in parts:
         for layer, (_, N) in LAYERS.items():
             for M in (1, 64):
                 sweep.add(layer, M, "bf16", "xla", bf16)
-                for kind in ("int4", "int8", "fp8"):
+                for kind in kinds:
                     sweep.add(layer, M, kind, "mosaic", mosaic(kind, M, N))
     say(f"{len(sweep.jobs)} jobs lowered")
     finish()
@@ -197,28 +201,30 @@ def main() -> None:
     if "variants" in parts:
         for layer in ("gate_up", "down"):
             N = LAYERS[layer][1]
-            for M in (1, 64):
-                for kind in ("int4", "int8"):
-                    stages = mosaic_sm90.default_blocks(M, N, 4 if kind == "int4" else 8).stages
-                    two = dict(warpgroups=2, programs=264, stages=max(2, stages))
-                    sweep.add(layer, M, kind, "2 warpgroups x 264", mosaic(kind, M, N, **two))
-                sweep.add(layer, M, "int4", "no fence", mosaic("int4", M, N, fence=False))
-            sweep.add(layer, 1, "int4z", "mosaic", mosaic("int4z", 1, N))
-            sweep.add(layer, 1, "fp8b", "mosaic", mosaic("fp8b", 1, N))
-        for splits in (1, 2):
+            for kind in kinds:
+                sweep.add(layer, 64, kind, "cluster 2", mosaic(kind, 64, N, cluster=2))
+                sweep.add(layer, 64, kind, "cluster 4", mosaic(kind, 64, N, cluster=4))
+                sweep.add(layer, 1, kind, "no fence", mosaic(kind, 1, N, fence=False))
+                stages = mosaic_sm90.default_blocks(1, N, 4 if kind == "int4" else 8).stages
+                two = dict(warpgroups=2, programs=264, stages=max(2, stages))
+                sweep.add(layer, 1, kind, "2 warpgroups x 264", mosaic(kind, 1, N, **two))
+            if "int4" in kinds:
+                sweep.add(layer, 1, "int4z", "mosaic", mosaic("int4z", 1, N))
+            if "fp8" in kinds:
+                sweep.add(layer, 1, "fp8b", "mosaic", mosaic("fp8b", 1, N))
+        for splits in (1, 2) if "int4" in kinds else ():
             sweep.add("qkv", 1, "int4", f"splits {splits}", mosaic("int4", 1, 6144, splits=splits))
-        sweep.add("down", 1, "int4", "splits 4", mosaic("int4", 1, 4096, splits=4))
     if "large" in parts:
         N = LAYERS["gate_up"][1]
         sweep.add("gate_up", 2048, "bf16", "xla", bf16)
-        for kind in ("int4", "int8", "fp8", "fp8b"):
+        for kind in kinds:
             sweep.add("gate_up", 2048, kind, "mosaic", mosaic(kind, 2048, N))
         call = functools.partial(CALLS["fp8"], implementation="reference", out_dtype=jnp.bfloat16)
         sweep.add("gate_up", 2048, "fp8", "xla", call)
     say(f"{len(sweep.jobs)} jobs lowered")
     sweep.run()
     if "triton" in parts:
-        for layer, splits in (("gate_up", 1), ("down", 4)):
+        for layer, splits in (("gate_up", 1),):
             for M in (1, 16):
                 for bits in (4, 8):
                     b = triton.Blocks(outputs=64, splits=splits, num_stages=6)

@@ -30,6 +30,8 @@ from pallas_kernels.quant_matmul import packing, reference
 
 BLOCK = 128  # inputs accumulated at once; decides bits
 ROWS = 64  # outputs a warpgroup
+CHUNK = 32  # columns that leave through shared memory at once
+SHARED_BYTES = 222 * 1024  # of 227 KiB; barriers take some
 TILES = BLOCK // packing.TILE  # packed tiles a block and warpgroup
 
 
@@ -41,6 +43,7 @@ class Blocks:
     columns: int = 8  # rows of x
     stages: int = 8  # blocks in flight
     programs: int = 132
+    cluster: int = 1  # programs of neighbouring outputs that fetch x together
     fence: bool = True  # EXPERIMENT: order ordinary reads before the copy engine's writes
 
 
@@ -87,7 +90,12 @@ class _Shape:
 
     @property
     def units(self) -> int:
-        return self.N // self.outputs * (self.M // self.blocks.columns) * self.splits
+        """Units of work of a cluster: one tile of outputs each of its programs."""
+        return self.N // (self.outputs * self.blocks.cluster) * (self.M // self.blocks.columns) * self.splits
+
+    @property
+    def clusters(self) -> int:
+        return min(self.blocks.programs // self.blocks.cluster, self.units)
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class _Refs:
     scale_smem: Any  # [stages, groups, outputs]
     zero_smem: Any
     x_scale_smem: Any  # [stages, 1, columns]
-    out_smem: Any  # [warpgroups, columns, 64]
+    out_smem: Any  # [warpgroups, CHUNK or fewer columns, 64]
     full: Any
     free: Any
 
@@ -213,8 +221,9 @@ def default_blocks(M: int, N: int, bits: int) -> Blocks:
     warpgroups = next(count for count in (4, 2, 1) if N % (ROWS * count) == 0)
     if columns == 128:
         warpgroups = min(warpgroups, 2)
-    stage = warpgroups * ROWS * BLOCK * bits // 8 + columns * BLOCK * 2 + warpgroups * ROWS * 4
-    stages = max(2, min(16, (200 * 1024 - warpgroups * ROWS * columns * 4) // stage))
+    scales = warpgroups * ROWS * 8 + columns * 4  # at most
+    stage = warpgroups * ROWS * BLOCK * bits // 8 + columns * BLOCK * 2 + scales
+    stages = max(2, min(16, (SHARED_BYTES - warpgroups * ROWS * min(CHUNK, columns) * 4) // stage))
     return Blocks(warpgroups, columns, stages)
 
 
@@ -235,8 +244,10 @@ def _call(shape: _Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.A
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((shape.splits, shape.M, shape.N), shape.dtype),
-        grid=(min(shape.blocks.programs, shape.units),),
+        grid=(shape.clusters,),
         grid_names=("program",),
+        cluster=(shape.blocks.cluster,),
+        cluster_names=("share",),
         num_threads=shape.blocks.warpgroups + 1,
         thread_name="wg",
         kernel_name=f"quant_matmul_{shape.kind.name}",
@@ -259,7 +270,7 @@ def _scratch(shape: _Shape, scale_dtype: Any) -> tuple[Any, ...]:
         rows = packing.rows_of(shape.kind.bits)
         w = plgpu.SMEM((blocks.stages, blocks.warpgroups, TILES, rows, packing.LANES), jnp.int32)
     per_group = plgpu.SMEM((blocks.stages, shape.kind.groups, shape.outputs), scale_dtype)
-    out = plgpu.SMEM((blocks.warpgroups, blocks.columns, ROWS), shape.dtype)
+    out = plgpu.SMEM((blocks.warpgroups, min(CHUNK, blocks.columns), ROWS), shape.dtype)
     x_scales = plgpu.SMEM((blocks.stages, 1, max(32, blocks.columns)), jnp.float32)  # copies start at 128 bytes
     grouped = shape.kind.group is not None
     return (
@@ -274,18 +285,18 @@ def _scratch(shape: _Shape, scale_dtype: Any) -> tuple[Any, ...]:
 
 def _barriers(shape: _Shape) -> tuple[Any, ...]:
     copies = 2 + shape.kind.zeros + (0 if shape.kind.group is None else 1 + shape.kind.by_row)
-    stages = shape.blocks.stages
-    return (
-        plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=shape.blocks.warpgroups),
-    )
+    stages, warpgroups = shape.blocks.stages, shape.blocks.warpgroups
+    full = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
+    if shape.blocks.cluster == 1:
+        return full, plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
+    # x goes to all programs of the cluster at once, so a stage is free when all of them are done with it.
+    return full, plgpu.ClusterBarrier(collective_axes=("share",), num_barriers=stages, num_arrivals=warpgroups)
 
 
 def _walk(shape: _Shape, visit: Any) -> jax.Array:
     """visit(unit, blocks seen before) for this program's share; how many blocks it saw."""
-    programs = min(shape.blocks.programs, shape.units)
-    program = lax.axis_index("program")
-    tiles_n, tiles_m = shape.N // shape.outputs, shape.M // shape.blocks.columns
+    programs, program, cluster = shape.clusters, lax.axis_index("program"), shape.blocks.cluster
+    tiles_n, tiles_m = shape.N // (shape.outputs * cluster), shape.M // shape.blocks.columns
     count = shape.K // BLOCK
 
     def one(step: jax.Array, before: jax.Array) -> jax.Array:
@@ -294,6 +305,7 @@ def _walk(shape: _Shape, visit: Any) -> jax.Array:
         row, split = lax.rem(rest, jnp.int32(tiles_m)), lax.div(rest, jnp.int32(tiles_m))
         first = lax.div(split * count, jnp.int32(shape.splits))
         last = lax.div((split + 1) * count, jnp.int32(shape.splits))
+        output = output * cluster + lax.axis_index("share")
         visit(_Unit(split, row, output, first, last), before)
         return before + last - first
 
@@ -301,9 +313,21 @@ def _walk(shape: _Shape, visit: Any) -> jax.Array:
     return lax.fori_loop(0, steps, one, jnp.int32(0))
 
 
+def _registers(blocks: Blocks) -> tuple[int, int] | None:
+    """What threads that fetch keep, and what threads that compute get of the rest; more would be waited for forever.
+
+    None where threads have the most there is from the start.
+    """
+    fetching = 24 if blocks.columns >= 64 else 40
+    launched = 65536 // (128 * (blocks.warpgroups + 1)) // 8 * 8
+    computing = (launched + (launched - fetching) // blocks.warpgroups) // 8 * 8
+    return (fetching, computing) if launched < 248 else None
+
+
 def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
-    plgpu.set_max_registers(40, action="decrease")
     blocks = shape.blocks
+    if registers := _registers(blocks):
+        plgpu.set_max_registers(registers[0], action="decrease")
 
     def visit(unit: _Unit, before: jax.Array) -> None:
         @pl.loop(0, unit.last - unit.first)
@@ -319,7 +343,9 @@ def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
                 where = pl.ds(unit.output * blocks.warpgroups, blocks.warpgroups), pl.ds(block * TILES, TILES)
             plgpu.copy_gmem_to_smem(refs.w.at[where], refs.w_smem.at[slot], full)
             rows = pl.ds(unit.row * blocks.columns, blocks.columns)
-            plgpu.copy_gmem_to_smem(refs.x.at[rows, pl.ds(block * BLOCK, BLOCK)], refs.x_smem.at[slot], full)
+            x_block = refs.x.at[rows, pl.ds(block * BLOCK, BLOCK)]
+            together = "share" if blocks.cluster > 1 else None
+            plgpu.copy_gmem_to_smem(x_block, refs.x_smem.at[slot], full, collective_axes=together)
             if shape.kind.group is not None:
                 group = block * BLOCK // shape.kind.group if shape.kind.group > BLOCK else block * shape.kind.groups
                 where = pl.ds(group, shape.kind.groups), pl.ds(unit.output * shape.outputs, shape.outputs)
@@ -338,7 +364,8 @@ def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
 
 
 def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
-    plgpu.set_max_registers({4: 112, 2: 232, 1: 240}[shape.blocks.warpgroups], action="increase")
+    if registers := _registers(shape.blocks):
+        plgpu.set_max_registers(registers[1], action="increase")
     blocks = shape.blocks
 
     def visit(unit: _Unit, before: jax.Array) -> None:
@@ -519,12 +546,15 @@ def _widen_registers(bits: int, words: Any, zero: Any, start: int, size: int) ->
 
 
 def _store(shape: _Shape, refs: _Refs, wg: jax.Array, unit: _Unit, total: jax.Array, output: jax.Array) -> None:
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last unit's output has left shared memory
     staged = refs.out_smem.at[wg]
-    if shape.interpret:
-        staged[...] = total.T.astype(shape.dtype)
-    else:
-        staged.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED).astype(shape.dtype)
-    plgpu.commit_smem()
-    rows = pl.ds(unit.row * shape.blocks.columns, shape.blocks.columns)
-    plgpu.copy_smem_to_gmem(staged, refs.out.at[unit.split, rows, pl.ds(output, ROWS)])
+    size = min(CHUNK, shape.blocks.columns)
+    for column in range(0, shape.blocks.columns, size):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was there has left shared memory
+        part = total[:, column : column + size]
+        if shape.interpret:
+            staged[...] = part.T.astype(shape.dtype)
+        else:
+            staged.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED).astype(shape.dtype)
+        plgpu.commit_smem()
+        rows = pl.ds(unit.row * shape.blocks.columns + column, size)
+        plgpu.copy_smem_to_gmem(staged, refs.out.at[unit.split, rows, pl.ds(output, ROWS)])
