@@ -188,6 +188,16 @@ def main() -> None:
     options = parser.parse_args()
     parts, kinds = options.part.split(","), options.kinds.split(",")
     sweep = Sweep(options.seconds)
+    if "jt" in parts:
+        spec = QuantMatmulSpec("jt", "int4", M=9, N=256, K=512, group=128, scale_dtype="bfloat16")
+        arrays = spec.inputs()
+        expected = arrays[0].astype(np.float64) @ spec.weight(arrays).T
+        got = np.asarray(api.int4_matmul(*arrays, implementation="jax_triton"), np.float64)
+        say(f"check jax_triton: {np.linalg.norm(got - expected) / np.linalg.norm(expected):.1e}")
+        for M in (1, 16):
+            call = functools.partial(api.int4_matmul, implementation="jax_triton", out_dtype=jnp.bfloat16)
+            sweep.add("gate_up", M, "int4", "jax_triton", call)
+        sweep.run()
     finish = check(sweep.pool, kinds) if "check" in parts else lambda: None
     if "small" in parts:
         for layer, (_, N) in LAYERS.items():
@@ -219,6 +229,8 @@ def main() -> None:
         sweep.add("gate_up", 2048, "bf16", "xla", bf16)
         for kind in kinds:
             sweep.add("gate_up", 2048, kind, "mosaic", mosaic(kind, 2048, N))
+            for cluster in (2, 4):
+                sweep.add("gate_up", 2048, kind, f"cluster {cluster}", mosaic(kind, 2048, N, cluster=cluster))
         call = functools.partial(CALLS["fp8"], implementation="reference", out_dtype=jnp.bfloat16)
         sweep.add("gate_up", 2048, "fp8", "xla", call)
     say(f"{len(sweep.jobs)} jobs lowered")

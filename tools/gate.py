@@ -39,7 +39,8 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
 OURS = ("paged_", "quant_")  # how the kernels of our rooms are named
-REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
+# Plain XLA: nothing of ours to compile; jax_triton compiles with the Triton of the machine it runs on.
+REFERENCES = ("reference", "reference_wide", "jax_triton")
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 

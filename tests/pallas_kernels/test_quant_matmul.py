@@ -95,6 +95,19 @@ def test_the_kernel_has_no_races(kind):
     assert not get_races().races_found
 
 
+@pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])
+@pytest.mark.parametrize("columns", [8, 64, 128])
+def test_warpgroups_never_ask_for_more_registers_than_a_block_was_launched_with(warpgroups, columns):
+    # setmaxnreg waits for registers that somebody gives up; too many asked for is a hang that only a GPU shows.
+    found = mosaic_sm90._registers(mosaic_sm90.Blocks(warpgroups=warpgroups, columns=columns))
+    launched = 65536 // (128 * (warpgroups + 1)) // 8 * 8
+    if found is not None:
+        fetching, computing = found
+        assert fetching + warpgroups * computing <= launched * (warpgroups + 1)
+        assert fetching % 8 == computing % 8 == 0
+        assert fetching < launched <= computing <= 255
+
+
 def test_the_kernel_takes_bf16_only():
     with pytest.raises(NotImplementedError, match="bfloat16 activations here, got float32"):
         mosaic_sm90.refuse(jnp.zeros((1, 128)), 64)
