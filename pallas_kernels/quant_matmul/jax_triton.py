@@ -1,8 +1,8 @@
 """int4 weights in plain Triton through jax-triton: one backend of one op, so that Triton and Pallas stand side by side.
 
-In: bf16 activations of few rows, packed words, scales of groups of 64 or 128; already checked by api.py. Out: [M, N]. Every
-element looks up its own word (eight elements share one, through the L1 cache) and takes its four bits out of it. It is
-here to be compared, and never chosen before the Mosaic kernel. Its custom call is not captured in a CUDA graph.
+In: bf16 activations of few rows, packed words, scales of groups of 64 or 128; already checked by api.py. Out: [M, N].
+Every element looks up its own word (eight elements share one, through the L1 cache) and takes its four bits out of it.
+It is here to be compared, and never chosen before the Mosaic kernel. Its custom call is not captured in a CUDA graph.
 
 jax-triton is no dependency: this module is imported only when the backend is asked for, and needs jax-triton >= 0.3.1
 (which needs Triton >= 3.6) beside JAX; without them the import error is the reason it declines with.
@@ -24,7 +24,7 @@ TILE = 64
 
 
 @triton.jit
-def _int4_tile(
+def _int4_tile(  # noqa: ANN202
     x_ptr,  # noqa: ANN001  bf16[M, K]
     words_ptr,  # noqa: ANN001  i32[N / 64, K / 64, 4, 128]
     scale_ptr,  # noqa: ANN001  [K / group, N]
@@ -34,7 +34,7 @@ def _int4_tile(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-):  # noqa: ANN202
+):
     tile = tl.program_id(0)
     n, k, m = tl.arange(0, 64), tl.arange(0, 64), tl.arange(0, ROWS)
     thread = ((n // 16) * 32 + (n % 8) * 4)[:, None] + ((k % 8) // 2)[None, :]
