@@ -121,7 +121,7 @@ class Sweep:
 
     def add(self, layer: str, M: int, kind: str, label: str, call: Callable[..., Any]) -> None:
         K, N = LAYERS[layer]
-        count = int(max(3, min(24, 3e9 // (K * N * 2))))
+        count = int(max(3, min(24, 3e9 // (K * N * 2))))  # many times the L2
         shapes = jax.eval_shape(functools.partial(make_weights, kind, K, N, count))
         x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
         one = jax.jit(call)
@@ -188,6 +188,31 @@ def main() -> None:
     options = parser.parse_args()
     parts, kinds = options.part.split(","), options.kinds.split(",")
     sweep = Sweep(options.seconds)
+    if "anatomy" in parts:
+        N = LAYERS["gate_up"][1]
+        LAYERS["tiny"] = (128, 256)
+        sweep.add("tiny", 8, "bf16", "xla", bf16)
+        sweep.add("tiny", 8, "int8", "mosaic", mosaic("int8", 8, 256))
+        sweep.add("tiny", 8, "int8", "1 warpgroup", mosaic("int8", 8, 256, warpgroups=1, stages=2))
+        sweep.add("gate_up", 8, "bf16", "xla", bf16)
+        for kind in ("int8", "int4", "fp8"):
+            sweep.add("gate_up", 8, kind, "mosaic", mosaic(kind, 8, N))
+            sweep.add("gate_up", 8, kind, "stream only", mosaic(kind, 8, N, stream_only=True))
+            sweep.add("gate_up", 8, kind, "stream only, 2 wg", mosaic(kind, 8, N, stream_only=True, warpgroups=2))
+            stages = mosaic_sm90.default_blocks(8, N, 4 if kind == "int4" else 8).stages
+            two = dict(warpgroups=2, programs=264, stages=max(2, stages))
+            sweep.add("gate_up", 8, kind, "stream only, 2 wg x 264", mosaic(kind, 8, N, stream_only=True, **two))
+        sweep.add("down", 8, "bf16", "xla", bf16)
+        for splits in (4, 8):
+            sweep.add(
+                "down",
+                8,
+                "int8",
+                f"stream only, splits {splits}",
+                mosaic("int8", 8, 4096, splits=splits, stream_only=True),
+            )
+        say(f"{len(sweep.jobs)} jobs lowered")
+        sweep.run()
     if "jt" in parts:
         spec = QuantMatmulSpec("jt", "int4", M=9, N=256, K=512, group=128, scale_dtype="bfloat16")
         arrays = spec.inputs()
@@ -201,7 +226,7 @@ def main() -> None:
     finish = check(sweep.pool, kinds) if "check" in parts else lambda: None
     if "small" in parts:
         for layer, (_, N) in LAYERS.items():
-            for M in (1, 64):
+            for M in (1, 16, 64):
                 sweep.add(layer, M, "bf16", "xla", bf16)
                 for kind in kinds:
                     sweep.add(layer, M, kind, "mosaic", mosaic(kind, M, N))

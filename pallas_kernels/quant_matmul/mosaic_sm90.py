@@ -45,6 +45,7 @@ class Blocks:
     programs: int = 132
     cluster: int = 1  # programs of neighbouring outputs that fetch x together
     fence: bool = True  # EXPERIMENT: order ordinary reads before the copy engine's writes
+    stream_only: bool = False  # EXPERIMENT: fetch everything, multiply nothing
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def default_blocks(M: int, N: int, bits: int) -> Blocks:
     warpgroups = next(count for count in (4, 2, 1) if N % (ROWS * count) == 0)
     if columns == 128:
         warpgroups = min(warpgroups, 2)
-    scales = warpgroups * ROWS * 8 + columns * 4  # at most
+    scales = warpgroups * ROWS * (32 if bits == 4 else 4) + columns * 4  # at most: groups of 32 with zeros
     stage = warpgroups * ROWS * BLOCK * bits // 8 + columns * BLOCK * 2 + scales
     stages = max(2, min(16, (SHARED_BYTES - warpgroups * ROWS * min(CHUNK, columns) * 4) // stage))
     return Blocks(warpgroups, columns, stages)
@@ -372,17 +373,20 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
         def step(number: jax.Array, total: jax.Array) -> jax.Array:
             slot = lax.rem(before + number, jnp.int32(blocks.stages))
             plgpu.barrier_wait(refs.full.at[slot])
-            total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
+            if not blocks.stream_only:
+                total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
             if blocks.fence:
                 plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
             plgpu.barrier_arrive(refs.free.at[slot])
             return total
 
+        output = unit.output * shape.outputs + wg * ROWS
+        scale = None
+        if shape.kind.group is None:  # asked for now: nothing waits for it until the end
+            scale = plgpu.load(refs.scale.at[pl.ds(output, ROWS)], layout=_by_output(), optimized=False)
         start = plgpu.layout_cast(jnp.zeros((ROWS, blocks.columns), jnp.float32), plgpu.Layout.WGMMA)
         total = lax.fori_loop(0, unit.last - unit.first, step, start)
-        output = unit.output * shape.outputs + wg * ROWS
-        if shape.kind.group is None:
-            scale = plgpu.load(refs.scale.at[pl.ds(output, ROWS)], layout=_by_output(), optimized=False)
+        if scale is not None:
             total *= lax.broadcast_in_dim(scale.astype(jnp.float32), total.shape, [0])
             if shape.kind.by_row:
                 rows = pl.ds(unit.row * blocks.columns, blocks.columns)
