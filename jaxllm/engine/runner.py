@@ -81,6 +81,7 @@ class Runner:
     executables: Executables
     ladder: Ladder
     vocab_size: int
+    logits_sharding: jax.sharding.Sharding
     metrics: Metrics = field(default_factory=Metrics)
     steps: int = 0
     last_tokens: jax.Array = field(init=False)  # i32[S+1]: what each row sampled last
@@ -96,7 +97,7 @@ class Runner:
         rows = self.counts.shape[0] - 1
         self.last_tokens = jax.device_put(np.zeros(rows + 1, np.int32), self.counts.sharding)
         for bucket in self.ladder.decode_rows:
-            empty = jax.numpy.zeros((bucket, self.vocab_size), np.float32, device=self.counts.sharding)
+            empty = jax.numpy.zeros((bucket, self.vocab_size), np.float32, device=self.logits_sharding)
             self._logits[bucket] = empty
         self._page_table = np.zeros((rows, self.ladder.width), np.int32)
         self._num_pages = np.zeros(rows, np.int64)

@@ -23,12 +23,14 @@ import jax.numpy as jnp
 from jaxllm.core import MAX_LOGIT_BIAS
 from jaxllm.graph import sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
-from jaxllm.graph.steps import Graph, SampleMode
+from jaxllm.graph.steps import Graph, SampleMode, Stepped
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
+STEP_TAKES, STEP_GIVES = ("params", "kv", "whole", "logits", "whole"), Stepped("whole", "whole", "logits", "kv", "whole")
+SAMPLE_TAKES, SAMPLE_GIVES = ("whole", "whole", "logits", *["whole"] * 4), ("whole", "whole", "whole")
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -109,6 +111,7 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
+    spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
     vocab = graph.config.vocab_size
 
     def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -117,18 +120,21 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
         # keep_unused: the logits' memory comes in only to be written over.
-        jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
-        logits = spec(jnp.float32, shape.rows, vocab)
+        function = spread(functools.partial(steps.step, graph, shape), STEP_TAKES, STEP_GIVES)
+        jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
+        logits = jax.ShapeDtypeStruct((shape.rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
         yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = counts, last_tokens, spec(jnp.float32, rows, vocab), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
+        args = counts, last_tokens, logits, spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
         for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
-            jitted = jax.jit(functools.partial(steps.sample, mode), donate_argnums=(0, 1))
-            yield ("sample", rows, mode), jitted, args
+            function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
+            yield ("sample", rows, mode), jax.jit(function, donate_argnums=(0, 1)), args
     for tokens in ladder.mixed_tokens:
-        jitted = jax.jit(functools.partial(steps.prompt_logprobs, graph))
+        function = functools.partial(steps.prompt_logprobs, graph)
+        jitted = jax.jit(spread(function, ("params", "whole", "whole"), ("whole",) * 4))
         hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
         yield ("prompt_logprobs", tokens), jitted, (params, hidden, spec(jnp.int32, tokens))
     scalar = spec(jnp.int32)

@@ -24,6 +24,8 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from sharding.collectives import ALONE, Exchange
+from sharding.placement import Placement
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
@@ -59,10 +61,21 @@ class Graph:
     page_size: int
     num_pages: int
     reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
+    placement: Placement | None = None  # where the model is spread; `graphdef` is then one shard's, `config` the whole's
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
         return merge(self.graphdef, params)
+
+    def exchange(self, shape: StepShape | None = None) -> Exchange:
+        """How the shards meet: in a step of this shape, or at the head."""
+        if self.placement is None:
+            return ALONE
+        return self.placement.exchange(None if shape is None or shape.decode else shape.tokens)
+
+    def logits_sharding(self, alone: jax.sharding.Sharding) -> jax.sharding.Sharding:
+        """Of [R, V] logits, given that of everything on one device."""
+        return alone if self.placement is None else self.placement.sharding("logits")
 
 
 def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
@@ -113,16 +126,18 @@ def step(
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
-    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
+    attend = paged_attend(graph, inputs, kv)
+    hidden = model(inputs.token_ids, inputs.positions, attend, graph.exchange(shape))
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
-    tokens, bad = sampling.greedy(logits)
+    tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
     sampled = Sampled(jnp.where(bad, -1, tokens))
     return Stepped(sampled, None if shape.decode else hidden, logits, kv, last_tokens)
 
 
 def sample(
+    exchange: Exchange,
     mode: SampleMode,
     counts: UInt[Array, "S1 V"],
     last_tokens: Int[Array, " S1"],
@@ -139,7 +154,7 @@ def sample(
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
     top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
-        logits, inputs, counts, num_logprobs=top
+        exchange.vocabulary(logits), inputs, counts, num_logprobs=top
     )
     last_tokens = last_tokens.at[inputs.row].set(tokens)
     tokens = jnp.where(bad, -1, tokens)
@@ -155,11 +170,11 @@ def prompt_logprobs(
 
     Blocks of positions take turns, so that the [T, V] logits never exist at one time.
     """
-    model, total = graph.model(params), hidden.shape[0]
+    model, exchange, total = graph.model(params), graph.exchange(), hidden.shape[0]
     block = min(LOGPROB_BLOCK, total)
 
     def one_block(args: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
-        return sampling.token_logprobs(model.logits(args[0]), args[1], MAX_LOGPROBS)
+        return sampling.token_logprobs(exchange.vocabulary(model.logits(args[0])), args[1], MAX_LOGPROBS)
 
     pad = -total % block
     rows = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, block, hidden.shape[1])
