@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -74,6 +73,7 @@ class Spread(Exchange):
 
     axes: tuple[str, ...]
     scatter: bool = False
+    groups: tuple[tuple[int, ...], ...] | None = None  # ids of the devices that meet, in the order of `axes`
     implementation: str | None = None  # of all_reduce: None lets the dispatch choose
 
     def lookup(self, table: Float[Array, "Vlocal D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
@@ -87,7 +87,7 @@ class Spread(Exchange):
     def leave(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]:
         if self.scatter:
             return lax.psum_scatter(partial, self.axes, scatter_dimension=0, tiled=True)
-        return all_reduce(partial, self.axes, implementation=self.implementation)
+        return all_reduce(partial, self.axes, self.groups, implementation=self.implementation)
 
     def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
         return lax.all_gather(logits, self.axes, axis=logits.ndim - 1, tiled=True)
@@ -105,12 +105,11 @@ class Spread(Exchange):
 
 
 def all_reduce(
-    x: Float[Array, "*shape"], axes: str | tuple[str, ...], *, implementation: str | None = None
+    x: Float[Array, "*shape"],
+    axes: str | tuple[str, ...],
+    groups: tuple[tuple[int, ...], ...] | None = None,
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "*shape"]:
     """The sum over the devices along `axes`, the same bits on each of them. Inside shard_map only."""
-    return api.all_reduce(x, axes, implementation=implementation)
-
-
-def devices_along(axes: tuple[str, ...]) -> int:
-    """How many devices meet, inside a shard_map."""
-    return jax.lax.axis_size(axes)
+    return api.all_reduce(x, axes, groups, implementation=implementation)

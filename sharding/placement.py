@@ -65,7 +65,13 @@ class Placement:
         if not self.shard_axes:
             return ALONE
         scatter = self.config.sequence_parallel and tokens is not None and tokens % self.config.width == 0
-        return Spread(self.shard_axes, scatter, self.implementation)
+        return Spread(self.shard_axes, scatter, self.groups, self.implementation)
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the devices that hold one model between them, in the order of its shards; one group a seq shard."""
+        ids = np.vectorize(lambda device: device.id, otypes=[int])(self.mesh.devices)
+        return tuple(tuple(map(int, group)) for group in ids.reshape(-1, self.config.width))
 
     # ---- parameters ----
 

@@ -6,6 +6,6 @@ import jax
 from jax import lax
 
 
-def all_reduce(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+def all_reduce(x: jax.Array, axes: str | tuple[str, ...], groups: tuple[tuple[int, ...], ...] | None) -> jax.Array:
     """See api.all_reduce."""
     return lax.psum(x, axes)
