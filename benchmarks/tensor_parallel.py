@@ -35,7 +35,7 @@ from jaxllm.graph.inputs import pack
 from jaxllm.graph.kv_cache import KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract
-from jaxllm.graph.spread import leaf_placer, spread
+from jaxllm.graph.spread import Home, spread
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import random
 from pallas_kernels.all_reduce import api, shots
@@ -146,16 +146,15 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
     config = MeshConfig(tensor=n)
     placement = spread(model, stage_meshes(config)[0][0], config, {"psum": "reference", "cuda": "cuda"}[way]) if n > 1 else None
     start = time.perf_counter()
-    place = leaf_placer(placement, model) if placement else None
-    params = jax.block_until_ready(random.dummy(model, jnp.bfloat16, 0, jax.devices()[0], place))
+    home = Home(model, jax.devices()[0], placement)
+    params = jax.block_until_ready(random.dummy(model, jnp.bfloat16, 0, home.device, home.place))
     loaded = time.perf_counter() - start
     width = -(-(CONTEXT + 64) // PAGE)
     pages = max(batches) * width
-    local = placement.local_model() if placement else model
-    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    spec = KVCacheSpec(model.num_layers, local.num_kv_heads * n, model.head_dim, PAGE, pages, jnp.dtype(jnp.bfloat16))
-    kv = allocate(spec, placement.sharding("kv") if placement else alone)
-    counts = jnp.zeros((max(batches) + 1, model.vocab_size), jnp.uint16, device=placement.whole if placement else alone)
+    local = home.held
+    spec = KVCacheSpec(model.num_layers, local.num_kv_heads, model.head_dim, PAGE, pages, jnp.dtype(jnp.bfloat16))
+    kv = allocate(home.kv_shapes(spec))
+    counts = jnp.zeros((max(batches) + 1, model.vocab_size), jnp.uint16, device=home.whole)
     graph = Graph(abstract(local, jnp.bfloat16)[0], model, PAGE, pages, False, placement)
     start = time.perf_counter()
     ladder = Ladder(batches, (), width)
@@ -169,7 +168,7 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
         page_table = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
         packed = pack(shape_, [5] * batch, [1] * batch, [CONTEXT] * batch, list(range(batch)), page_table, max(batches))
         last = jax.device_put(np.zeros(max(batches) + 1, np.int32), counts.sharding)
-        logits = jnp.zeros((batch, model.vocab_size), jnp.float32, device=graph.logits_sharding(alone))
+        logits = jnp.zeros((batch, model.vocab_size), jnp.float32, device=home.sharding("logits"))
         run = table[shape_]
         packed = jax.device_put(packed, counts.sharding)
         best, dispatch = 1e9, 1e9
