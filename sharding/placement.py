@@ -38,6 +38,7 @@ class Placement:
         self.roles.setdefault("whole", P())
         self.roles.setdefault("kv", self.kv_spec)
         self.roles.setdefault("logits", P(None, self.shard_axes or None))
+        self.roles.setdefault("tokens", P(self.shard_axes or None))
 
     @property
     def shard_axes(self) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class Ladder:
 class Executables:
     """Compiled step functions by what they are and their bucket, and how long each took."""
 
-    table: dict[Key, jax.stages.Compiled] = field(default_factory=dict)
+    table: dict[Key, Any] = field(default_factory=dict)
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -87,17 +87,19 @@ class Executables:
 
     def _memory(self) -> Iterable[Any]:
         for executable in self.table.values():
+            if not isinstance(executable, jax.stages.Compiled):
+                continue  # composed of others here
             analysis = executable.memory_analysis()
             if analysis is not None:
                 yield analysis
 
-    def step(self, shape: StepShape) -> jax.stages.Compiled:
+    def step(self, shape: StepShape) -> Any:
         return self.table["step", shape]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
-    def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
+    def prompt_logprobs(self, tokens: int) -> Any:
         return self.table["prompt_logprobs", tokens]
 
     @property
@@ -109,8 +111,33 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
-    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
+def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, last_tokens: Any) -> Iterable[Job]:
+    """A pipeline stage before the last."""
+    params, kv = _abstract(params), _abstract(kv)
+    spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
+    for shape in ladder.shapes():
+        carry, role = (last_tokens, "whole") if number == 0 else residual(graph, shape, params)
+        gives = (residual(graph, shape, params)[1], "kv")
+        function = spread(functools.partial(steps.pass_on, graph, shape), ("params", "kv", role, "whole"), gives)
+        packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=last_tokens.sharding)
+        carry = jax.ShapeDtypeStruct(carry.shape, carry.dtype, sharding=carry.sharding)
+        yield ("stage", number, shape), jax.jit(function, donate_argnums=(1,)), (params, kv, carry, packed)
+
+
+def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
+    """The residual stream between two stages of a step of this shape, where it lies in the later one, and its role."""
+    leaf = jax.tree.leaves(params)[0]
+    spread_out = graph.exchange(shape).scatter
+    role = "tokens" if spread_out else "whole"
+    sharding = leaf.sharding if graph.placement is None else graph.placement.sharding(role)
+    return jax.ShapeDtypeStruct((shape.tokens, graph.config.d_model), leaf.dtype, sharding=sharding), role
+
+
+def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, stage: int = 0) -> Iterable[Job]:
+    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change.
+
+    With `stage`, of a pipeline's last stage, which is that one.
+    """
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
     spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
@@ -122,10 +149,12 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
         # keep_unused: the logits' memory comes in only to be written over.
-        function = spread(functools.partial(steps.step, graph, shape), STEP_TAKES, STEP_GIVES)
+        more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
+        function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
         jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
         logits = jax.ShapeDtypeStruct((shape.rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
-        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
+        key = ("stage", stage, shape) if stage else ("step", shape)
+        yield key, jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size), *more)
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
@@ -154,9 +183,14 @@ def compile_all(
     threads: int,
     progress: Progress | None = None,
 ) -> Executables:
+    """All that a model on one device or mesh runs."""
+    return compile_jobs(jobs_of(graph, ladder, params, kv, counts), threads, progress)
+
+
+def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None) -> Executables:
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
-    jobs = list(_jobs(graph, ladder, params, kv, counts))
+    jobs = list(wanted)
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()

@@ -117,23 +117,44 @@ def step(
     last_tokens: Int[Array, " S1"],
     logits: Float[Array, "R V"],
     packed: Int[Array, " n"],
+    x: Float[Array, "T D"] | None = None,
 ) -> Stepped:
     """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
 
-    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address.
+    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address. `x` is what
+    the pipeline stage before passed on; without it this is the whole model.
     """
     del logits
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
     attend = paged_attend(graph, inputs, kv)
-    hidden = model(inputs.token_ids, inputs.positions, attend, graph.exchange(shape))
+    exchange = graph.exchange(shape)
+    x = model.begin(inputs.token_ids, exchange) if x is None else x
+    hidden = model.end(model.through(x, inputs.positions, attend, exchange), exchange)
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
     sampled = Sampled(jnp.where(bad, -1, tokens))
     return Stepped(sampled, None if shape.decode else hidden, logits, kv, last_tokens)
+
+
+def pass_on(
+    graph: Graph,
+    shape: StepShape,
+    params: Params,
+    kv: KVCache,
+    carry: Int[Array, " S1"] | Float[Array, "T D"],
+    packed: Int[Array, " n"],
+) -> tuple[Float[Array, "T D"], KVCache]:
+    """A pipeline stage before the last: from the rows' last tokens, or the stage before, to the stage behind."""
+    starts = jnp.issubdtype(carry.dtype, jnp.integer)
+    last_tokens = carry if starts else jnp.zeros(1, jnp.int32)
+    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
+    kv, model, exchange = list(kv), graph.model(params), graph.exchange(shape)
+    x = model.begin(inputs.token_ids, exchange) if starts else carry
+    return model.through(x, inputs.positions, paged_attend(graph, inputs, kv), exchange), kv
 
 
 def sample(
