@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.core import FinishReason, Request, SamplingParams, Sequence, TokenOutput
+from jaxllm.engine.decoding.structured import GrammarCompiler
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.intake import Intake
 from jaxllm.graph.models.config import ModelConfig
@@ -46,6 +47,10 @@ class ReplicatedEngine:
     @property
     def default_params(self) -> SamplingParams:
         return self.engines[0].default_params
+
+    @property
+    def grammars(self) -> GrammarCompiler | None:
+        return self.engines[0].grammars
 
     @property
     def intake(self) -> Intake:

@@ -157,8 +157,10 @@ def _plan(
         needed = estimate_workspace_bytes(config, held) if workspace is None else workspace
         plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.device))
         specs.append(spec)
-    plan = min(plans, key=lambda plan: plan.num_pages)
-    return plan, [spec.with_pages(max(1, plan.num_pages // len(homes))) for spec in specs]
+    plan, deep = min(plans, key=lambda plan: plan.num_pages), config.mesh.seq
+    lane = max(1, plan.num_pages // len(homes))
+    pages = lane * deep if config.cache.num_pages is None else max(1, lane // deep) * deep
+    return plan, [spec.with_pages(pages) for spec in specs]
 
 
 def _runners(

@@ -127,8 +127,8 @@ def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, 
 def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
     """The residual stream between two stages of a step of this shape, where it lies in the later one, and its role."""
     leaf = jax.tree.leaves(params)[0]
-    spread_out = graph.exchange(shape).scatter
-    role = "tokens" if spread_out else "whole"
+    parts = ["context"] * graph.dealt(shape)[2] + ["tokens"] * graph.exchange(shape).scatter
+    role = " ".join(parts) or "whole"
     sharding = leaf.sharding if graph.placement is None else graph.placement.sharding(role)
     return jax.ShapeDtypeStruct((shape.tokens, graph.config.d_model), leaf.dtype, sharding=sharding), role
 

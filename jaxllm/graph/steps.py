@@ -8,6 +8,7 @@ an array argument here, so nothing a client sends may cause a compile.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,13 +25,16 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from pallas_kernels.partial_attention.api import partial_attention
 from sharding.collectives import ALONE, Exchange
+from sharding.context import Context
 from sharding.placement import Placement
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
+_partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -71,18 +75,36 @@ class Graph:
         """How the shards meet: in a step of this shape, or at the head."""
         if self.placement is None:
             return ALONE
-        return self.placement.exchange(None if shape is None or shape.decode else shape.tokens)
+        if shape is None or shape.decode:
+            return self.placement.exchange()
+        share = self.context is not None and self.context.shares(shape.tokens)
+        return self.placement.exchange(shape.tokens // self.placement.config.seq if share else shape.tokens)
+
+    @property
+    def context(self) -> Context | None:
+        """Set where the keys of a sequence are spread over devices."""
+        return None if self.placement is None else self.placement.context
+
+    def dealt(self, shape: StepShape) -> tuple[Callable[[Array], Array], Callable[[Array], Array], bool]:
+        """How this step's tokens are dealt out for the products, and brought together again; and whether they are."""
+        context = self.context
+        if context is None or shape.decode or not context.shares(shape.tokens):
+            return (lambda x: x), (lambda x: x), False
+        return context.own, context.all, True
 
     def logits_sharding(self, alone: jax.sharding.Sharding) -> jax.sharding.Sharding:
         """Of [R, V] logits, given that of everything on one device."""
         return alone if self.placement is None else self.placement.sharding("logits")
 
 
-def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
+def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache, share: bool = False) -> Attend:
     """The attention callback of serving: write this step's keys and values to their pages, then read the pages.
 
-    `kv` is updated in place as the layers go by, so after the model call it holds the new pages.
+    `kv` is updated in place as the layers go by, so after the model call it holds the new pages. With `share`, each
+    device along the context's axis comes with its share of the tokens.
     """
+    if graph.context is not None:
+        return context_attend(graph, graph.context, inputs, kv, share)
     scale = graph.config.attention_scale
     decode, ragged = ("reference", "reference_wide") if graph.reference_attention else (None, None)
 
@@ -95,6 +117,24 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
             return _decode(q, *pages, *rows, scale=scale, window=window, implementation=decode)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
         return _ragged(q, *pages, *args, scale=scale, window=window, implementation=ragged)
+
+    return attend
+
+
+def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCache, share: bool) -> Attend:
+    """The same where every device holds some of each row's keys."""
+    own_pages, page_size = kv[0][0].shape[0], graph.page_size
+    slots = context.slots(inputs.slots, page_size, own_pages)
+    live = inputs.slots < graph.num_pages * page_size
+    positions = jnp.where(live, inputs.positions, -1)
+    keys = context.keys(inputs.page_table, inputs.kv_lens, inputs.rows, positions, page_size)
+
+    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+        if share:
+            q, k, v = context.all(q), context.all(k), context.all(v)
+        kv[layer] = _write(*kv[layer], k, v, slots)
+        out, lse = _partial(q, *kv[layer], keys.table, inputs.rows, keys.visible, scale=graph.config.attention_scale)
+        return context.merge(out, lse, share).astype(q.dtype)
 
     return attend
 
@@ -128,10 +168,11 @@ def step(
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
-    attend = paged_attend(graph, inputs, kv)
+    own, together, share = graph.dealt(shape)
+    attend = paged_attend(graph, inputs, kv, share)
     exchange = graph.exchange(shape)
-    x = model.begin(inputs.token_ids, exchange) if x is None else x
-    hidden = model.end(model.through(x, inputs.positions, attend, exchange), exchange)
+    x = model.begin(own(inputs.token_ids), exchange) if x is None else x
+    hidden = together(model.end(model.through(x, own(inputs.positions), attend, exchange), exchange))
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
@@ -153,8 +194,9 @@ def pass_on(
     last_tokens = carry if starts else jnp.zeros(1, jnp.int32)
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv, model, exchange = list(kv), graph.model(params), graph.exchange(shape)
-    x = model.begin(inputs.token_ids, exchange) if starts else carry
-    return model.through(x, inputs.positions, paged_attend(graph, inputs, kv), exchange), kv
+    own, _, share = graph.dealt(shape)
+    x = model.begin(own(inputs.token_ids), exchange) if starts else carry
+    return model.through(x, own(inputs.positions), paged_attend(graph, inputs, kv, share), exchange), kv
 
 
 def sample(
