@@ -192,7 +192,8 @@ def _compile(
         with _timed(report, "compile cache"):
             report.compile_cache = open_cache(config.compile.directory)
     page_size, width = config.cache.page_size, -(-config.model.max_model_len // config.cache.page_size)
-    ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
+    deterministic = config.scheduler.deterministic
+    ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width, deterministic)
     final, dtype = homes[-1], jnp.dtype(config.model.dtype)
     counts_shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
     counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=final.whole)

@@ -83,15 +83,16 @@ class StagedStep:
 
     stages: tuple[Any, ...]  # compiled
     carries: tuple[Any, ...]  # where each stage wants what it is handed: shardings
+    wholes: tuple[Any, ...]  # where each keeps what all its devices hold
 
-    def __call__(self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, logits: Any, packed: Any) -> Stepped:
+    def __call__(self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, results: Any, packed: Any) -> Stepped:
         carry, new_kv = last_tokens, []
         *before, last = self.stages
-        for stage, wants, own, pages in zip(before, self.carries, params, kv):
-            carry, pages = stage(own, pages, jax.device_put(carry, wants), packed)
+        for stage, wants, whole, own, pages in zip(before, self.carries, self.wholes, params, kv):
+            carry, pages = stage(own, pages, jax.device_put(carry, wants), jax.device_put(packed, whole))
             new_kv.append(pages)
         x = jax.device_put(carry, self.carries[-1])
-        stepped: Stepped = last(params[-1], kv[-1], last_tokens, logits, packed, x)
+        stepped: Stepped = last(params[-1], kv[-1], last_tokens, results, packed, x)
         return stepped._replace(kv=[*new_kv, stepped.kv])
 
 
@@ -146,6 +147,6 @@ def _staged(
 ) -> StagedStep:
     stages = tuple(executables.table["stage", number, shape] for number in range(len(graphs)))
     between = [residual(graph, shape, own)[0].sharding for graph, own in zip(graphs[1:], params[1:])]
-    return StagedStep(stages, (wholes[0], *between))
+    return StagedStep(stages, (wholes[0], *between), tuple(wholes))
 
 

@@ -42,8 +42,12 @@ class SampleMode(enum.StrEnum):
     """What the batch's most demanding row asks of the sampler. GREEDY is part of every step."""
 
     GREEDY = "greedy"
-    SAMPLE = "sample"
+    RANDOM = "random"  # temperature, masks, biases and penalties
+    SAMPLE = "sample"  # and top_k, top_p, min_p
     LOGPROBS = "logprobs"
+
+
+SAMPLER_MODES = tuple(mode for mode in SampleMode if mode is not SampleMode.GREEDY)  # an executable of its own each
 
 
 class Sampled(NamedTuple):
@@ -139,14 +143,34 @@ def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCac
     return attend
 
 
-class Stepped(NamedTuple):
-    """What a step leaves: results, then the state it was given, updated in place."""
+class Results(NamedTuple):
+    """What a step writes for whoever samples from it or reads it."""
 
-    sampled: Sampled  # greedy
-    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
+    token_ids: Int[Array, " R"]  # greedy; -1: the row's logits held NaN or infinity
     logits: Float[Array, "R V"]  # of each row's last token
+
+
+class Stepped(NamedTuple):
+    """What a step leaves: what it was given, updated in place, and the hidden states of every token."""
+
     kv: KVCache
     last_tokens: Int[Array, " S1"]
+    results: Results
+    hidden: Float[Array, "T D"] | None  # None after a decode step
+
+
+# A step is one CUDA graph, recorded anew whenever the address of anything it reads or writes has changed. So what comes
+# from the host is copied to one place first (feed), and what goes there is copied from one place (fetch).
+
+
+def feed(place: Int[Array, " n"], packed: Int[Array, " n"]) -> Int[Array, " n"]:
+    """The inputs, at the address of `place`, which is donated."""
+    return place.at[:].set(packed)
+
+
+def fetch(token_ids: Int[Array, " R"]) -> Int[Array, " R"]:
+    """A copy that the next step does not write over."""
+    return jnp.copy(token_ids)
 
 
 def step(
@@ -155,16 +179,16 @@ def step(
     params: Params,
     kv: KVCache,
     last_tokens: Int[Array, " S1"],
-    logits: Float[Array, "R V"],
+    results: Results,
     packed: Int[Array, " n"],
     x: Float[Array, "T D"] | None = None,
 ) -> Stepped:
     """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
 
-    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address. `x` is what
+    `results` is the memory of an earlier step's: donated, so that the new ones come to the same address. `x` is what
     the pipeline stage before passed on; without it this is the whole model.
     """
-    del logits
+    del results
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
@@ -177,8 +201,7 @@ def step(
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    sampled = Sampled(jnp.where(bad, -1, tokens))
-    return Stepped(sampled, None if shape.decode else hidden, logits, kv, last_tokens)
+    return Stepped(kv, last_tokens, Results(jnp.where(bad, -1, tokens), logits), None if shape.decode else hidden)
 
 
 def pass_on(
@@ -217,11 +240,11 @@ def sample(
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
     top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
-        exchange.vocabulary(logits), inputs, counts, num_logprobs=top
+        exchange.vocabulary(logits), inputs, counts, num_logprobs=top, truncates=mode is not SampleMode.RANDOM
     )
     last_tokens = last_tokens.at[inputs.row].set(tokens)
     tokens = jnp.where(bad, -1, tokens)
-    if mode is SampleMode.SAMPLE:
+    if mode is not SampleMode.LOGPROBS:
         return Sampled(tokens), counts, last_tokens
     return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
 
