@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,11 @@ LARGE_TOKENS = 256
 LARGE_PRODUCTS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
-RESULTS = Results("whole", "logits")  # the roles of step's arguments and results on a mesh
-STEP_TAKES, STEP_GIVES = ("params", "kv", "whole", RESULTS, "whole"), Stepped("kv", "whole", RESULTS, "whole")
-SAMPLE_TAKES, SAMPLE_GIVES = ("whole", "whole", "logits", *["whole"] * 4), ("whole", "whole", "whole")
+# The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
+WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
+RESULTS = Results(WHOLE, LOGITS)
+STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, RESULTS, WHOLE), Stepped(KV, WHOLE, RESULTS, WHOLE)
+SAMPLE_TAKES, SAMPLE_GIVES = (WHOLE, WHOLE, LOGITS, *[WHOLE] * 4), (WHOLE, WHOLE, WHOLE)
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -219,7 +221,6 @@ def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None)
     def large(key: Key) -> bool:
         shape = key[-1]
         return on_gpu and key[0] in ("step", "stage") and not shape.decode and shape.tokens >= LARGE_TOKENS
-
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()

@@ -1,9 +1,9 @@
 """The decoder-only transformer all families share, as a Flax description and as pure functions of a pytree.
 
 In: token ids, positions, `attend`, a callback that does the attention of one layer, and `exchange`, through which the
-shards of a spread model meet. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come
-from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
-arrays into `graphdef` inside its trace.
+shards of a spread model meet. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of pages,
+batches, ranks or sampling, nor where weights come from: `abstract(config)` gives their shapes, `axes(config)` their
+logical axes, and a step merges a plain pytree of arrays into `graphdef` inside its trace.
 
     graphdef, shapes = abstract(config, dtype)
     model = merge(graphdef, params)                  # in the trace
