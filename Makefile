@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-gpu bench gate lock clean
+.PHONY: help demo test check test-mesh test-gpu bench gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ check: .venv/.dev ## format, lint, types, import contracts, sizes
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 	@$(PYTEST) tests/test_architecture.py
+
+test-mesh: .venv/.dev ## every mix of parallelisms on simulated devices; rewrites the table of docs/parallelism.md
+	@$(PYTEST) -m "mesh or not mesh" tests/sharding/test_matrix.py
 
 test-gpu: ## kernels and engine on the GPU of this machine
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/pallas_kernels

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.core import JaxLLMError
+from sharding.axes import MeshConfig
 
 AUTO = 0  # the value of a number that `resolve` fills in
 BUNDLED_MODEL = "first-light"
@@ -203,6 +204,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = _knob(0, _integer(-(2**63), 2**63 - 1))  # of dummy weights and of requests without a seed
     fault: str = _knob("", _text)  # fault points for tests, see jaxllm.engine.faults
     log_level: str = _knob("warning", _choice("debug", "info", "warning", "error"))
@@ -216,6 +218,7 @@ SECTIONS: dict[str, type] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
+    "mesh": MeshConfig,
 }
 
 
