@@ -20,6 +20,7 @@ import typer
 from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
+from serve.commands.gateway import command as gateway_command
 from serve.commands.serve import command as serve_command
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def env(
 
 
 app.command("serve")(serve_command)
+app.command("gateway")(gateway_command)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxllm.config import ConfigError, environment_api_key, load, load_front_table, model_directory, show
+from jaxllm.config import ConfigError, environment_api_key, load, load_table, model_directory, show
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.messages import Ready
 from serve.settings import FrontSettings, hash_key
@@ -190,7 +190,7 @@ def _serve(given: dict[str, Any]) -> int:
         "keys": read_keys(given.get("api_key"), given.get("api_key_file"), environment_api_key()),
         "admin_keys": read_keys(given.get("admin_key"), None),
     }
-    settings = front_settings(load_front_table(config), flags, engine_config.model.path, keys)
+    settings = front_settings(load_table(config, "server"), flags, engine_config.model.path, keys)
     if given["print_config"]:
         typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
         return 0
