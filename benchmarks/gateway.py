@@ -48,6 +48,7 @@ STREAM = (
     + b"%x\r\n%b\r\n" % (len(EVENT), EVENT) * EVENTS
     + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 )
+MOST_CONNECTIONS = 256
 READY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 PREFIXES = [" ".join(random.Random(seed).choices(("alpha", "beta", "gamma", "delta"), k=300)) for seed in range(50)]
 
@@ -134,17 +135,22 @@ async def open_loop(port: int, rate: float, seconds: float, stream: bool) -> lis
     made = requests(min(count, 2000), stream)
     began = time.perf_counter() + 0.05
     gaps = random.Random(0)
-    due = began
+    due, opened = began, 0
     for i in range(count):
         due += gaps.expovariate(rate)  # Poisson
         while (left := due - time.perf_counter()) > 0:
             await asyncio.sleep(left if left > 0.002 else 0)
+        while not free and opened >= MOST_CONNECTIONS:
+            await asyncio.sleep(0.001)  # the wait counts: latency is from the due time
         if not free:
+            opened += 1
             _, caller = await loop.create_connection(lambda: Caller(free, found), "127.0.0.1", port)
             free.append(caller)
         free.pop().ask(made[i % len(made)], due)
+    limit = time.perf_counter() + 20
     while len(found) < count:
         await asyncio.sleep(0.01)
+        assert time.perf_counter() < limit, f"{count - len(found)} of {count} requests have no answer"
     for caller in free:
         caller.transport.close()
     return sorted(found)

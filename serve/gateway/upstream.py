@@ -204,7 +204,7 @@ class Whole:
 
 
 async def fetch(pool: Pool, path: str, timeout_s: float, headers: Headers | None = None) -> tuple[int, bytes]:
-    """GET: (status, body), on a connection of its own; OSError or TimeoutError."""
+    """GET: (status, body), on a new connection; OSError or TimeoutError."""
     async with asyncio.timeout(timeout_s):
         connection = await pool.connection(fresh=True)
         sink = Whole()
@@ -213,7 +213,8 @@ async def fetch(pool: Pool, path: str, timeout_s: float, headers: Headers | None
             body = await sink.done
             return sink.status, body
         finally:
-            connection.give_up()
+            if connection.serves(sink):  # else it is kept, and may be another's already
+                connection.give_up()
 
 
 NOT_PASSED_ON = frozenset(
