@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.core import JaxLLMError
+from sharding.axes import MeshConfig
 
 AUTO = 0  # the value of a number that `resolve` fills in
 BUNDLED_MODEL = "first-light"
@@ -156,6 +157,7 @@ class SchedulerConfig:
     token_budget: int = _knob(AUTO, _integer(1, 2**20, auto=True), "max_num_batched_tokens")
     max_prefill_chunk: int | None = _knob(None, _integer(1, 2**20, optional=True), "long_prefill_token_threshold")
     policy: str = _knob("fcfs", _choice("fcfs", "priority"), "scheduling_policy")
+    overlap: bool = _knob(True, _flag, "async_scheduling")  # launch the next step before the last one is read
 
     def __post_init__(self) -> None:
         _check_fields(self, "scheduler.")
@@ -187,6 +189,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = _knob(0, _integer(-(2**63), 2**63 - 1))  # of dummy weights and of requests without a seed
     fault: str = _knob("", _text)  # fault points for tests, see jaxllm.engine.faults
     log_level: str = _knob("warning", _choice("debug", "info", "warning", "error"))
@@ -200,6 +203,7 @@ SECTIONS: dict[str, type] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
+    "mesh": MeshConfig,
 }
 
 

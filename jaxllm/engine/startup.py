@@ -33,9 +33,12 @@ from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
+from jaxllm.graph.spread import leaf_placer, spread
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
+from sharding.mesh import stage_meshes
+from sharding.placement import Placement
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
@@ -69,6 +72,7 @@ def start(
     report = StartReport()
     tell = progress or (lambda phase, share: None)
     with _timed(report, "devices"):
+        meshes = stage_meshes(config.mesh) if config.mesh.size > 1 else None
         device = device or jax.devices()[0]
     directory = model_directory(config.model.path)
     with _timed(report, "config"):
@@ -79,9 +83,10 @@ def start(
         named = tokenizer.eos_token_ids if tokenizer is not None else ()
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
+        placement = None if meshes is None else spread(model_config, meshes[0][0], config.mesh)
     with _timed(report, "weights"):
-        params = _params(config, model_config, directory, device, tell)
-    runner = _runner(config, model_config, params, device, report, tell)
+        params = _params(config, model_config, directory, device, placement, tell)
+    runner = _runner(config, model_config, params, device, placement, report, tell)
     pool = PagePool(runner.kv[0][0].shape[0], config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
@@ -91,7 +96,7 @@ def start(
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
     prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
-    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
+    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
     log.info("%s", report)
     grammars = _grammars(directory, model_config)
     return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
@@ -111,15 +116,21 @@ def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | N
     return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos))
 
 
-def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
+def _params(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    directory: Path,
+    device: Device,
+    placement: Placement | None,
+    tell: Progress,
+) -> Params:
     dtype = jnp.dtype(config.model.dtype)
+    place = None if placement is None else leaf_placer(placement, model_config)
     if config.model.load_format == "dummy":
-        params = random.dummy(model_config, dtype, config.seed, device)
-    else:
-        params = loader.load(
-            directory, model_config, dtype, device, progress=lambda done, total: tell("weights", done / total)
-        )
-    return jax.block_until_ready(params)
+        return jax.block_until_ready(random.dummy(model_config, dtype, config.seed, device, place))
+    host = device if placement is None else jax.local_devices(backend="cpu")[0]  # whole leaves only pass through
+    progress = lambda done, total: tell("weights", done / total)  # noqa: E731
+    return loader.load(directory, model_config, dtype, host, progress=progress, place=place)
 
 
 def _runner(
@@ -127,37 +138,51 @@ def _runner(
     model_config: ModelConfig,
     params: Params,
     device: Device,
+    placement: Placement | None,
     report: StartReport,
     tell: Progress,
 ) -> Runner:
     page_size, rows = config.cache.page_size, config.scheduler.max_num_seqs
     dtype = jnp.dtype(config.model.dtype)
-    spec = KVCacheSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, page_size, 0, dtype)
-    weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    report.memory = plan_memory(config, model_config, spec, weights_bytes, device)
+    local = model_config if placement is None else placement.local_model()
+    spec = KVCacheSpec(local.num_layers, local.num_kv_heads, local.head_dim, page_size, 0, dtype)
+    weights_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    report.memory = plan_memory(config, local, spec, weights_bytes, device)
     with _timed(report, "cache"):
-        kv = allocate(spec.with_pages(report.memory.num_pages), device)
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        counts = jnp.zeros((rows + 1, model_config.vocab_size), jnp.uint16, device=sharding)
+        alone = jax.sharding.SingleDeviceSharding(device)
+        pages = spec.with_pages(report.memory.num_pages)
+        if placement is not None:  # from one shard's heads to those of all
+            pages = dataclasses.replace(pages, num_kv_heads=pages.num_kv_heads * placement.config.width)
+        kv = allocate(pages, alone if placement is None else placement.sharding("kv"))
+        whole = alone if placement is None else placement.whole
+        counts = jnp.zeros((rows + 1, model_config.vocab_size), jnp.uint16, device=whole)
     with _timed(report, "compile"):
-        executables, ladder = _compile(config, model_config, params, kv, counts, tell)
+        executables, ladder = _compile(config, model_config, params, kv, counts, placement, tell)
         report.executables = len(executables.table)
-    runner = Runner(params, kv, counts, executables, ladder, model_config.vocab_size)
+    logits = alone if placement is None else placement.sharding("logits")
+    runner = Runner(params, kv, counts, executables, ladder, model_config.vocab_size, logits)
     with _timed(report, "warm-up"):
         runner.warm_up()
     return runner
 
 
 def _compile(
-    config: EngineConfig, model_config: ModelConfig, params: Params, kv: KVCache, counts: jax.Array, tell: Progress
+    config: EngineConfig,
+    model_config: ModelConfig,
+    params: Params,
+    kv: KVCache,
+    counts: jax.Array,
+    placement: Placement | None,
+    tell: Progress,
 ) -> tuple[Executables, Ladder]:
     if config.compile.directory is not None:
         use_cache(config.compile.directory)
     width = -(-config.model.max_model_len // config.cache.page_size)
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
-    graphdef, _ = abstract(model_config, jnp.dtype(config.model.dtype))
+    held = model_config if placement is None else placement.local_model()
+    graphdef, _ = abstract(held, jnp.dtype(config.model.dtype))
     reference = config.compile.kernels == "reference"
-    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0], reference)
+    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0], reference, placement)
     threads = config.compile.threads or os.cpu_count() or 1
     tell_compile = lambda done, total: tell("compile", done / total)  # noqa: E731
     return compile_all(graph, ladder, params, kv, counts, threads=threads, progress=tell_compile), ladder

@@ -23,12 +23,14 @@ import jax.numpy as jnp
 from jaxllm.core import MAX_LOGIT_BIAS
 from jaxllm.graph import sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
-from jaxllm.graph.steps import Graph, SampleMode
+from jaxllm.graph.steps import Graph, SampleMode, Stepped
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
+STEP_TAKES, STEP_GIVES = ("params", "kv", "whole", "logits", "whole"), Stepped("whole", "whole", "logits", "kv", "whole")
+SAMPLE_TAKES, SAMPLE_GIVES = ("whole", "whole", "logits", *["whole"] * 4), ("whole", "whole", "whole")
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -87,8 +89,8 @@ class Executables:
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def forward(self, shape: StepShape) -> jax.stages.Compiled:
-        return self.table["forward", shape]
+    def step(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["step", shape]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
@@ -106,34 +108,35 @@ def _abstract(tree: Any) -> Any:
 
 
 def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
-    """Everything the request path runs."""
+    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
+    spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
     vocab = graph.config.vocab_size
 
     def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def hidden(rows: int) -> jax.ShapeDtypeStruct:
-        return spec(jax.tree.leaves(params)[0].dtype, rows, graph.config.d_model)
-
+    last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        function = functools.partial(steps.forward, graph, shape)
-        jitted = jax.jit(function, donate_argnums=(1,))
-        yield ("forward", shape), jitted, (params, kv, spec(jnp.int32, shape.packed_size))
+        # keep_unused: the logits' memory comes in only to be written over.
+        function = spread(functools.partial(steps.step, graph, shape), STEP_TAKES, STEP_GIVES)
+        jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
+        logits = jax.ShapeDtypeStruct((shape.rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
+        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = params, counts, hidden(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
-        for mode in SampleMode:
-            yield (
-                ("sample", rows, mode),
-                jax.jit(functools.partial(steps.sample, graph, mode), donate_argnums=(1,)),
-                args,
-            )
+        logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
+        args = counts, last_tokens, logits, spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
+            function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
+            yield ("sample", rows, mode), jax.jit(function, donate_argnums=(0, 1)), args
     for tokens in ladder.mixed_tokens:
-        jitted = jax.jit(functools.partial(steps.prompt_logprobs, graph))
-        yield ("prompt_logprobs", tokens), jitted, (params, hidden(tokens), spec(jnp.int32, tokens))
+        function = functools.partial(steps.prompt_logprobs, graph)
+        jitted = jax.jit(spread(function, ("params", "whole", "whole"), ("whole",) * 4))
+        hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
+        yield ("prompt_logprobs", tokens), jitted, (params, hidden, spec(jnp.int32, tokens))
     scalar = spec(jnp.int32)
     args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
     yield ("set_counts",), jax.jit(sampling.set_counts, donate_argnums=(0,)), args

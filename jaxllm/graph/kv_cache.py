@@ -42,8 +42,7 @@ class KVCacheSpec:
         return self.num_pages, self.num_kv_heads, self.page_size, self.head_dim
 
 
-def allocate(spec: KVCacheSpec, device: Device) -> KVCache:
-    """Zeroed pages made on the device; never staged through the host."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
+def allocate(spec: KVCacheSpec, sharding: jax.sharding.Sharding) -> KVCache:
+    """Zeroed pages made where they will lie; never staged through the host."""
     zeros = jax.jit(lambda: jnp.zeros(spec.page_shape, spec.dtype), out_shardings=sharding)
     return [(zeros(), zeros()) for _ in range(spec.num_layers)]

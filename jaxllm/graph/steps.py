@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
@@ -24,6 +24,8 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from sharding.collectives import ALONE, Exchange
+from sharding.placement import Placement
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
@@ -33,7 +35,7 @@ LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
 class SampleMode(enum.StrEnum):
-    """What the sampler of a step computes; the batch's most demanding row decides."""
+    """What the batch's most demanding row asks of the sampler. GREEDY is part of every step."""
 
     GREEDY = "greedy"
     SAMPLE = "sample"
@@ -41,10 +43,9 @@ class SampleMode(enum.StrEnum):
 
 
 class Sampled(NamedTuple):
-    """One entry a row. `bad` marks rows whose logits held NaN or infinity: their token means nothing."""
+    """One entry a row. Token -1: the row's logits held NaN or infinity."""
 
     token_ids: Int[Array, " B"]
-    bad: Bool[Array, " B"]
     logprobs: Float[Array, " B"] | None = None
     ranks: Int[Array, " B"] | None = None
     top_ids: Int[Array, "B n"] | None = None
@@ -60,10 +61,21 @@ class Graph:
     page_size: int
     num_pages: int
     reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
+    placement: Placement | None = None  # where the model is spread; `graphdef` is then one shard's, `config` the whole's
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
         return merge(self.graphdef, params)
+
+    def exchange(self, shape: StepShape | None = None) -> Exchange:
+        """How the shards meet: in a step of this shape, or at the head."""
+        if self.placement is None:
+            return ALONE
+        return self.placement.exchange(None if shape is None or shape.decode else shape.tokens)
+
+    def logits_sharding(self, alone: jax.sharding.Sharding) -> jax.sharding.Sharding:
+        """Of [R, V] logits, given that of everything on one device."""
+        return alone if self.placement is None else self.placement.sharding("logits")
 
 
 def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
@@ -87,44 +99,68 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
     return attend
 
 
-def forward(
-    graph: Graph, shape: StepShape, params: Params, kv: KVCache, packed: Int[Array, " n"]
-) -> tuple[Float[Array, "T D"], Float[Array, "R D"], KVCache]:
-    """One pass over the step's tokens: hidden states of all of them, and of each row's last one."""
-    inputs = unpack(shape, packed, page_size=graph.page_size, num_pages=graph.num_pages)
+class Stepped(NamedTuple):
+    """What a step leaves: results, then the state it was given, updated in place."""
+
+    sampled: Sampled  # greedy
+    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
+    logits: Float[Array, "R V"]  # of each row's last token
+    kv: KVCache
+    last_tokens: Int[Array, " S1"]
+
+
+def step(
+    graph: Graph,
+    shape: StepShape,
+    params: Params,
+    kv: KVCache,
+    last_tokens: Int[Array, " S1"],
+    logits: Float[Array, "R V"],
+    packed: Int[Array, " n"],
+) -> Stepped:
+    """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
+
+    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address.
+    """
+    del logits
+    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
-    hidden = graph.model(params)(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
+    model = graph.model(params)
+    attend = paged_attend(graph, inputs, kv)
+    hidden = model(inputs.token_ids, inputs.positions, attend, graph.exchange(shape))
     last = inputs.last_token
-    return hidden, hidden if last is None else hidden[last], kv
+    logits = model.logits(hidden if last is None else hidden[last])
+    tokens, bad = graph.exchange().greedy(logits)
+    last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
+    sampled = Sampled(jnp.where(bad, -1, tokens))
+    return Stepped(sampled, None if shape.decode else hidden, logits, kv, last_tokens)
 
 
 def sample(
-    graph: Graph,
+    exchange: Exchange,
     mode: SampleMode,
-    params: Params,
     counts: UInt[Array, "S1 V"],
-    last: Float[Array, "B D"],
+    last_tokens: Int[Array, " S1"],
+    logits: Float[Array, "B V"],
     packed: Int[Array, "B columns"],
     bias_ids: Int[Array, "B Nb"],
     bias: Float[Array, "B Nb"],
     mask: UInt[Array, "B Vw"],
-) -> tuple[Sampled, UInt[Array, "S1 V"]]:
-    """Each row's next token from its last hidden state."""
-    logits = graph.model(params).logits(last)
-    if mode is SampleMode.GREEDY:
-        tokens, bad = sampling.greedy(logits)
-        return Sampled(tokens, bad), counts
+) -> tuple[Sampled, UInt[Array, "S1 V"], Int[Array, " S1"]]:
+    """Each row's next token as its request asks for it, in place of the step's greedy one."""
     columns = unpack_samples(packed)
     as_key = jnp.stack([columns.pop("key0"), columns.pop("key1")], axis=1)
     keys = jax.lax.bitcast_convert_type(as_key, jnp.uint32)
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
     top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
-        logits, inputs, counts, num_logprobs=top
+        exchange.vocabulary(logits), inputs, counts, num_logprobs=top
     )
+    last_tokens = last_tokens.at[inputs.row].set(tokens)
+    tokens = jnp.where(bad, -1, tokens)
     if mode is SampleMode.SAMPLE:
-        return Sampled(tokens, bad), counts
-    return Sampled(tokens, bad, logprob, rank, top_ids, top_logprobs), counts
+        return Sampled(tokens), counts, last_tokens
+    return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
 
 
 def prompt_logprobs(
@@ -134,11 +170,11 @@ def prompt_logprobs(
 
     Blocks of positions take turns, so that the [T, V] logits never exist at one time.
     """
-    model, total = graph.model(params), hidden.shape[0]
+    model, exchange, total = graph.model(params), graph.exchange(), hidden.shape[0]
     block = min(LOGPROB_BLOCK, total)
 
     def one_block(args: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
-        return sampling.token_logprobs(model.logits(args[0]), args[1], MAX_LOGPROBS)
+        return sampling.token_logprobs(exchange.vocabulary(model.logits(args[0])), args[1], MAX_LOGPROBS)
 
     pad = -total % block
     rows = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, block, hidden.shape[1])

@@ -1,7 +1,7 @@
 """The decoder-only transformer all families share, as a Flax description and as pure functions of a pytree.
 
-In: token ids, positions, and `attend`, a callback that does the attention of one layer. Out: final hidden states,
-and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come
+In: token ids, positions, `attend`, a callback that does the attention of one layer, and `exchange`, through which the
+shards of a spread model meet. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come
 from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
 arrays into `graphdef` inside its trace.
 
@@ -26,6 +26,7 @@ from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.layers.rope import rotations
 from jaxllm.graph.models.config import ModelConfig
+from sharding.collectives import ALONE, Exchange
 
 Params = dict[Any, Any]  # nested plain dict; keys are attribute names and layer numbers, leaves are arrays
 
@@ -40,11 +41,12 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend
+        self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend, exchange: Exchange = ALONE
     ) -> Float[Array, "... D"]:
         norms = self.norms[...]
-        x = x + self.attention(rms_norm(x, norms[0], self.norm_eps), layer, rotations, attend)
-        return x + self.mlp(rms_norm(x, norms[1], self.norm_eps))
+        read = exchange.enter(rms_norm(x, norms[0], self.norm_eps))
+        x = x + exchange.leave(self.attention(read, layer, rotations, attend))
+        return x + exchange.leave(self.mlp(exchange.enter(rms_norm(x, norms[1], self.norm_eps))))
 
 
 class Decoder(nnx.Module):
@@ -62,16 +64,21 @@ class Decoder(nnx.Module):
         self.head = None if config.tie_embeddings else parameter(table, ("vocab", "embed"), dtype, rngs)
 
     def __call__(
-        self, token_ids: Int[Array, "*lead"], positions: Int[Array, "*lead"], attend: Attend
+        self,
+        token_ids: Int[Array, "*lead"],
+        positions: Int[Array, "*lead"],
+        attend: Attend,
+        exchange: Exchange = ALONE,
     ) -> Float[Array, "... D"]:
         """Hidden states after the final norm. Leading dims are free: [T] when serving, [B, T] when training."""
-        x = self.embed[...].at[token_ids].get(mode="clip")
+        x = exchange.leave(exchange.lookup(self.embed[...], token_ids))
         turned = rotations(positions, self.config.rope, self.config.head_dim)
         for number, layer in enumerate(self.layers):
-            x = layer(x, number, turned, attend)
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+            x = layer(x, number, turned, attend, exchange)
+        return exchange.enter(rms_norm(x, self.final_norm[...], self.config.norm_eps))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Of the vocabulary that this model's head holds."""
         return project(hidden, (self.embed if self.head is None else self.head)[...])
 
 

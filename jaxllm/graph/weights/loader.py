@@ -23,6 +23,7 @@ from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
 from jaxllm.graph.models.decoder import Params
+from jaxllm.graph.spread import PlaceLeaf
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -51,8 +52,12 @@ def load(
     dtype: DTypeLike = jnp.bfloat16,
     device: Placement = None,
     progress: Progress | None = None,
+    place: PlaceLeaf | None = None,
 ) -> Params:
-    """The parameters of `config`, cast to `dtype`, on `device`. Raises WeightsError."""
+    """The parameters of `config`, cast to `dtype`, on `device`, or where `place` puts them from there.
+
+    Raises WeightsError.
+    """
     found = check(Path(directory), config)
     total = sum(tensor.end - tensor.begin for _, _, tensor in found)
     params: Params = {}
@@ -67,7 +72,8 @@ def load(
         for key in path[:-1]:
             node = node.setdefault(key, {})
         # Waiting here bounds what is in flight, in staging memory and on the device, to one leaf.
-        node[path[-1]] = jax.block_until_ready(_join(tuple(arrays), path[-1] in ("norms", "qk_norms"), dtype))
+        leaf = _join(tuple(arrays), path[-1] in ("norms", "qk_norms"), dtype)
+        node[path[-1]] = jax.block_until_ready(leaf if place is None else place(path, leaf))
         if progress is not None:
             progress(done, total)
     return params

@@ -13,16 +13,23 @@ from jax.typing import DTypeLike
 from jaxllm.graph.layers.parameter import filled
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract, fills
+from jaxllm.graph.spread import PlaceLeaf
 from jaxllm.graph.weights.loader import Placement
 
 
-def dummy(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16, seed: int = 0, device: Placement = None) -> Params:
-    """One small program for each distinct shape; nothing passes through the host."""
+def dummy(
+    config: ModelConfig,
+    dtype: DTypeLike = jnp.bfloat16,
+    seed: int = 0,
+    device: Placement = None,
+    place: PlaceLeaf | None = None,
+) -> Params:
+    """One small program for each distinct shape; each leaf made on `device`, and moved on by `place` if given."""
     shapes, kinds = abstract(config, dtype)[1], fills(config)
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(leaves)), device)
-    made = [
-        filled(keys[number], leaf.shape, leaf.dtype, kind)
-        for number, (leaf, kind) in enumerate(zip(leaves, jax.tree.leaves(kinds), strict=True))
-    ]
+    found, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(found)), device)
+    made = []
+    for number, ((path, leaf), kind) in enumerate(zip(found, jax.tree.leaves(kinds), strict=True)):
+        array = filled(keys[number], leaf.shape, leaf.dtype, kind)
+        made.append(array if place is None else place(tuple(key.key for key in path), array))
     return jax.tree.unflatten(tree, made)

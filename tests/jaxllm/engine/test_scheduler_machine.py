@@ -29,8 +29,9 @@ class EngineMachine(RuleBasedStateMachine):
         rows=st.integers(2, 6),
         budget=st.integers(6, 20),
         chunk=st.sampled_from([None, 1, 3, 6]),
+        overlap=st.booleans(),
     )
-    def start(self, caching, policy, num_pages, rows, budget, chunk):
+    def start(self, caching, policy, num_pages, rows, budget, chunk, overlap):
         self.host = Host(
             num_pages=num_pages,
             page_size=PAGE_SIZE,
@@ -40,6 +41,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_prefill_chunk=chunk,
             caching=caching,
             policy=policy,
+            overlap=overlap,
         )
         self.number = 0
         self.sequences = []

@@ -1,0 +1,204 @@
+"""Which mesh axis splits which logical axis of a model, and what arithmetic forbids it. No JAX here.
+
+In: a MeshConfig (how many devices along each mesh axis) and the sizes of a model. Out: for every logical axis of a
+parameter the rows each shard holds, the model as one shard sees it, or a MeshError with the division that fails.
+Knows nothing of devices, arrays or ranks in programs.
+
+Mesh axes, outermost first: `data` (replicas that share nothing), `pipe` (consecutive layers), `seq` (tokens of one
+sequence: context parallelism), `expert` (experts; attention is split over it too), `tensor` (rows and columns of
+matrices). The CLI's names are dp, pp, cp, ep, tp; sp is no axis: it spreads the residual stream over `tensor`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxllm.core import JaxLLMError
+
+MAX_AXIS = 4096
+
+
+class MeshError(JaxLLMError, ValueError):
+    """A mesh and a model, or a mesh and the devices, do not fit: the message holds the arithmetic."""
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_AXIS:
+        raise MeshError(f"{name} = {value!r}: must be an integer in [1, {MAX_AXIS}]")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise MeshError(f"{name} = {value!r}: must be true or false")
+    return value
+
+
+def _setting(default: Any, check: Callable[[str, Any], Any], *aliases: str) -> Any:
+    return field(default=default, metadata={"check": check, "aliases": aliases})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices lie along each mesh axis. One of everything is one device."""
+
+    data: int = _setting(1, _count, "dp", "data_parallel_size")
+    pipe: int = _setting(1, _count, "pp", "pipeline_parallel_size")
+    seq: int = _setting(1, _count, "cp", "context_parallel_size")
+    expert: int = _setting(1, _count, "ep", "expert_parallel_size")
+    tensor: int = _setting(1, _count, "tp", "tensor_parallel_size")
+    sequence_parallel: bool = _setting(False, _flag, "sp")  # residual stream split along tokens over `tensor`
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            spec.metadata["check"](f"mesh.{spec.name}", getattr(self, spec.name))
+        if self.sequence_parallel and self.tensor == 1:
+            raise MeshError("mesh.sequence_parallel needs mesh.tensor > 1: with one device there is nothing to spread")
+
+    @property
+    def stage_size(self) -> int:
+        """Devices of one pipeline stage of one replica."""
+        return self.seq * self.expert * self.tensor
+
+    @property
+    def replica_size(self) -> int:
+        return self.pipe * self.stage_size
+
+    @property
+    def size(self) -> int:
+        return self.data * self.replica_size
+
+    @property
+    def width(self) -> int:
+        """Into how many shards attention's heads, the feed-forward and the vocabulary are cut."""
+        return self.expert * self.tensor
+
+    def __str__(self) -> str:
+        named = {"dp": self.data, "pp": self.pipe, "cp": self.seq, "ep": self.expert, "tp": self.tensor}
+        parts = [f"{name}{count}" for name, count in named.items() if count > 1]
+        return " x ".join(parts + ["sp"] * self.sequence_parallel) or "one device"
+
+
+class ModelSizes(Protocol):
+    """What the arithmetic needs of a model's config."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """`count` units of `rows` rows each, split among shards by whole units.
+
+    Where there are fewer units than shards, units that may repeat are given to several neighbouring shards.
+    """
+
+    name: str
+    count: int
+    rows: int = 1
+    may_repeat: bool = False
+
+    def units(self, shards: int) -> np.ndarray:
+        """i[shards, units a shard]: the units each shard holds."""
+        if self.count % shards == 0:
+            return np.arange(self.count).reshape(shards, -1)
+        if self.may_repeat and shards % self.count == 0:
+            return np.repeat(np.arange(self.count), shards // self.count)[:, None]
+        also = f", nor {shards} by {self.count}" if self.may_repeat else ""
+        raise MeshError(
+            f"{self.name} = {self.count} cannot be split over {shards} devices: {self.count} = "
+            f"{shards} x {self.count // shards} + {self.count % shards}, not a whole number each{also}"
+        )
+
+
+def _heads(model: ModelSizes) -> Block:
+    return Block("num_heads", model.num_heads, model.head_dim)
+
+
+def _kv_heads(model: ModelSizes) -> Block:
+    return Block("num_kv_heads", model.num_kv_heads, model.head_dim, may_repeat=True)
+
+
+def _ffn(model: ModelSizes) -> Block:
+    return Block("d_ff", model.d_ff)
+
+
+# Logical axis of a parameter -> the blocks of rows it is made of, each cut by itself: a shard's rows lie together.
+# Axes not named here are whole on every device.
+SPLIT: Mapping[str, Callable[[ModelSizes], tuple[Block, ...]]] = {
+    "qkv": lambda model: (_heads(model), _kv_heads(model), _kv_heads(model)),
+    "heads": lambda model: (_heads(model),),
+    "gate_up": lambda model: (_ffn(model), _ffn(model)),
+    "ffn": lambda model: (_ffn(model),),
+    "vocab": lambda model: (Block("vocab_size", model.vocab_size),),
+}
+ONCE = "once"  # what is added to a sum over shards: the first shard holds it, the others hold zeros
+
+
+def rows_of_shards(axis: str, model: ModelSizes, shards: int, size: int) -> np.ndarray:
+    """i[shards, rows a shard]: which of the axis' `size` rows each shard holds, in its own order.
+
+    `size` may be a whole fraction of the axis (one scale for a group of rows): rows are then groups.
+    """
+    blocks = SPLIT[axis](model)
+    whole = sum(block.count * block.rows for block in blocks)
+    if size == 0 or whole % size:
+        raise MeshError(f"axis {axis!r} has {size} rows, which do not divide the model's {whole}")
+    group = whole // size
+    found, start = [], 0
+    for block in blocks:
+        units = block.units(shards)
+        held = units.shape[1] * block.rows
+        if group > 1 and (block.rows % group and held % group or start % group):
+            raise MeshError(
+                f"{block.name}: a shard's {held} rows cannot be cut into groups of {group} (axis {axis!r} over {shards} "
+                f"devices): {held} = {group} x {held // group} + {held % group}"
+            )
+        rows = start + (units[:, :, None] * block.rows + np.arange(block.rows)).reshape(shards, held)
+        found.append(rows[:, ::group] // group)
+        start += block.count * block.rows
+    return np.concatenate(found, axis=1)
+
+
+def local_sizes(model: Any, mesh: MeshConfig) -> Any:
+    """The model's config as one shard of one stage sees it: a smaller model. Raises MeshError."""
+    check(model, mesh)
+    shards = mesh.width
+    changed = {
+        "num_heads": model.num_heads // shards,
+        "num_kv_heads": max(1, model.num_kv_heads // shards),
+        "d_ff": model.d_ff // shards,
+        "vocab_size": model.vocab_size // shards,
+    }
+    return dataclasses.replace(model, **changed)
+
+
+def check(model: ModelSizes, mesh: MeshConfig) -> None:
+    """Raises MeshError for a mesh this model cannot be spread over."""
+    for blocks in SPLIT.values():
+        for block in blocks(model):
+            block.units(mesh.width)
+    if mesh.pipe > model.num_layers:
+        raise MeshError(f"mesh.pipe = {mesh.pipe}: the model has only {model.num_layers} layers")
+
+
+def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:
+    """Which consecutive layers each pipeline stage runs; the first stages take one more where it does not divide."""
+    share, extra = divmod(num_layers, stages)
+    starts = [stage * share + min(stage, extra) for stage in range(stages + 1)]
+    return tuple(range(a, b) for a, b in zip(starts, starts[1:]))

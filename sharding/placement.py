@@ -1,0 +1,141 @@
+"""Where every array of a model lies on a mesh, and step functions over what one device holds of them.
+
+In: one stage's mesh, the model's sizes, arrays with the names of their logical axes. Out: arrays cut and laid out by
+shard (each shard's q, k and v rows together, gate and up likewise; matrices stay two-dimensional), PartitionSpecs, and
+shard_mapped functions. Knows nothing of layers' names, steps or what a function computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sharding.axes import ONCE, SPLIT, MeshConfig, ModelSizes, check, local_sizes, rows_of_shards
+from sharding.collectives import ALONE, Exchange, Spread
+from sharding.mesh import SHARD_AXES
+
+Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One pipeline stage of one replica on its devices. Raises MeshError for a model that cannot be cut so."""
+
+    mesh: Mesh
+    config: MeshConfig
+    model: ModelSizes
+    implementation: str | None = None  # of all_reduce
+    roles: dict[str, Any] = field(default_factory=dict)  # name -> PartitionSpecs of a pytree, for `wrap`
+
+    def __post_init__(self) -> None:
+        check(self.model, self.config)
+        self.roles.setdefault("whole", P())
+        self.roles.setdefault("kv", self.kv_spec)
+        self.roles.setdefault("logits", P(None, self.shard_axes or None))
+
+    @property
+    def shard_axes(self) -> tuple[str, ...]:
+        return tuple(name for name in SHARD_AXES if self.mesh.shape[name] > 1)
+
+    @property
+    def whole(self) -> NamedSharding:
+        """On every device, all of it."""
+        return NamedSharding(self.mesh, P())
+
+    def sharding(self, role: str) -> NamedSharding:
+        """Of a role that is one array, or many alike."""
+        return NamedSharding(self.mesh, self.roles[role])
+
+    @property
+    def kv_spec(self) -> P:
+        """Pages [P, K, page, H]: kv heads are cut, repeated where there are fewer of them than shards."""
+        return P(None, self.shard_axes or None)
+
+    def local_model(self) -> Any:
+        return local_sizes(self.model, self.config)
+
+    def exchange(self, tokens: int | None = None) -> Exchange:
+        """How shards meet in a step of so many tokens; the residual stream is spread only where they divide."""
+        if not self.shard_axes:
+            return ALONE
+        scatter = self.config.sequence_parallel and tokens is not None and tokens % self.config.width == 0
+        return Spread(self.shard_axes, scatter, self.groups, self.implementation)
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the devices that hold one model between them, in the order of its shards; one group a seq shard."""
+        ids = np.vectorize(lambda device: device.id, otypes=[int])(self.mesh.devices)
+        return tuple(tuple(map(int, group)) for group in ids.reshape(-1, self.config.width))
+
+    # ---- parameters ----
+
+    def spec(self, axes: Axes) -> P:
+        cut = [self.shard_axes or None if name in SPLIT or name == ONCE else None for name in axes]
+        return P(*cut)
+
+    def place(self, axes: Axes, leaf: Any) -> jax.Array:
+        """A whole leaf, in host memory or on a device, cut and laid out over the mesh."""
+        sharding = NamedSharding(self.mesh, self.spec(axes))
+        if not self.shard_axes:
+            return jax.device_put(leaf, sharding)
+        shards = self.config.width
+        held = list(_held(axes, self.model, shards, leaf.shape))
+        local = [leaf.shape[dim] if rows is None else rows.shape[1] for dim, rows in enumerate(held)]
+        shape = tuple(n if name not in SPLIT and name != ONCE else n * shards for n, name in zip(local, axes))
+        pieces = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            piece = leaf
+            for dim, (name, rows) in enumerate(zip(axes, held)):
+                shard = (index[dim].start or 0) // local[dim]
+                if name == ONCE:
+                    piece = piece if shard == 0 else np.zeros(leaf.shape, leaf.dtype)
+                elif rows is not None:
+                    piece = _take(piece, rows[shard], dim)
+            pieces.append(jax.device_put(piece, device, may_alias=False))
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+    def whole_leaf(self, axes: Axes, leaf: jax.Array) -> np.ndarray:
+        """The inverse of `place`, in host memory."""
+        array = np.asarray(jax.device_get(leaf))
+        for dim, name in enumerate(axes):
+            if name == ONCE:
+                array = array[: array.shape[dim] // self.config.width]
+            elif name in SPLIT:
+                rows = rows_of_shards(name, self.model, self.config.width, _whole_size(name, self.model)).ravel()
+                restored = np.zeros((*array.shape[:dim], _whole_size(name, self.model), *array.shape[dim + 1 :]), array.dtype)
+                restored[(slice(None),) * dim + (rows,)] = array
+                array = restored
+        return array
+
+    # ---- functions ----
+
+    def wrap(self, function: Callable[..., Any], takes: tuple[str, ...], gives: Any) -> Callable[..., Any]:
+        """`function` over what each device holds. `takes` and `gives` name a role for each argument and result."""
+        into, out = jax.tree.map(self.roles.__getitem__, (takes, gives))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
+
+
+def _whole_size(axis: str, model: ModelSizes) -> int:
+    return sum(block.count * block.rows for block in SPLIT[axis](model))
+
+
+def _held(axes: Axes, model: ModelSizes, shards: int, shape: tuple[int, ...]) -> Iterator[np.ndarray | None]:
+    """For every dim, the rows each shard takes of it; None: all of them."""
+    for name, size in zip(axes, shape, strict=True):
+        yield rows_of_shards(name, model, shards, size) if name in SPLIT else None
+
+
+def _take(array: Any, rows: np.ndarray, dim: int) -> Any:
+    """array[..., rows, ...]: a view or one slice where rows are consecutive, runs joined where they are not."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    runs = [array[(slice(None),) * dim + (slice(int(r[0]), int(r[-1]) + 1),)] for r in np.split(rows, breaks)]
+    if len(runs) == 1:
+        return runs[0]
+    join = np.concatenate if isinstance(array, np.ndarray) else jax.numpy.concatenate
+    return join(runs, axis=dim)
