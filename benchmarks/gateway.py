@@ -121,7 +121,9 @@ def requests(count: int, stream: bool) -> list[bytes]:
     made = []
     for i in range(count):
         body = json.dumps({"model": "m", "prompt": f"{PREFIXES[i % len(PREFIXES)]} {i}", "stream": stream}).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        )
         made.append(head % len(body) + body)
     return made
 

@@ -21,6 +21,8 @@ from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
 from serve.commands.gateway import command as gateway_command
+from serve.commands.launch import command as launch_command
+from serve.commands.plan import command as plan_command
 from serve.commands.serve import command as serve_command
 
 if TYPE_CHECKING:
@@ -208,6 +210,8 @@ def env(
 
 app.command("serve")(serve_command)
 app.command("gateway")(gateway_command)
+app.command("launch")(launch_command)
+app.command("plan")(plan_command)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

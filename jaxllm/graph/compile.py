@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
-STEP_TAKES, STEP_GIVES = ("params", "kv", "whole", "logits", "whole"), Stepped("whole", "whole", "logits", "kv", "whole")
+STEP_TAKES, STEP_GIVES = (
+    ("params", "kv", "whole", "logits", "whole"),
+    Stepped("whole", "whole", "logits", "kv", "whole"),
+)
 SAMPLE_TAKES, SAMPLE_GIVES = ("whole", "whole", "logits", *["whole"] * 4), ("whole", "whole", "whole")
 Progress = Callable[[int, int], None]  # executables done, executables in all
 

@@ -49,6 +49,11 @@ ENGINE_FLAGS = (
     "scheduling_policy",
     "seed",
     "log_level",
+    "data_parallel_size",
+    "pipeline_parallel_size",
+    "context_parallel_size",
+    "expert_parallel_size",
+    "tensor_parallel_size",
 )
 FRONT_FLAGS = {  # flag -> setting
     "host": "host",
@@ -151,6 +156,11 @@ def command(
     dtype: Annotated[str | None, typer.Option()] = None,
     load_format: Annotated[str | None, typer.Option(help="auto, or dummy for random weights.")] = None,
     scheduling_policy: Annotated[str | None, typer.Option("--scheduling-policy", "--schedule-policy")] = None,
+    data_parallel_size: Annotated[int | None, typer.Option("--data-parallel-size", "--dp-size", "-dp")] = None,
+    pipeline_parallel_size: Annotated[int | None, typer.Option("--pipeline-parallel-size", "--pp-size", "-pp")] = None,
+    context_parallel_size: Annotated[int | None, typer.Option("--context-parallel-size", "-cp")] = None,
+    expert_parallel_size: Annotated[int | None, typer.Option("--expert-parallel-size", "--ep-size", "-ep")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option("--tensor-parallel-size", "--tp-size", "-tp")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--random-seed")] = None,
     max_queue: Annotated[int | None, typer.Option("--max-queue", "--max-queued-requests", parser=size)] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds that requests in flight get at the end.")] = None,
