@@ -96,21 +96,18 @@ class ModelSizes(Protocol):
     @property
     def num_kv_heads(self) -> int: ...
     @property
-    def head_dim(self) -> int: ...
-    @property
     def d_ff(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Block:
-    """`count` units of `rows` rows each, split among shards by whole units.
+    """`count` units of rows, split among shards by whole units.
 
     Where there are fewer units than shards, units that may repeat are given to several neighbouring shards.
     """
 
     name: str
     count: int
-    rows: int = 1
     may_repeat: bool = False
 
     def units(self, shards: int) -> np.ndarray:
@@ -127,51 +124,36 @@ class Block:
 
 
 def _heads(model: ModelSizes) -> Block:
-    return Block("num_heads", model.num_heads, model.head_dim)
+    return Block("num_heads", model.num_heads)
 
 
 def _kv_heads(model: ModelSizes) -> Block:
-    return Block("num_kv_heads", model.num_kv_heads, model.head_dim, may_repeat=True)
+    return Block("num_kv_heads", model.num_kv_heads, may_repeat=True)
 
 
-def _ffn(model: ModelSizes) -> Block:
-    return Block("d_ff", model.d_ff)
-
-
-# Logical axis of a parameter -> the blocks of rows it is made of, each cut by itself: a shard's rows lie together.
-# Axes not named here are whole on every device.
-SPLIT: Mapping[str, Callable[[ModelSizes], tuple[Block, ...]]] = {
-    "qkv": lambda model: (_heads(model), _kv_heads(model), _kv_heads(model)),
-    "heads": lambda model: (_heads(model),),
-    "gate_up": lambda model: (_ffn(model), _ffn(model)),
-    "ffn": lambda model: (_ffn(model),),
-    "vocab": lambda model: (Block("vocab_size", model.vocab_size),),
+# Logical axis of a parameter of so many rows -> the blocks it is made of, each cut by itself: a shard's rows lie
+# together. Axes not named here are whole on every device.
+SPLIT: Mapping[str, Callable[[ModelSizes, int], tuple[Block, ...]]] = {
+    "qkv": lambda model, size: (_heads(model), _kv_heads(model), _kv_heads(model)),
+    "heads": lambda model, size: (_heads(model),),
+    "gate_up": lambda model, size: (Block("d_ff", size // 2), Block("d_ff", size // 2)),
+    "ffn": lambda model, size: (Block("d_ff", size),),
+    "vocab": lambda model, size: (Block("vocab_size", size),),
 }
 ONCE = "once"  # what is added to a sum over shards: the first shard holds it, the others hold zeros
 
 
 def rows_of_shards(axis: str, model: ModelSizes, shards: int, size: int) -> np.ndarray:
-    """i[shards, rows a shard]: which of the axis' `size` rows each shard holds, in its own order.
-
-    `size` may be a whole fraction of the axis (one scale for a group of rows): rows are then groups.
-    """
-    blocks = SPLIT[axis](model)
-    whole = sum(block.count * block.rows for block in blocks)
-    if size == 0 or whole % size:
-        raise MeshError(f"axis {axis!r} has {size} rows, which do not divide the model's {whole}")
-    group = whole // size
-    found, start = [], 0
+    """i[shards, rows a shard]: which of the axis' `size` rows each shard holds, in its own order."""
+    blocks = SPLIT[axis](model, size)
+    units = sum(block.count for block in blocks)
+    if size == 0 or size % units:
+        raise MeshError(f"axis {axis!r} has {size} rows, which are not a whole number for each of {units} units")
+    rows, found, start = size // units, [], 0
     for block in blocks:
-        units = block.units(shards)
-        held = units.shape[1] * block.rows
-        if group > 1 and (block.rows % group and held % group or start % group):
-            raise MeshError(
-                f"{block.name}: a shard's {held} rows cannot be cut into groups of {group} (axis {axis!r} over {shards} "
-                f"devices): {held} = {group} x {held // group} + {held % group}"
-            )
-        rows = start + (units[:, :, None] * block.rows + np.arange(block.rows)).reshape(shards, held)
-        found.append(rows[:, ::group] // group)
-        start += block.count * block.rows
+        held = block.units(shards)
+        found.append(((start + held[:, :, None]) * rows + np.arange(rows)).reshape(shards, -1))
+        start += block.count
     return np.concatenate(found, axis=1)
 
 
@@ -190,8 +172,9 @@ def local_sizes(model: Any, mesh: MeshConfig) -> Any:
 
 def check(model: ModelSizes, mesh: MeshConfig) -> None:
     """Raises MeshError for a mesh this model cannot be spread over."""
-    for blocks in SPLIT.values():
-        for block in blocks(model):
+    sizes = {"gate_up": 2 * model.d_ff, "ffn": model.d_ff, "vocab": model.vocab_size}
+    for name, blocks in SPLIT.items():
+        for block in blocks(model, sizes.get(name, 0)):
             block.units(mesh.width)
     if mesh.pipe > model.num_layers:
         raise MeshError(f"mesh.pipe = {mesh.pipe}: the model has only {model.num_layers} layers")

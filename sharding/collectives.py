@@ -93,15 +93,16 @@ class Spread(Exchange):
         return lax.all_gather(logits, self.axes, axis=logits.ndim - 1, tiled=True)
 
     def greedy(self, logits: Float[Array, "B Vlocal"]) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-        token = first_argmax(logits) + lax.axis_index(self.axes) * logits.shape[1]
-        best = lax.bitcast_convert_type(logits.max(axis=1), jnp.int32)
-        bad = ~jnp.isfinite(logits).all(axis=1)
-        # One small exchange: the best logit, its token and the row's health travel as 32-bit lanes.
-        found = lax.all_gather(jnp.stack([best, token, bad.astype(jnp.int32)]), self.axes)  # [shards, 3, B]
-        highest = lax.bitcast_convert_type(found[:, 0], jnp.float32)
-        first = first_argmax(highest.T)  # shards follow the vocabulary's order, so the first is the lowest token
+        shard, shards = lax.axis_index(self.axes), lax.axis_size(self.axes)
+        token = (first_argmax(logits) + shard * logits.shape[1]).astype(jnp.float32)  # exact: below 2^24
+        bad = (~jnp.isfinite(logits).all(axis=1)).astype(jnp.float32)
+        # A sum with zeros is a gather: it goes where the layers' sums go, inside the step's graph.
+        mine = jnp.stack([jnp.where(bad > 0, 0.0, logits.max(axis=1)), token, bad])
+        found = jnp.where(jnp.arange(shards, dtype=jnp.int32)[:, None, None] == shard, mine, 0.0)
+        found = all_reduce(found, self.axes, self.groups, implementation=self.implementation)  # [shards, 3, B]
+        first = first_argmax(found[:, 0].T)  # shards follow the vocabulary's order, so the first is the lowest token
         chosen = jnp.take_along_axis(found[:, 1], first[None], axis=0)[0]
-        return chosen, found[:, 2].any(axis=0)
+        return chosen.astype(jnp.int32), found[:, 2].any(axis=0)
 
 
 def all_reduce(

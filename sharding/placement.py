@@ -7,7 +7,7 @@ shard_mapped functions. Knows nothing of layers' names, steps or what a function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,15 +79,27 @@ class Placement:
         cut = [self.shard_axes or None if name in SPLIT or name == ONCE else None for name in axes]
         return P(*cut)
 
+    def shape(self, axes: Axes, leaf: Any) -> jax.ShapeDtypeStruct:
+        """What `place` makes of a leaf of this shape and dtype."""
+        shape = self._laid_out(axes, leaf.shape)[1]
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(self.mesh, self.spec(axes)))
+
+    def _laid_out(self, axes: Axes, shape: tuple[int, ...]) -> tuple[list[np.ndarray | None], tuple[int, ...]]:
+        """For every dim, the rows each shard holds (None: all of them), and its size over all shards."""
+        held, sizes = [], []
+        for name, size in zip(axes, shape, strict=True):
+            rows = rows_of_shards(name, self.model, self.config.width, size) if name in SPLIT else None
+            held.append(rows)
+            sizes.append(size * self.config.width if name == ONCE else size if rows is None else rows.size)
+        return held, tuple(sizes)
+
     def place(self, axes: Axes, leaf: Any) -> jax.Array:
         """A whole leaf, in host memory or on a device, cut and laid out over the mesh."""
         sharding = NamedSharding(self.mesh, self.spec(axes))
         if not self.shard_axes:
             return jax.device_put(leaf, sharding)
-        shards = self.config.width
-        held = list(_held(axes, self.model, shards, leaf.shape))
-        local = [leaf.shape[dim] if rows is None else rows.shape[1] for dim, rows in enumerate(held)]
-        shape = tuple(n if name not in SPLIT and name != ONCE else n * shards for n, name in zip(local, axes))
+        held, shape = self._laid_out(axes, leaf.shape)
+        local = sharding.shard_shape(shape)
         pieces = []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             piece = leaf
@@ -100,35 +112,12 @@ class Placement:
             pieces.append(jax.device_put(piece, device, may_alias=False))
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
-    def whole_leaf(self, axes: Axes, leaf: jax.Array) -> np.ndarray:
-        """The inverse of `place`, in host memory."""
-        array = np.asarray(jax.device_get(leaf))
-        for dim, name in enumerate(axes):
-            if name == ONCE:
-                array = array[: array.shape[dim] // self.config.width]
-            elif name in SPLIT:
-                rows = rows_of_shards(name, self.model, self.config.width, _whole_size(name, self.model)).ravel()
-                restored = np.zeros((*array.shape[:dim], _whole_size(name, self.model), *array.shape[dim + 1 :]), array.dtype)
-                restored[(slice(None),) * dim + (rows,)] = array
-                array = restored
-        return array
-
     # ---- functions ----
 
     def wrap(self, function: Callable[..., Any], takes: tuple[str, ...], gives: Any) -> Callable[..., Any]:
         """`function` over what each device holds. `takes` and `gives` name a role for each argument and result."""
         into, out = jax.tree.map(self.roles.__getitem__, (takes, gives))
         return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
-
-
-def _whole_size(axis: str, model: ModelSizes) -> int:
-    return sum(block.count * block.rows for block in SPLIT[axis](model))
-
-
-def _held(axes: Axes, model: ModelSizes, shards: int, shape: tuple[int, ...]) -> Iterator[np.ndarray | None]:
-    """For every dim, the rows each shard takes of it; None: all of them."""
-    for name, size in zip(axes, shape, strict=True):
-        yield rows_of_shards(name, model, shards, size) if name in SPLIT else None
 
 
 def _take(array: Any, rows: np.ndarray, dim: int) -> Any:

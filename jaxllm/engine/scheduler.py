@@ -20,6 +20,7 @@ toward the second, and where they meet one more token is sampled. Rules:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -37,7 +38,9 @@ from jaxllm.core import (
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.prefix import PrefixIndex
 from jaxllm.engine.metrics import Metrics
-from jaxllm.engine.policy import Key, Policy, SequenceQueue, fcfs
+from jaxllm.engine.policy import Key, Policy, SequenceQueue, fcfs, longest_prefix
+
+LOOK_AHEAD, PATIENCE = 16, 32  # of admission by longest prefix: see Scheduler._next_waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,7 @@ class Scheduler:
         self._policy = policy
         self._max_chunk = config.max_prefill_chunk or config.token_budget
         self._num_added = 0
+        self._passed_over = 0  # admissions since the first in line was the one admitted
         self._entries: dict[Sequence, _Entry] = {}  # every unfinished sequence
         self._requests: dict[str, list[Sequence]] = {}
         self._running, self._waiting = SequenceQueue(), SequenceQueue()
@@ -292,7 +296,7 @@ class Scheduler:
             return admitted
         spare = sum(map(self._can_grow, self._running))
         while budget and self._waiting and self._free_rows:
-            sequence = self._waiting[0]
+            sequence = self._next_waiting()
             if sequence.num_pending:  # just preempted: what it waits with is not known yet
                 break
             entry = self._entries[sequence]
@@ -305,6 +309,7 @@ class Scheduler:
                     break
                 self._fail(sequence, f"its {len(sequence.tokens)} tokens need {wanted} pages, {left + wanted} are left")
                 continue
+            self._passed_over = 0 if sequence is self._waiting[0] else self._passed_over + 1
             self._waiting.remove(entry.key)
             self._running.push(entry.key, sequence)
             self.cache.acquire(sequence, pages)
@@ -319,6 +324,17 @@ class Scheduler:
             budget -= self._schedule_chunk(rows, sequence, budget)
             admitted.append(sequence)
         return admitted
+
+    def _next_waiting(self) -> Sequence:
+        """The first by policy; under longest_prefix, of the first LOOK_AHEAD the one that finds the most of itself.
+
+        The first in line is passed over at most PATIENCE times.
+        """
+        first = self._waiting[0]
+        if self._policy is not longest_prefix or self._passed_over >= PATIENCE:
+            return first
+        candidates = itertools.islice(self._waiting, LOOK_AHEAD)
+        return max(candidates, key=lambda one: len(self._match(one, self._entries[one])))  # the first of the best
 
     def _match(self, sequence: Sequence, entry: _Entry) -> list[int]:
         # Log-probabilities of prompt tokens come from computing them: what is cached has none.

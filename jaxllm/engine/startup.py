@@ -18,29 +18,31 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import EngineConfig, model_directory, resolve
+from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.memory import MemoryPlan, plan_memory
+from jaxllm.engine.memory import MemoryPlan, estimate_workspace_bytes, logits_bytes, plan_memory
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
-from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
-from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
+from jaxllm.graph.compile import Executables, Ladder, compile_all
+from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
+from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
-from jaxllm.graph.spread import leaf_placer, spread
+from jaxllm.graph.spread import Home, held_bytes, spread
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
 from sharding.mesh import stage_meshes
-from sharding.placement import Placement
 
 log = logging.getLogger(__name__)
+PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 
 
@@ -51,17 +53,19 @@ class StartReport:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: MemoryPlan | None = None
     executables: int = 0
+    compile_cache: CacheReport = field(default_factory=CacheReport)
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        return f"ready in {sum(self.seconds.values()):.1f} s ({phases}); {self.executables} executables\n{self.memory}"
+        total = f"ready in {sum(self.seconds.values()):.1f} s ({phases})"
+        return f"{total}; {self.executables} executables; cache: {self.compile_cache}\n{self.memory}"
 
 
 @contextmanager
 def _timed(report: StartReport, phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    report.seconds[phase] = time.perf_counter() - start
+    report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - start
     log.info("%s: %.2f s", phase, report.seconds[phase])
 
 
@@ -73,7 +77,7 @@ def start(
     tell = progress or (lambda phase, share: None)
     with _timed(report, "devices"):
         meshes = stage_meshes(config.mesh) if config.mesh.size > 1 else None
-        device = device or jax.devices()[0]
+        device = device or (jax.devices()[0] if meshes is None else meshes[0][0].devices.flat[0])
     directory = model_directory(config.model.path)
     with _timed(report, "config"):
         model_config = ModelConfig.from_directory(directory)
@@ -83,10 +87,11 @@ def start(
         named = tokenizer.eos_token_ids if tokenizer is not None else ()
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
-        placement = None if meshes is None else spread(model_config, meshes[0][0], config.mesh)
+        home = Home(model_config, device, None if meshes is None else spread(model_config, meshes[0][0], config.mesh))
+    _plan(config, home, home.shapes(jnp.dtype(config.model.dtype)))  # DoesNotFitError before it is loaded
     with _timed(report, "weights"):
-        params = _params(config, model_config, directory, device, placement, tell)
-    runner = _runner(config, model_config, params, device, placement, report, tell)
+        params = _params(config, home, directory, tell)
+    runner = _runner(config, home, params, report, tell)
     pool = PagePool(runner.kv[0][0].shape[0], config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
@@ -95,7 +100,7 @@ def start(
         max_model_len=config.model.max_model_len,
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
-    prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
+    prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
     log.info("%s", report)
     grammars = _grammars(directory, model_config)
@@ -116,73 +121,92 @@ def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | N
     return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos))
 
 
-def _params(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    directory: Path,
-    device: Device,
-    placement: Placement | None,
-    tell: Progress,
-) -> Params:
+def _params(config: EngineConfig, home: Home, directory: Path, tell: Progress) -> Params:
     dtype = jnp.dtype(config.model.dtype)
-    place = None if placement is None else leaf_placer(placement, model_config)
     if config.model.load_format == "dummy":
-        return jax.block_until_ready(random.dummy(model_config, dtype, config.seed, device, place))
-    host = device if placement is None else jax.local_devices(backend="cpu")[0]  # whole leaves only pass through
-    progress = lambda done, total: tell("weights", done / total)  # noqa: E731
-    return loader.load(directory, model_config, dtype, host, progress=progress, place=place)
+        params = random.dummy(home.model, dtype, config.seed, home.device, home.place)
+    else:
+        progress = lambda done, total: tell("weights", done / total)  # noqa: E731
+        params = loader.load(directory, home.model, dtype, home.loading_device, progress, home.place)
+    return jax.block_until_ready(params)
 
 
-def _runner(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    params: Params,
-    device: Device,
-    placement: Placement | None,
-    report: StartReport,
-    tell: Progress,
-) -> Runner:
-    page_size, rows = config.cache.page_size, config.scheduler.max_num_seqs
-    dtype = jnp.dtype(config.model.dtype)
-    local = model_config if placement is None else placement.local_model()
-    spec = KVCacheSpec(local.num_layers, local.num_kv_heads, local.head_dim, page_size, 0, dtype)
-    weights_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
-    report.memory = plan_memory(config, local, spec, weights_bytes, device)
+def _plan(
+    config: EngineConfig, home: Home, params: Params, workspace: int | None = None
+) -> tuple[MemoryPlan, KVCacheSpec]:
+    """Of one device, which holds its part of everything."""
+    dtype, page_size, held = jnp.dtype(config.model.dtype), config.cache.page_size, home.held
+    spec = KVCacheSpec(held.num_layers, held.num_kv_heads, held.head_dim, page_size, 0, dtype)
+    if workspace is None:
+        workspace = estimate_workspace_bytes(config, held)
+    plan = plan_memory(config, held, spec, held_bytes(params), workspace, home.device)
+    return plan, spec.with_pages(plan.num_pages)
+
+
+def _runner(config: EngineConfig, home: Home, params: Params, report: StartReport, tell: Progress) -> Runner:
+    executables, ladder, spec = _compile(config, home, params, report, tell)
+    vocab_size = home.model.vocab_size
     with _timed(report, "cache"):
-        alone = jax.sharding.SingleDeviceSharding(device)
-        pages = spec.with_pages(report.memory.num_pages)
-        if placement is not None:  # from one shard's heads to those of all
-            pages = dataclasses.replace(pages, num_kv_heads=pages.num_kv_heads * placement.config.width)
-        kv = allocate(pages, alone if placement is None else placement.sharding("kv"))
-        whole = alone if placement is None else placement.whole
-        counts = jnp.zeros((rows + 1, model_config.vocab_size), jnp.uint16, device=whole)
-    with _timed(report, "compile"):
-        executables, ladder = _compile(config, model_config, params, kv, counts, placement, tell)
-        report.executables = len(executables.table)
-    logits = alone if placement is None else placement.sharding("logits")
-    runner = Runner(params, kv, counts, executables, ladder, model_config.vocab_size, logits)
+        kv = allocate(home.kv_shapes(spec))
+        counts = jnp.zeros((config.scheduler.max_num_seqs + 1, vocab_size), jnp.uint16, device=home.whole)
+    runner = Runner(params, kv, counts, executables, ladder, vocab_size, home.sharding("logits"))
     with _timed(report, "warm-up"):
         runner.warm_up()
+    if config.compile.directory is not None and report.compile_cache.usable:
+        seal(config.compile.directory)
     return runner
 
 
 def _compile(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    params: Params,
-    kv: KVCache,
-    counts: jax.Array,
-    placement: Placement | None,
-    tell: Progress,
-) -> tuple[Executables, Ladder]:
+    config: EngineConfig, home: Home, params: Params, report: StartReport, tell: Progress
+) -> tuple[Executables, Ladder, KVCacheSpec]:
+    """Every executable, and the cache they are compiled for. Allocates nothing: shapes are enough."""
     if config.compile.directory is not None:
-        use_cache(config.compile.directory)
-    width = -(-config.model.max_model_len // config.cache.page_size)
+        with _timed(report, "compile cache"):
+            report.compile_cache = open_cache(config.compile.directory)
+    page_size, width = config.cache.page_size, -(-config.model.max_model_len // config.cache.page_size)
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
-    held = model_config if placement is None else placement.local_model()
-    graphdef, _ = abstract(held, jnp.dtype(config.model.dtype))
-    reference = config.compile.kernels == "reference"
-    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0], reference, placement)
+    counts_shape = config.scheduler.max_num_seqs + 1, home.model.vocab_size
+    counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=home.whole)
+    graphdef, _ = abstract(home.held, jnp.dtype(config.model.dtype))
     threads = config.compile.threads or os.cpu_count() or 1
-    tell_compile = lambda done, total: tell("compile", done / total)  # noqa: E731
-    return compile_all(graph, ladder, params, kv, counts, threads=threads, progress=tell_compile), ladder
+    workspace: int | None = None
+    while True:
+        report.memory, spec = _plan(config, home, params, workspace)
+        reference = config.compile.kernels == "reference"
+        graph = Graph(graphdef, home.model, page_size, spec.num_pages, reference, home.placement)
+        with _timed(report, "compile"):
+            executables = compile_all(
+                graph,
+                ladder,
+                params,
+                home.kv_shapes(spec),
+                counts,
+                threads=threads,
+                progress=lambda done, total: tell("compile", done / total),
+            )
+        report.executables = len(executables.table)
+        measured = executables.temporary_bytes + logits_bytes(config, home.held)
+        report.memory = dataclasses.replace(report.memory, measured_bytes=measured)
+        if report.memory.limit_bytes is None or measured <= report.memory.workspace_bytes:
+            return executables, ladder, spec
+        log.info("the executables need %d bytes of workspace: fewer pages, compiled again", measured)
+        workspace = measured
+
+
+def build(config: EngineConfig, *, device: Device = None, progress: Progress | None = None) -> StartReport:
+    """Fill config.compile.directory with all that `start` would compile; reads no weights, allocates nothing."""
+    report = StartReport()
+    with _timed(report, "devices"):
+        meshes = stage_meshes(config.mesh) if config.mesh.size > 1 else None
+        device = device or (jax.devices()[0] if meshes is None else meshes[0][0].devices.flat[0])
+    model_config = ModelConfig.from_directory(model_directory(config.model.path))
+    config = resolve(config, model_config.context_length, device.platform)
+    if config.compile.directory is None:
+        raise ConfigError("compile.cache_dir: must name the folder to build")
+    home = Home(model_config, device, None if meshes is None else spread(model_config, meshes[0][0], config.mesh))
+    params = home.shapes(jnp.dtype(config.model.dtype))
+    _compile(config, home, params, report, progress or (lambda phase, share: None))
+    if report.compile_cache.usable:
+        seal(config.compile.directory)
+    return report

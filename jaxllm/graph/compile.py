@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every step executable, the persistent compile cache, and a count of compilations.
+"""Ahead-of-time compilation of every step executable, and a count of compilations.
 
 In: a Graph, the parameters' and state's shapes, and the bucket ladder. Out: Executables, a table from static shapes to
 compiled functions. Knows nothing of sequences. A compiled function refuses other shapes, so a missing bucket is an
@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,14 +55,6 @@ def compile_counter() -> CompileCounter:
     return CompileCounter()
 
 
-def use_cache(directory: Path) -> None:
-    """Keep compiled executables in `directory` across processes; entries of any compile time are worth it here."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 @dataclass(frozen=True)
 class Ladder:
     """The padded static shapes of a serving process."""
@@ -91,6 +82,17 @@ class Executables:
     table: dict[Key, jax.stages.Compiled] = field(default_factory=dict)
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What the hungriest executable allocates while it runs, beside its arguments and results."""
+        return max((analysis.temp_size_in_bytes for analysis in self._memory()), default=0)
+
+    def _memory(self) -> Iterable[Any]:
+        for executable in self.table.values():
+            analysis = executable.memory_analysis()
+            if analysis is not None:
+                yield analysis
 
     def step(self, shape: StepShape) -> jax.stages.Compiled:
         return self.table["step", shape]

@@ -1,19 +1,23 @@
-"""A model over a mesh: its Placement, its parameters' specs, and leaves put where they belong as they are loaded.
+"""Where a model's arrays live: one device, or one stage's mesh. The rest of the stack asks and does not branch.
 
-In: a ModelConfig, one stage's mesh. Out: a Placement whose roles name the parameters' PartitionSpecs, and `Leaves`,
-which lays out one leaf at a time so that no device ever holds a whole model. Knows nothing of steps.
+In: a ModelConfig and a device or a mesh. Out: a Home: the shardings of parameters, pages, logits and everything else,
+the model as one device holds it, and a function that lays out one leaf at a time, so that no device ever holds a whole
+spread model. Knows nothing of steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
+from jaxllm.graph.kv_cache import Device, KVCacheSpec
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import axes
+from jaxllm.graph.models.decoder import Params, abstract, axes
 from sharding.axes import MeshConfig
 from sharding.placement import Placement
 
@@ -33,14 +37,67 @@ def spread(model: ModelConfig, mesh: Mesh, config: MeshConfig, implementation: s
     return placement
 
 
-def leaf_placer(placement: Placement, model: ModelConfig) -> PlaceLeaf:
-    """A function that lays out the leaf at a path of the parameter tree."""
-    names = axes(model)
+@dataclass(frozen=True)
+class Home:
+    """`device` is the first of them: memory is planned by it."""
 
-    def place(path: Path, leaf: Any) -> Any:
-        node: Any = names
-        for key in path:
-            node = node[key]
-        return placement.place(node, leaf)
+    model: ModelConfig
+    device: Device
+    placement: Placement | None = None
 
-    return place
+    @property
+    def held(self) -> ModelConfig:
+        """The model as one device holds it."""
+        return self.model if self.placement is None else self.placement.local_model()
+
+    @property
+    def whole(self) -> Sharding:
+        """Of what every device has all of."""
+        return SingleDeviceSharding(self.device) if self.placement is None else self.placement.whole
+
+    def sharding(self, role: str) -> Sharding:
+        return SingleDeviceSharding(self.device) if self.placement is None else self.placement.sharding(role)
+
+    def kv_shapes(self, held: KVCacheSpec) -> Any:
+        """Of the pages on all devices, from those of one."""
+        return held.repeated(1 if self.placement is None else self.placement.config.width).shapes(self.sharding("kv"))
+
+    def shapes(self, dtype: DTypeLike) -> Params:
+        """The parameters' shapes where they will lie."""
+        _, shapes = abstract(self.model, dtype)
+        if self.placement is None:
+            alone = self.whole
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone), shapes)
+        return jax.tree.map(self.placement.shape, axes(self.model), shapes, is_leaf=is_axes)
+
+    @property
+    def loading_device(self) -> Device:
+        """Where whole leaves pass through: the device itself, or the host when none should hold a whole leaf."""
+        return self.device if self.placement is None else jax.local_devices(backend="cpu")[0]
+
+    @property
+    def place(self) -> PlaceLeaf | None:
+        """Lays out the leaf at a path of the parameter tree; None: it already lies where it should."""
+        if self.placement is None:
+            return None
+        placement, names = self.placement, axes(self.model)
+
+        def place(path: Path, leaf: Any) -> Any:
+            node: Any = names
+            for key in path:
+                node = node[key]
+            return placement.place(node, leaf)
+
+        return place
+
+
+def held_bytes(params: Params) -> int:
+    """Of arrays, or of their shapes with shardings, on one device."""
+
+    def size(leaf: Any) -> int:
+        held = 1
+        for n in leaf.sharding.shard_shape(leaf.shape):
+            held *= n
+        return held * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(params))

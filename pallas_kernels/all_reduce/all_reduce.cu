@@ -207,7 +207,8 @@ ffi::Error launch_for(int ranks, cudaStream_t stream, const Peers& peers, const 
 }
 
 ffi::Error all_reduce(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out,
-                      ffi::Span<const int64_t> numbers, bool two) {
+                      ffi::Span<const int64_t> numbers, int64_t shots) {
+  const bool two = shots == 2;
   int device = -1;
   if (cudaGetDevice(&device) != cudaSuccess) return failure("no current device");
   for (int64_t number : numbers) {
@@ -283,7 +284,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_all_reduce, all_reduce,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<ffi::Span<const int64_t>>("groups")
-                                  .Attr<bool>("two_shot"),
+                                  .Attr<int64_t>("shots"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 // The number of the group of these devices, in rank order; -1 and a reason in `why` when it cannot be made.

@@ -45,7 +45,7 @@ def all_reduce(x: jax.Array, axes: str | tuple[str, ...], groups: tuple[tuple[in
         raise NotImplementedError(f"{size_bytes} bytes: at most {most}, larger sums are NCCL's")
     numbers = np.array([group_number(group) for group in groups], np.int64)
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return call(x, groups=numbers, two_shot=two_shot)
+    return call(x, groups=numbers, shots=np.int64(2 if two_shot else 1))
 
 
 @functools.cache

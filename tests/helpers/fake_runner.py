@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jaxllm.core import RowResult, SampledToken, ScheduledRow, Sequence, StepPlan, TokenLogprobs, TokenOutput
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.scheduler import Limits, Scheduler
 
@@ -134,13 +135,14 @@ class Host:
         max_model_len: int = 200,
         max_prefill_chunk: int | None = None,
         caching: bool = True,
+        radix: bool = False,
         policy: str = "fcfs",
         overlap: bool = False,
     ) -> None:
         self.overlap = overlap
         self.in_flight: tuple[StepPlan, FakeStep] | None = None
         self.pool = PagePool(num_pages, page_size)
-        self.cache = PrefixCache(self.pool) if caching else NoPrefixCache()
+        self.cache = (RadixCache if radix else PrefixCache)(self.pool) if caching else NoPrefixCache()
         limits = Limits(
             token_budget=token_budget,
             max_num_seqs=max_num_seqs,
