@@ -9,6 +9,7 @@ In: a GroupPlace. Out: a Leading or a Following; GroupError with one clear line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import importlib.metadata
@@ -152,6 +153,8 @@ class Line:
         return bytes(found)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that receives
         self._socket.close()
 
 
@@ -201,6 +204,8 @@ class Leading:
                 _admit(place, config, connected, lines)
         except GroupError as error:
             _tell_all(lines, Refused(str(error)))
+            for line in lines.values():
+                line.close()
             raise
         finally:
             listener.close()
@@ -224,6 +229,11 @@ class Leading:
         """Rank 0 cannot go on."""
         self.on_lost = lambda why: None
         _tell_all(self.lines, Refused(why))
+
+    def close(self) -> None:
+        self.on_lost = lambda why: None
+        for line in self.lines.values():
+            line.close()
 
     def call(self, call: Call) -> None:
         for rank, line in self.lines.items():
@@ -267,8 +277,10 @@ class Following:
             line.send(hello_of(place, config, nonce))
             answer = line.receive(max(0.1, deadline - time.monotonic()))
         except (OSError, TimeoutError):
+            line.close()
             raise GroupError(f"the coordinator {place.coordinator} went away while the group came together") from None
         if isinstance(answer, Refused):
+            line.close()
             raise GroupError(answer.why)
         found = cls(line, on_lost)
         for body in (found._beat, found._listen):
@@ -291,6 +303,10 @@ class Following:
             self.line.send(Refused(why))
         except OSError:
             return  # nobody is left to be told
+
+    def close(self) -> None:
+        self.on_lost = lambda why: None
+        self.line.close()
 
     def _beat(self) -> None:
         while True:
