@@ -114,7 +114,7 @@ def _launch(
     if layout.kind == "ray":
         from serve.launch.ray import run as run_ray
 
-        return run_ray(layout, launch, gateway | given)
+        return run_ray(layout, launch, gateway | given, config)
     if layout.gateway:
         from serve.launch.local import run_replicas
 

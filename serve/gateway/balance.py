@@ -20,9 +20,15 @@ KNOWN_SHARE = 0.5  # of a prompt's blocks that a worker must have seen to be wor
 class Balancer:
     def __init__(self, settings: GatewaySettings, workers: Sequence[Worker]) -> None:
         self.settings = settings
-        self.workers = {worker.name: worker for worker in workers}
         self.memory = Memory(settings.memory_blocks)
         self.choices: Counter[str] = Counter()  # why workers were chosen
+        self.set_workers(workers)
+
+    def set_workers(self, workers: Sequence[Worker]) -> None:
+        """Those there are now; what is known of the others is forgotten."""
+        self.workers = {worker.name: worker for worker in workers}
+        for name in set(self.memory.blocks) - set(self.workers):
+            self.memory.forget(name)
         self._ring = Ring(list(self.workers))
         self._turn = itertools.cycle(list(self.workers))
         for worker in workers:

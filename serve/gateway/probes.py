@@ -68,9 +68,9 @@ async def look(pool: Pool, timeout_s: float) -> Vitals:
 
 
 async def watch(gateway: Probed, worker: Worker) -> None:
-    """For ever."""
+    """As long as there is this worker."""
     silent_since: float | None = None
-    while True:
+    while not worker.retired:
         before = worker.ready
         try:
             vitals = await look(gateway.pools[worker.name], gateway.settings.probe_timeout_s)

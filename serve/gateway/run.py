@@ -43,14 +43,28 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-async def run(settings: GatewaySettings, bound: socket.socket, on_start: Callable[[str], None]) -> None:
-    """Until a signal; a second one ends it at once."""
+Move = Callable[[str, str], None]  # a worker's old and new address, from any thread
+
+
+async def run(
+    settings: GatewaySettings,
+    bound: socket.socket,
+    on_start: Callable[[str], None],
+    with_move: Callable[[Move], None] | None = None,
+) -> None:
+    """Until a signal; a second one ends it at once. `with_move` is given what moves a worker to another address."""
     loop = asyncio.get_running_loop()
     gateway = Gateway(settings)
     listener = Listener(settings, gateway.handle)
     server = await loop.create_server(listener.make, sock=bound, backlog=2048)
     tasks = [loop.create_task(watch(gateway, worker)) for worker in gateway.workers]
     tasks.append(loop.create_task(listener.sweep()))
+
+    def move(old: str, new: str) -> None:
+        tasks.append(loop.create_task(watch(gateway, gateway.move(old, new))))
+
+    if with_move is not None:
+        with_move(lambda old, new: loop.call_soon_threadsafe(move, old, new) and None)
     signals: asyncio.Queue[str] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number.name)
@@ -73,11 +87,13 @@ async def run(settings: GatewaySettings, bound: socket.socket, on_start: Callabl
     gateway.close()
 
 
-def serve(settings: GatewaySettings, on_start: Callable[[str], None]) -> int:
+def serve(
+    settings: GatewaySettings, on_start: Callable[[str], None], with_move: Callable[[Move], None] | None = None
+) -> int:
     """Blocks until the end."""
     bound = bind(settings.host, settings.port)
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
-    asyncio.run(run(settings, bound, on_start), loop_factory=uvloop.new_event_loop)
+    asyncio.run(run(settings, bound, on_start, with_move), loop_factory=uvloop.new_event_loop)
     return 0

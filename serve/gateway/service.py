@@ -241,6 +241,17 @@ class Gateway:
     def changed(self) -> None:
         self._changed.set()
 
+    def move(self, old: str, new: str) -> Worker:
+        """A worker came back at another address; the one at the old address is lost. Returns the new one."""
+        gone, worker = self.balancer.workers[old], Worker(new, self.settings)
+        gone.retired = True
+        gone.unready("it moved", lost=True)
+        self.workers[self.workers.index(gone)] = worker
+        self.pools[new] = Pool(new, self.settings.connect_timeout_s)
+        self.balancer.set_workers(self.workers)
+        self.changed()
+        return worker
+
     # ---- routes of its own ----
 
     def _say(self, request: Incoming, status: int, value: Any) -> None:

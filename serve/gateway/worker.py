@@ -67,6 +67,7 @@ class Worker:
     ready: bool = False  # until a probe says so
     why: str = "not looked at yet"
     drained: bool = False  # taken out by a person
+    retired: bool = False  # another address took its place
     in_flight: int = 0
     load: float = 0.0  # of what we sent and it has not answered
     foreign: float = 0.0  # requests it says it has beyond ours
@@ -81,7 +82,7 @@ class Worker:
         self.circuit = Circuit(known.break_after, known.break_s, known.max_break_s)
 
     def usable(self, now_s: float) -> bool:
-        return self.ready and not self.drained and self.circuit.admits(now_s)
+        return self.ready and not self.drained and not self.retired and self.circuit.admits(now_s)
 
     @property
     def burden(self) -> float:
