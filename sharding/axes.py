@@ -97,6 +97,8 @@ class ModelSizes(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def d_ff(self) -> int: ...
+    @property
+    def windows(self) -> tuple[int | None, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,16 @@ def check(model: ModelSizes, mesh: MeshConfig) -> None:
     for name, blocks in SPLIT.items():
         for block in blocks(model, sizes.get(name, 0)):
             block.units(mesh.width)
-    if mesh.pipe > model.num_layers:
-        raise MeshError(f"mesh.pipe = {mesh.pipe}: the model has only {model.num_layers} layers")
+    if mesh.seq > 1 and any(window is not None for window in model.windows):
+        raise MeshError(f"mesh.seq = {mesh.seq}: a window over keys that lie page by page on several devices: not built")
+    if mesh.expert > 1:
+        raise MeshError(f"mesh.expert = {mesh.expert}: the model has no experts; give these devices to mesh.tensor")
 
 
 def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:
     """Which consecutive layers each pipeline stage runs; the first stages take one more where it does not divide."""
+    if stages > num_layers:
+        raise MeshError(f"mesh.pipe = {stages}: the model has only {num_layers} layers")
     share, extra = divmod(num_layers, stages)
     starts = [stage * share + min(stage, extra) for stage in range(stages + 1)]
     return tuple(range(a, b) for a, b in zip(starts, starts[1:]))

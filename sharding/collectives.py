@@ -22,8 +22,11 @@ class Exchange(ABC):
     """How the shards of a model meet.
 
     The residual stream is x; `enter(x)` is what a column-split product reads, `leave(partial)` makes a row-split
-    product's partial sums part of the residual stream again.
+    product's partial sums part of the residual stream again. With `scatter` the residual stream itself is spread along
+    its first dim.
     """
+
+    scatter: bool
 
     @abstractmethod
     def lookup(self, table: Float[Array, "V D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
@@ -47,6 +50,8 @@ class Exchange(ABC):
 @dataclass(frozen=True)
 class Alone(Exchange):
     """One device holds all of the model."""
+
+    scatter: bool = False
 
     def lookup(self, table: Float[Array, "V D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
         return table.at[ids].get(mode="clip")

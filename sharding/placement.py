@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.axes import ONCE, SPLIT, MeshConfig, ModelSizes, check, local_sizes, rows_of_shards
 from sharding.collectives import ALONE, Exchange, Spread
+from sharding.context import Context
 from sharding.mesh import SHARD_AXES
 
 Axes = tuple[str | None, ...]
@@ -38,6 +39,10 @@ class Placement:
         self.roles.setdefault("whole", P())
         self.roles.setdefault("kv", self.kv_spec)
         self.roles.setdefault("logits", P(None, self.shard_axes or None))
+        seq = ("seq",) if self.config.seq > 1 else ()
+        self.roles.setdefault("tokens", P(self.shard_axes or None))
+        self.roles.setdefault("context", P(seq or None))
+        self.roles.setdefault("context tokens", P((*seq, *self.shard_axes) or None))
 
     @property
     def shard_axes(self) -> tuple[str, ...]:
@@ -55,7 +60,12 @@ class Placement:
     @property
     def kv_spec(self) -> P:
         """Pages [P, K, page, H]: kv heads are cut, repeated where there are fewer of them than shards."""
-        return P(None, self.shard_axes or None)
+        return P("seq" if self.config.seq > 1 else None, self.shard_axes or None)
+
+    @property
+    def context(self) -> Context | None:
+        """Set where the keys of a sequence are spread over devices."""
+        return Context(self.config.seq) if self.config.seq > 1 else None
 
     def local_model(self) -> Any:
         return local_sizes(self.model, self.config)

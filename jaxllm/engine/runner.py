@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core import (
@@ -34,7 +35,7 @@ from jaxllm.engine.metrics import Metrics
 from jaxllm.graph.compile import COUNTS_CHUNK, Executables, Ladder, compile_counter
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples
 from jaxllm.graph.kv_cache import KVCache
-from jaxllm.graph.steps import Sampled, SampleMode, Stepped
+from jaxllm.graph.steps import SAMPLER_MODES, Results, Sampled, SampleMode, Stepped
 
 NUMERICAL_ERROR = "numerical_error: the model's logits for this sequence are not finite"
 
@@ -47,8 +48,11 @@ def sample_mode(params: SamplingParams, masked: bool) -> SampleMode:
     """The least the sampler must compute for one sequence."""
     if params.logprobs is not None:
         return SampleMode.LOGPROBS
-    plain = params.greedy and not masked and not params.logit_bias and not has_penalties(params)
-    return SampleMode.GREEDY if plain else SampleMode.SAMPLE
+    if params.greedy:
+        plain = not masked and not params.logit_bias and not has_penalties(params)
+        return SampleMode.GREEDY if plain else SampleMode.RANDOM
+    truncates = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return SampleMode.SAMPLE if truncates else SampleMode.RANDOM
 
 
 MODE_ORDER = list(SampleMode)  # from least to most work
@@ -59,7 +63,7 @@ class Launched:
     """A step on its way through the device."""
 
     rows: tuple[ScheduledRow, ...]
-    sampled: Sampled  # the step's greedy tokens, until the sampler's are there
+    sampled: Sampled | None  # None: not sampled yet
     masks: list[TokenMask | None]  # by row of the plan
     bucket: int
     prompts: tuple[Any, Any] | None = None  # targets, and their log-probabilities on the device
@@ -69,8 +73,8 @@ class Launched:
     @property
     def ready(self) -> bool:
         """Whether the device has finished it."""
-        tokens: Any = self.sampled.token_ids  # jax's type leaves is_ready out
-        return tokens.is_ready()
+        tokens: Any = self.sampled.token_ids if self.sampled is not None else None  # jax's type leaves is_ready out
+        return tokens is not None and tokens.is_ready()
 
 
 @dataclass
@@ -85,7 +89,8 @@ class Runner:
     metrics: Metrics = field(default_factory=Metrics)
     steps: int = 0
     last_tokens: jax.Array = field(init=False)  # i32[S+1]: what each row sampled last
-    _logits: dict[int, jax.Array] = field(default_factory=dict)  # by rows of the bucket: every step's go to one place
+    _inputs: dict[StepShape, jax.Array] = field(default_factory=dict)  # where each shape's steps read theirs
+    _results: dict[int, Results] = field(default_factory=dict)  # by rows of the bucket: where steps leave theirs
     _masks: dict[int, TokenMask | None] = field(default_factory=dict)  # by row
     _keys: dict[int, tuple[int, int]] = field(default_factory=dict)  # by row
     _neutral: dict[int, tuple[Any, Any, Any, Any]] = field(default_factory=dict)  # by bucket
@@ -96,9 +101,13 @@ class Runner:
     def __post_init__(self) -> None:
         rows = self.counts.shape[0] - 1
         self.last_tokens = jax.device_put(np.zeros(rows + 1, np.int32), self.counts.sharding)
+        place = self.counts.sharding
         for bucket in self.ladder.decode_rows:
-            empty = jax.numpy.zeros((bucket, self.vocab_size), np.float32, device=self.logits_sharding)
-            self._logits[bucket] = empty
+            tokens = jax.device_put(jnp.zeros(bucket, jnp.int32), place)
+            logits = jnp.zeros((bucket, self.vocab_size), jnp.float32, device=self.logits_sharding)
+            self._results[bucket] = Results(tokens, logits)
+        for shape in self.ladder.shapes():
+            self._inputs[shape] = jax.device_put(jnp.zeros(shape.packed_size, jnp.int32), place)
         self._page_table = np.zeros((rows, self.ladder.width), np.int32)
         self._num_pages = np.zeros(rows, np.int64)
 
@@ -112,10 +121,10 @@ class Runner:
         rows = plan.rows
         wants_prompt = any(row.sequence.request.params.prompt_logprobs is not None for row in rows)
         decode = plan.decode_only and not wants_prompt  # a decode step gives no hidden states
-        shape = self.ladder.decode(len(rows)) if decode else self.ladder.mixed(plan.num_tokens)
+        shape = self.ladder.of(len(rows), plan.num_tokens, decode=decode)
         stepped = self._step(shape, self._pack(shape, rows))
         masks = [self._masks[self._place(row.sequence)] if row.sample else None for row in rows]
-        launched = Launched(rows, stepped.sampled, masks, shape.rows)
+        launched = Launched(rows, None, masks, shape.rows)
         if wants_prompt:
             launched.prompts = self._prompt_logprobs(rows, stepped.hidden, shape)
         # num_pending counts this step's token; another one is the step before's, still unknown.
@@ -136,14 +145,17 @@ class Runner:
         asked = zip(rows, launched.bits)
         wanted = [sample_mode(row.sequence.request.params, bits is not None) for row, bits in asked if row.sample]
         mode = max(wanted, key=MODE_ORDER.index, default=SampleMode.GREEDY)
-        if mode is not SampleMode.GREEDY:
+        if mode is SampleMode.GREEDY:
+            fetch = self.executables.fetch(launched.bucket)
+            launched.sampled = Sampled(fetch(self._results[launched.bucket].token_ids))
+        else:
             launched.sampled = self._sample(mode, launched.bucket, list(zip(rows, launched.bits)))
         for leaf in jax.tree.leaves(launched.sampled):
             leaf.copy_to_host_async()
 
     def collect(self, launched: Launched) -> list[RowResult]:
         """Wait for a step and read what it says."""
-        host = jax.tree.map(np.asarray, launched.sampled)
+        host: Sampled = jax.tree.map(np.asarray, launched.sampled)
         rows = launched.rows
         sampled = [self._token(launched, i, host) if row.sample else None for i, row in enumerate(rows)]
         self.metrics.compiles_after_ready = compile_counter().compiles - self._compiles_when_ready
@@ -166,20 +178,22 @@ class Runner:
         """Run every executable once on padding, so that no request pays for a first launch."""
         for shape in self.ladder.shapes():
             stepped = self._step(shape, self._pack(shape, ()))
-            if shape.decode:
-                for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
-                    self._sample(mode, shape.rows, [])
-            else:
+            if not shape.decode:
                 targets = np.zeros(shape.tokens, np.int32)
                 self.executables.prompt_logprobs(shape.tokens)(self.params, stepped.hidden, targets)
+        for rows in self.ladder.decode_rows:
+            self.executables.fetch(rows)(self._results[rows].token_ids)
+            for mode in SAMPLER_MODES:
+                self._sample(mode, rows, [])
         self._set_counts(self.counts.shape[0] - 1, [], in_prompt=True, fresh=True)
         jax.block_until_ready((self.kv, self.counts))
         self._compiles_when_ready = compile_counter().compiles
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:
-        state = self.kv, self.last_tokens, self._logits[shape.rows]
-        stepped: Stepped = self.executables.step(shape)(self.params, *state, packed)
-        self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
+        inputs = self._inputs[shape] = self.executables.feed(shape)(self._inputs[shape], packed)
+        state = self.kv, self.last_tokens, self._results[shape.rows]
+        stepped: Stepped = self.executables.step(shape)(self.params, *state, inputs)
+        self.kv, self.last_tokens, self._results[shape.rows] = stepped.kv, stepped.last_tokens, stepped.results
         return stepped
 
     def _pack(self, shape: StepShape, rows: SequenceOf[ScheduledRow]) -> np.ndarray:
@@ -248,7 +262,9 @@ class Runner:
                 mask[i] = mask[i] if bits is None else bits
         state = self.counts, self.last_tokens
         call = self.executables.sample(bucket, mode)
-        sampled, self.counts, self.last_tokens = call(*state, self._logits[bucket], packed, bias_ids, bias, mask)
+        sampled, self.counts, self.last_tokens = call(
+            *state, self._results[bucket].logits, packed, bias_ids, bias, mask
+        )
         return sampled
 
     def _sample_row(self, row: ScheduledRow, scratch: int) -> SampleRow:

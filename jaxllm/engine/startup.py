@@ -27,6 +27,7 @@ from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.memory import MemoryPlan, estimate_workspace_bytes, logits_bytes, plan_memory
 from jaxllm.engine.policy import POLICIES
+from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all
@@ -35,7 +36,8 @@ from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
-from jaxllm.graph.spread import Home, held_bytes, spread
+from jaxllm.graph.spread import Home, held_bytes
+from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
@@ -71,28 +73,38 @@ def _timed(report: StartReport, phase: str) -> Iterator[None]:
 
 def start(
     config: EngineConfig, *, device: Device = None, progress: Progress | None = None
-) -> tuple[Engine, StartReport]:
+) -> tuple[Engine | ReplicatedEngine, StartReport]:
     """Raises ConfigError, WeightsError or DoesNotFitError with what to change."""
     report = StartReport()
     tell = progress or (lambda phase, share: None)
     with _timed(report, "devices"):
-        meshes = stage_meshes(config.mesh) if config.mesh.size > 1 else None
-        device = device or (jax.devices()[0] if meshes is None else meshes[0][0].devices.flat[0])
+        meshes = stage_meshes(config.mesh, None if device is None else [device])
     directory = model_directory(config.model.path)
     with _timed(report, "config"):
         model_config = ModelConfig.from_directory(directory)
-        config = resolve(config, model_config.context_length, device.platform)
+        config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
         tokenizer = _tokenizer(directory)
         generation = read_generation_defaults(directory)
         named = tokenizer.eos_token_ids if tokenizer is not None else ()
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
-        home = Home(model_config, device, None if meshes is None else spread(model_config, meshes[0][0], config.mesh))
-    _plan(config, home, home.shapes(jnp.dtype(config.model.dtype)))  # DoesNotFitError before it is loaded
-    with _timed(report, "weights"):
-        params = _params(config, home, directory, tell)
-    runner = _runner(config, home, params, report, tell)
-    pool = PagePool(runner.kv[0][0].shape[0], config.cache.page_size)
+        replicas = [homes_of(model_config, stages, config.mesh) for stages in meshes]
+    dtype = jnp.dtype(config.model.dtype)
+    _plan(config, replicas[0], [home.shapes(dtype) for home in replicas[0]])  # DoesNotFitError before it is loaded
+    grammars = _grammars(directory, model_config)
+    engines = []
+    for homes in replicas:
+        with _timed(report, "weights"):
+            params = _params(config, model_config, homes, directory, tell)
+        for runner, num_pages in _runners(config, homes, params, report, tell):
+            scheduler = _scheduler(config, num_pages, runner)
+            engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
+    log.info("%s", report)
+    return engines[0] if len(engines) == 1 else ReplicatedEngine(tuple(engines)), report
+
+
+def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:
+    pool = PagePool(num_pages, config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -101,10 +113,7 @@ def start(
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
-    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
-    log.info("%s", report)
-    grammars = _grammars(directory, model_config)
-    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
+    return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
@@ -121,75 +130,97 @@ def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | N
     return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos))
 
 
-def _params(config: EngineConfig, home: Home, directory: Path, tell: Progress) -> Params:
-    dtype = jnp.dtype(config.model.dtype)
+def _params(
+    config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...], directory: Path, tell: Progress
+) -> list[Params]:
+    """The parameters of each stage."""
+    dtype, stages = jnp.dtype(config.model.dtype), Stages.of(model_config, homes)
     if config.model.load_format == "dummy":
-        params = random.dummy(home.model, dtype, config.seed, home.device, home.place)
+        random.dummy(model_config, dtype, config.seed, homes[0].device, stages.place)
     else:
+        alone = len(homes) == 1 and homes[0].placement is None
+        through = homes[0].device if alone else jax.local_devices(backend="cpu")[0]  # no device need hold a whole leaf
         progress = lambda done, total: tell("weights", done / total)  # noqa: E731
-        params = loader.load(directory, home.model, dtype, home.loading_device, progress, home.place)
-    return jax.block_until_ready(params)
+        loader.load(directory, model_config, dtype, through, progress, stages.place)
+    return jax.block_until_ready(list(stages.trees))
 
 
 def _plan(
-    config: EngineConfig, home: Home, params: Params, workspace: int | None = None
-) -> tuple[MemoryPlan, KVCacheSpec]:
-    """Of one device, which holds its part of everything."""
-    dtype, page_size, held = jnp.dtype(config.model.dtype), config.cache.page_size, home.held
-    spec = KVCacheSpec(held.num_layers, held.num_kv_heads, held.head_dim, page_size, 0, dtype)
-    if workspace is None:
-        workspace = estimate_workspace_bytes(config, held)
-    plan = plan_memory(config, held, spec, held_bytes(params), workspace, home.device)
-    return plan, spec.with_pages(plan.num_pages)
+    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], workspace: int | None = None
+) -> tuple[MemoryPlan, list[KVCacheSpec]]:
+    """Of one device of the fullest stage; the pages of each stage, which each lane of the pipeline gets."""
+    dtype, page_size = jnp.dtype(config.model.dtype), config.cache.page_size
+    plans, specs = [], []
+    for home, own in zip(homes, params):
+        held = home.held
+        spec = KVCacheSpec(held.num_layers, held.num_kv_heads, held.head_dim, page_size, 0, dtype)
+        needed = estimate_workspace_bytes(config, held) if workspace is None else workspace
+        plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.device))
+        specs.append(spec)
+    plan, deep = min(plans, key=lambda plan: plan.num_pages), config.mesh.seq
+    lane = max(1, plan.num_pages // len(homes))
+    pages = lane * deep if config.cache.num_pages is None else max(1, lane // deep) * deep
+    return plan, [spec.with_pages(pages) for spec in specs]
 
 
-def _runner(config: EngineConfig, home: Home, params: Params, report: StartReport, tell: Progress) -> Runner:
-    executables, ladder, spec = _compile(config, home, params, report, tell)
-    vocab_size = home.model.vocab_size
-    with _timed(report, "cache"):
-        kv = allocate(home.kv_shapes(spec))
-        counts = jnp.zeros((config.scheduler.max_num_seqs + 1, vocab_size), jnp.uint16, device=home.whole)
-    runner = Runner(params, kv, counts, executables, ladder, vocab_size, home.sharding("logits"))
-    with _timed(report, "warm-up"):
-        runner.warm_up()
+def _runners(
+    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
+) -> Iterator[tuple[Runner, int]]:
+    """One a pipeline stage, so that every stage has work, each with the pages it owns; they share the parameters."""
+    executables, ladder, specs = _compile(config, homes, params, report, tell)
+    final = homes[-1]
+    for _ in homes:
+        with _timed(report, "cache"):
+            kv = [allocate(home.kv_shapes(spec)) for home, spec in zip(homes, specs)]
+            shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
+            counts = jnp.zeros(shape, jnp.uint16, device=final.whole)
+        logits = final.sharding("logits")
+        own = (params[0], kv[0]) if len(homes) == 1 else (params, kv)
+        runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits)
+        with _timed(report, "warm-up"):
+            runner.warm_up()
+        yield runner, specs[0].num_pages
     if config.compile.directory is not None and report.compile_cache.usable:
         seal(config.compile.directory)
-    return runner
 
 
 def _compile(
-    config: EngineConfig, home: Home, params: Params, report: StartReport, tell: Progress
-) -> tuple[Executables, Ladder, KVCacheSpec]:
+    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
+) -> tuple[Executables, Ladder, list[KVCacheSpec]]:
     """Every executable, and the cache they are compiled for. Allocates nothing: shapes are enough."""
     if config.compile.directory is not None:
         with _timed(report, "compile cache"):
             report.compile_cache = open_cache(config.compile.directory)
     page_size, width = config.cache.page_size, -(-config.model.max_model_len // config.cache.page_size)
-    ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
-    counts_shape = config.scheduler.max_num_seqs + 1, home.model.vocab_size
-    counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=home.whole)
-    graphdef, _ = abstract(home.held, jnp.dtype(config.model.dtype))
+    deterministic = config.scheduler.deterministic
+    ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width, deterministic)
+    final, dtype = homes[-1], jnp.dtype(config.model.dtype)
+    counts_shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
+    counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=final.whole)
+    graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
+    reference = config.compile.kernels == "reference"
     threads = config.compile.threads or os.cpu_count() or 1
     workspace: int | None = None
     while True:
-        report.memory, spec = _plan(config, home, params, workspace)
-        reference = config.compile.kernels == "reference"
-        graph = Graph(graphdef, home.model, page_size, spec.num_pages, reference, home.placement)
+        report.memory, specs = _plan(config, homes, params, workspace)
+        pages = specs[0].num_pages
+        graphs = [
+            Graph(graphdef, home.model, page_size, pages, reference, home.placement)
+            for graphdef, home in zip(graphdefs, homes)
+        ]
+        kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
         with _timed(report, "compile"):
-            executables = compile_all(
-                graph,
-                ladder,
-                params,
-                home.kv_shapes(spec),
-                counts,
-                threads=threads,
-                progress=lambda done, total: tell("compile", done / total),
-            )
+            how = {"threads": threads, "progress": lambda done, total: tell("compile", done / total)}
+            if len(homes) == 1:
+                executables = compile_all(graphs[0], ladder, params[0], kv[0], counts, **how)
+            else:
+                wholes = [home.whole for home in homes]
+                executables = compile_stages(graphs, ladder, params, kv, counts, wholes, **how)
         report.executables = len(executables.table)
-        measured = executables.temporary_bytes + logits_bytes(config, home.held)
+        measured = executables.temporary_bytes + logits_bytes(config, final.held)
         report.memory = dataclasses.replace(report.memory, measured_bytes=measured)
         if report.memory.limit_bytes is None or measured <= report.memory.workspace_bytes:
-            return executables, ladder, spec
+            return executables, ladder, specs
         log.info("the executables need %d bytes of workspace: fewer pages, compiled again", measured)
         workspace = measured
 
@@ -198,15 +229,14 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     """Fill config.compile.directory with all that `start` would compile; reads no weights, allocates nothing."""
     report = StartReport()
     with _timed(report, "devices"):
-        meshes = stage_meshes(config.mesh) if config.mesh.size > 1 else None
-        device = device or (jax.devices()[0] if meshes is None else meshes[0][0].devices.flat[0])
+        meshes = stage_meshes(config.mesh, None if device is None else [device])
     model_config = ModelConfig.from_directory(model_directory(config.model.path))
-    config = resolve(config, model_config.context_length, device.platform)
+    config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
-    home = Home(model_config, device, None if meshes is None else spread(model_config, meshes[0][0], config.mesh))
-    params = home.shapes(jnp.dtype(config.model.dtype))
-    _compile(config, home, params, report, progress or (lambda phase, share: None))
+    homes = homes_of(model_config, meshes[0], config.mesh)
+    params = [home.shapes(jnp.dtype(config.model.dtype)) for home in homes]
+    _compile(config, homes, params, report, progress or (lambda phase, share: None))
     if report.compile_cache.usable:
         seal(config.compile.directory)
     return report

@@ -22,16 +22,18 @@ import jax.numpy as jnp
 from jaxllm.core import MAX_LOGIT_BIAS
 from jaxllm.graph import sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
-from jaxllm.graph.steps import Graph, SampleMode, Stepped
+from jaxllm.graph.steps import Graph, Results, SampleMode, Stepped
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
+LARGE_TOKENS = 256
+# From here on cuBLAS beats Triton's matmuls, which autotuning prefers now and then: it times candidates while other
+# threads' candidates run on the same device.
+LARGE_PRODUCTS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
-STEP_TAKES, STEP_GIVES = (
-    ("params", "kv", "whole", "logits", "whole"),
-    Stepped("whole", "whole", "logits", "kv", "whole"),
-)
+RESULTS = Results("whole", "logits")  # the roles of step's arguments and results on a mesh
+STEP_TAKES, STEP_GIVES = ("params", "kv", "whole", RESULTS, "whole"), Stepped("kv", "whole", RESULTS, "whole")
 SAMPLE_TAKES, SAMPLE_GIVES = ("whole", "whole", "logits", *["whole"] * 4), ("whole", "whole", "whole")
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
@@ -62,6 +64,11 @@ class Ladder:
     decode_rows: tuple[int, ...]  # ascending; the last is max_num_seqs
     mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
     width: int  # pages a row
+    one_shape: bool = False  # every step takes the one mixed shape, decodes too: bits then depend on no bucket
+
+    def of(self, rows: int, tokens: int, *, decode: bool) -> StepShape:
+        """The shape of a step with so many rows and tokens; `decode`: one token a row."""
+        return self.decode(rows) if decode and not self.one_shape else self.mixed(tokens)
 
     def decode(self, rows: int) -> StepShape:
         bucket = next(b for b in self.decode_rows if b >= rows)
@@ -72,14 +79,15 @@ class Ladder:
         return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
 
     def shapes(self) -> list[StepShape]:
-        return [self.decode(b) for b in self.decode_rows] + [self.mixed(t) for t in self.mixed_tokens]
+        decode = [] if self.one_shape else [self.decode(b) for b in self.decode_rows]
+        return decode + [self.mixed(t) for t in self.mixed_tokens]
 
 
 @dataclass
 class Executables:
     """Compiled step functions by what they are and their bucket, and how long each took."""
 
-    table: dict[Key, jax.stages.Compiled] = field(default_factory=dict)
+    table: dict[Key, Any] = field(default_factory=dict)
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -90,17 +98,25 @@ class Executables:
 
     def _memory(self) -> Iterable[Any]:
         for executable in self.table.values():
+            if not isinstance(executable, jax.stages.Compiled):
+                continue  # composed of others here
             analysis = executable.memory_analysis()
             if analysis is not None:
                 yield analysis
 
-    def step(self, shape: StepShape) -> jax.stages.Compiled:
+    def step(self, shape: StepShape) -> Any:
         return self.table["step", shape]
+
+    def feed(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["feed", shape]
+
+    def fetch(self, rows: int) -> jax.stages.Compiled:
+        return self.table["fetch", rows]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
-    def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
+    def prompt_logprobs(self, tokens: int) -> Any:
         return self.table["prompt_logprobs", tokens]
 
     @property
@@ -112,29 +128,62 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
-    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
+def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, last_tokens: Any) -> Iterable[Job]:
+    """A pipeline stage before the last."""
+    params, kv = _abstract(params), _abstract(kv)
+    spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
+    for shape in ladder.shapes():
+        carry, role = (last_tokens, "whole") if number == 0 else residual(graph, shape, params)
+        gives = (residual(graph, shape, params)[1], "kv")
+        function = spread(functools.partial(steps.pass_on, graph, shape), ("params", "kv", role, "whole"), gives)
+        packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=last_tokens.sharding)
+        carry = jax.ShapeDtypeStruct(carry.shape, carry.dtype, sharding=carry.sharding)
+        yield ("stage", number, shape), jax.jit(function, donate_argnums=(1,)), (params, kv, carry, packed)
+
+
+def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
+    """The residual stream between two stages of a step of this shape, where it lies in the later one, and its role."""
+    leaf = jax.tree.leaves(params)[0]
+    parts = ["context"] * graph.dealt(shape)[2] + ["tokens"] * graph.exchange(shape).scatter
+    role = " ".join(parts) or "whole"
+    sharding = leaf.sharding if graph.placement is None else graph.placement.sharding(role)
+    return jax.ShapeDtypeStruct((shape.tokens, graph.config.d_model), leaf.dtype, sharding=sharding), role
+
+
+def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, stage: int = 0) -> Iterable[Job]:
+    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change.
+
+    With `stage`, of a pipeline's last stage, which is that one.
+    """
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
     spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
     vocab = graph.config.vocab_size
 
-    def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def spec(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def logits(rows: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
 
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        # keep_unused: the logits' memory comes in only to be written over.
-        function = spread(functools.partial(steps.step, graph, shape), STEP_TAKES, STEP_GIVES)
+        # keep_unused: the results' memory comes in only to be written over.
+        more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
+        function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
         jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
-        logits = jax.ShapeDtypeStruct((shape.rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
-        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
+        results = steps.Results(spec(jnp.int32, shape.rows), logits(shape.rows))
+        packed = spec(jnp.int32, shape.packed_size)
+        key = ("stage", stage, shape) if stage else ("step", shape)
+        yield key, jitted, (params, kv, last_tokens, results, packed, *more)
+        yield ("feed", shape), jax.jit(steps.feed, donate_argnums=(0,), keep_unused=True), (packed, packed)
+    for rows in ladder.decode_rows:
+        yield ("fetch", rows), jax.jit(steps.fetch), (spec(jnp.int32, rows),)
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
-        args = counts, last_tokens, logits, spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
-        for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
+        args = counts, last_tokens, logits(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        for mode in steps.SAMPLER_MODES:
             function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
             yield ("sample", rows, mode), jax.jit(function, donate_argnums=(0, 1)), args
     for tokens in ladder.mixed_tokens:
@@ -157,13 +206,24 @@ def compile_all(
     threads: int,
     progress: Progress | None = None,
 ) -> Executables:
+    """All that a model on one device or mesh runs."""
+    return compile_jobs(jobs_of(graph, ladder, params, kv, counts), threads, progress)
+
+
+def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None) -> Executables:
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
-    jobs = list(_jobs(graph, ladder, params, kv, counts))
+    jobs = list(wanted)
+    on_gpu = any(leaf.sharding.device_set.copy().pop().platform == "gpu" for leaf in jax.tree.leaves(jobs[0][2])[:1])
+
+    def large(key: Key) -> bool:
+        shape = key[-1]
+        return on_gpu and key[0] in ("step", "stage") and not shape.decode and shape.tokens >= LARGE_TOKENS
+
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()
-        executables.table[key] = lowered.compile()
+        executables.table[key] = lowered.compile(LARGE_PRODUCTS if large(key) else None)
         executables.seconds[key] = time.perf_counter() - start
         if progress:
             progress(len(executables.table), len(jobs))

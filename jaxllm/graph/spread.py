@@ -7,6 +7,7 @@ spread model. Knows nothing of steps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxllm.graph.kv_cache import Device, KVCacheSpec
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Params, abstract, axes
+from jaxllm.graph.models.decoder import WHOLE, Ends, Params, abstract, axes
 from sharding.axes import MeshConfig
 from sharding.placement import Placement
 
@@ -25,25 +26,39 @@ Path = tuple[str | int, ...]
 PlaceLeaf = Callable[[Path, Any], Any]
 
 
+@functools.cache
+def _names(model: ModelConfig, ends: Ends) -> Params:
+    return axes(model, ends)
+
+
 def is_axes(node: Any) -> bool:
     """The logical axes of one leaf, in a tree of them."""
     return isinstance(node, tuple)
 
 
-def spread(model: ModelConfig, mesh: Mesh, config: MeshConfig, implementation: str | None = None) -> Placement:
+def spread(
+    model: ModelConfig, mesh: Mesh, config: MeshConfig, implementation: str | None = None, ends: Ends = WHOLE
+) -> Placement:
     """Raises MeshError where this model cannot be cut over this mesh."""
     placement = Placement(mesh, config, model, implementation)
-    placement.roles["params"] = jax.tree.map(placement.spec, axes(model), is_leaf=is_axes)
+    placement.roles["params"] = jax.tree.map(placement.spec, axes(model, ends), is_leaf=is_axes)
     return placement
 
 
 @dataclass(frozen=True)
 class Home:
-    """`device` is the first of them: memory is planned by it."""
+    """`device` is the first of them: memory is planned by it. `model` has the layers that live here, with `ends`."""
 
     model: ModelConfig
     device: Device
     placement: Placement | None = None
+    ends: Ends = WHOLE
+
+    @staticmethod
+    def on(mesh: Mesh, model: ModelConfig, config: MeshConfig, ends: Ends = WHOLE) -> Home:
+        """A mesh of one device is that device."""
+        device = mesh.devices.flat[0]
+        return Home(model, device, spread(model, mesh, config, ends=ends) if mesh.devices.size > 1 else None, ends)
 
     @property
     def held(self) -> ModelConfig:
@@ -64,31 +79,20 @@ class Home:
 
     def shapes(self, dtype: DTypeLike) -> Params:
         """The parameters' shapes where they will lie."""
-        _, shapes = abstract(self.model, dtype)
+        _, shapes = abstract(self.model, dtype, self.ends)
         if self.placement is None:
             alone = self.whole
             return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone), shapes)
-        return jax.tree.map(self.placement.shape, axes(self.model), shapes, is_leaf=is_axes)
+        return jax.tree.map(self.placement.shape, axes(self.model, self.ends), shapes, is_leaf=is_axes)
 
-    @property
-    def loading_device(self) -> Device:
-        """Where whole leaves pass through: the device itself, or the host when none should hold a whole leaf."""
-        return self.device if self.placement is None else jax.local_devices(backend="cpu")[0]
-
-    @property
-    def place(self) -> PlaceLeaf | None:
-        """Lays out the leaf at a path of the parameter tree; None: it already lies where it should."""
+    def place(self, path: Path, leaf: Any) -> Any:
+        """The leaf at a path of this model's parameters, where it belongs."""
         if self.placement is None:
-            return None
-        placement, names = self.placement, axes(self.model)
-
-        def place(path: Path, leaf: Any) -> Any:
-            node: Any = names
-            for key in path:
-                node = node[key]
-            return placement.place(node, leaf)
-
-        return place
+            return jax.device_put(leaf, self.whole)
+        node: Any = _names(self.model, self.ends)
+        for key in path:
+            node = node[key]
+        return self.placement.place(node, leaf)
 
 
 def held_bytes(params: Params) -> int:

@@ -8,6 +8,7 @@ an array argument here, so nothing a client sends may cause a compile.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,13 +25,16 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from pallas_kernels.partial_attention.api import partial_attention
 from sharding.collectives import ALONE, Exchange
+from sharding.context import Context
 from sharding.placement import Placement
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
+_partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -38,8 +42,12 @@ class SampleMode(enum.StrEnum):
     """What the batch's most demanding row asks of the sampler. GREEDY is part of every step."""
 
     GREEDY = "greedy"
-    SAMPLE = "sample"
+    RANDOM = "random"  # temperature, masks, biases and penalties
+    SAMPLE = "sample"  # and top_k, top_p, min_p
     LOGPROBS = "logprobs"
+
+
+SAMPLER_MODES = tuple(mode for mode in SampleMode if mode is not SampleMode.GREEDY)  # an executable of its own each
 
 
 class Sampled(NamedTuple):
@@ -73,18 +81,36 @@ class Graph:
         """How the shards meet: in a step of this shape, or at the head."""
         if self.placement is None:
             return ALONE
-        return self.placement.exchange(None if shape is None or shape.decode else shape.tokens)
+        if shape is None or shape.decode:
+            return self.placement.exchange()
+        share = self.context is not None and self.context.shares(shape.tokens)
+        return self.placement.exchange(shape.tokens // self.placement.config.seq if share else shape.tokens)
+
+    @property
+    def context(self) -> Context | None:
+        """Set where the keys of a sequence are spread over devices."""
+        return None if self.placement is None else self.placement.context
+
+    def dealt(self, shape: StepShape) -> tuple[Callable[[Array], Array], Callable[[Array], Array], bool]:
+        """How this step's tokens are dealt out for the products, and brought together again; and whether they are."""
+        context = self.context
+        if context is None or shape.decode or not context.shares(shape.tokens):
+            return (lambda x: x), (lambda x: x), False
+        return context.own, context.all, True
 
     def logits_sharding(self, alone: jax.sharding.Sharding) -> jax.sharding.Sharding:
         """Of [R, V] logits, given that of everything on one device."""
         return alone if self.placement is None else self.placement.sharding("logits")
 
 
-def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
+def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache, share: bool = False) -> Attend:
     """The attention callback of serving: write this step's keys and values to their pages, then read the pages.
 
-    `kv` is updated in place as the layers go by, so after the model call it holds the new pages.
+    `kv` is updated in place as the layers go by, so after the model call it holds the new pages. With `share`, each
+    device along the context's axis comes with its share of the tokens.
     """
+    if graph.context is not None:
+        return context_attend(graph, graph.context, inputs, kv, share)
     scale = graph.config.attention_scale
     decode, ragged = ("reference", "reference_wide") if graph.reference_attention else (None, None)
 
@@ -101,14 +127,52 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
     return attend
 
 
-class Stepped(NamedTuple):
-    """What a step leaves: results, then the state it was given, updated in place."""
+def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCache, share: bool) -> Attend:
+    """The same where every device holds some of each row's keys."""
+    own_pages, page_size = kv[0][0].shape[0], graph.page_size
+    slots = context.slots(inputs.slots, page_size, own_pages)
+    live = inputs.slots < graph.num_pages * page_size
+    positions = jnp.where(live, inputs.positions, -1)
+    keys = context.keys(inputs.page_table, inputs.kv_lens, inputs.rows, positions, page_size)
 
-    sampled: Sampled  # greedy
-    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
+    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+        if share:
+            q, k, v = context.all(q), context.all(k), context.all(v)
+        kv[layer] = _write(*kv[layer], k, v, slots)
+        out, lse = _partial(q, *kv[layer], keys.table, inputs.rows, keys.visible, scale=graph.config.attention_scale)
+        return context.merge(out, lse, share).astype(q.dtype)
+
+    return attend
+
+
+class Results(NamedTuple):
+    """What a step writes for whoever samples from it or reads it."""
+
+    token_ids: Int[Array, " R"]  # greedy; -1: the row's logits held NaN or infinity
     logits: Float[Array, "R V"]  # of each row's last token
+
+
+class Stepped(NamedTuple):
+    """What a step leaves: what it was given, updated in place, and the hidden states of every token."""
+
     kv: KVCache
     last_tokens: Int[Array, " S1"]
+    results: Results
+    hidden: Float[Array, "T D"] | None  # None after a decode step
+
+
+# A step is one CUDA graph, recorded anew whenever the address of anything it reads or writes has changed. So what comes
+# from the host is copied to one place first (feed), and what goes there is copied from one place (fetch).
+
+
+def feed(place: Int[Array, " n"], packed: Int[Array, " n"]) -> Int[Array, " n"]:
+    """The inputs, at the address of `place`, which is donated."""
+    return place.at[:].set(packed)
+
+
+def fetch(token_ids: Int[Array, " R"]) -> Int[Array, " R"]:
+    """A copy that the next step does not write over."""
+    return jnp.copy(token_ids)
 
 
 def step(
@@ -117,25 +181,47 @@ def step(
     params: Params,
     kv: KVCache,
     last_tokens: Int[Array, " S1"],
-    logits: Float[Array, "R V"],
+    results: Results,
     packed: Int[Array, " n"],
+    x: Float[Array, "T D"] | None = None,
 ) -> Stepped:
     """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
 
-    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address.
+    `results` is the memory of an earlier step's: donated, so that the new ones come to the same address. `x` is what
+    the pipeline stage before passed on; without it this is the whole model.
     """
-    del logits
+    del results
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
-    attend = paged_attend(graph, inputs, kv)
-    hidden = model(inputs.token_ids, inputs.positions, attend, graph.exchange(shape))
+    own, together, share = graph.dealt(shape)
+    attend = paged_attend(graph, inputs, kv, share)
+    exchange = graph.exchange(shape)
+    x = model.begin(own(inputs.token_ids), exchange) if x is None else x
+    hidden = together(model.end(model.through(x, own(inputs.positions), attend, exchange), exchange))
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    sampled = Sampled(jnp.where(bad, -1, tokens))
-    return Stepped(sampled, None if shape.decode else hidden, logits, kv, last_tokens)
+    return Stepped(kv, last_tokens, Results(jnp.where(bad, -1, tokens), logits), None if shape.decode else hidden)
+
+
+def pass_on(
+    graph: Graph,
+    shape: StepShape,
+    params: Params,
+    kv: KVCache,
+    carry: Int[Array, " S1"] | Float[Array, "T D"],
+    packed: Int[Array, " n"],
+) -> tuple[Float[Array, "T D"], KVCache]:
+    """A pipeline stage before the last: from the rows' last tokens, or the stage before, to the stage behind."""
+    starts = jnp.issubdtype(carry.dtype, jnp.integer)
+    last_tokens = carry if starts else jnp.zeros(1, jnp.int32)
+    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
+    kv, model, exchange = list(kv), graph.model(params), graph.exchange(shape)
+    own, _, share = graph.dealt(shape)
+    x = model.begin(own(inputs.token_ids), exchange) if starts else carry
+    return model.through(x, own(inputs.positions), paged_attend(graph, inputs, kv, share), exchange), kv
 
 
 def sample(
@@ -156,11 +242,11 @@ def sample(
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
     top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
-        exchange.vocabulary(logits), inputs, counts, num_logprobs=top
+        exchange.vocabulary(logits), inputs, counts, num_logprobs=top, truncates=mode is not SampleMode.RANDOM
     )
     last_tokens = last_tokens.at[inputs.row].set(tokens)
     tokens = jnp.where(bad, -1, tokens)
-    if mode is SampleMode.SAMPLE:
+    if mode is not SampleMode.LOGPROBS:
         return Sampled(tokens), counts, last_tokens
     return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
 

@@ -12,6 +12,7 @@ arrays into `graphdef` inside its trace.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,19 +50,38 @@ class Layer(nnx.Module):
         return x + exchange.leave(self.mlp(exchange.enter(rms_norm(x, norms[1], self.norm_eps))))
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Which ends of the model a part of its layers brings with it: the embedding, the final norm and head."""
+
+    first: bool = True
+    last: bool = True
+
+
+WHOLE = Ends()
+
+
 class Decoder(nnx.Module):
-    """Leaves: embed [V, D], layers, final_norm [D], and head [V, D] when untied.
+    """Leaves: embed [V, D], layers, final_norm [D], and head [V, D] when untied; of a part, only those of its `ends`.
 
     Without `rngs` the leaves are ShapeDtypeStructs: a description. With them, arrays to start training from.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.bfloat16) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        ends: Ends = WHOLE,
+    ) -> None:
         self.config = config
         table = (config.vocab_size, config.d_model)
-        self.embed = parameter(table, ("vocab", "embed"), dtype, rngs)
+        tied = ends.last and config.tie_embeddings
+        self.embed = parameter(table, ("vocab", "embed"), dtype, rngs) if ends.first or tied else None
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
-        self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones")
-        self.head = None if config.tie_embeddings else parameter(table, ("vocab", "embed"), dtype, rngs)
+        self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones") if ends.last else None
+        self.head = parameter(table, ("vocab", "embed"), dtype, rngs) if ends.last and not tied else None
 
     def __call__(
         self,
@@ -71,15 +91,33 @@ class Decoder(nnx.Module):
         exchange: Exchange = ALONE,
     ) -> Float[Array, "... D"]:
         """Hidden states after the final norm. Leading dims are free: [T] when serving, [B, T] when training."""
-        x = exchange.leave(exchange.lookup(self.embed[...], token_ids))
+        x = self.through(self.begin(token_ids, exchange), positions, attend, exchange)
+        return self.end(x, exchange)
+
+    def begin(self, token_ids: Int[Array, "*lead"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
+        """The residual stream before the first layer."""
+        assert self.embed is not None, "a part without its first end"
+        return exchange.leave(exchange.lookup(self.embed[...], token_ids))
+
+    def through(
+        self, x: Float[Array, "... D"], positions: Int[Array, "*lead"], attend: Attend, exchange: Exchange = ALONE
+    ) -> Float[Array, "... D"]:
+        """The residual stream after this model's layers."""
         turned = rotations(positions, self.config.rope, self.config.head_dim)
         for number, layer in enumerate(self.layers):
             x = layer(x, number, turned, attend, exchange)
+        return x
+
+    def end(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
+        """Hidden states from the residual stream after the last layer."""
+        assert self.final_norm is not None, "a part without its last end"
         return exchange.enter(rms_norm(x, self.final_norm[...], self.config.norm_eps))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Of the vocabulary that this model's head holds."""
-        return project(hidden, (self.embed if self.head is None else self.head)[...])
+        table = self.embed if self.head is None else self.head
+        assert table is not None, "a part without its last end"
+        return project(hidden, table[...])
 
 
 def split(model: Decoder) -> tuple[nnx.GraphDef[Decoder], Params]:
@@ -93,13 +131,15 @@ def merge(graphdef: nnx.GraphDef[Decoder], params: Params) -> Decoder:
     return nnx.merge(graphdef, params)
 
 
-def abstract(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> tuple[nnx.GraphDef[Decoder], Params]:
+def abstract(
+    config: ModelConfig, dtype: DTypeLike = jnp.bfloat16, ends: Ends = WHOLE
+) -> tuple[nnx.GraphDef[Decoder], Params]:
     """The description and the shapes of every leaf; no array is made."""
-    return split(Decoder(config, dtype=dtype))
+    return split(Decoder(config, dtype=dtype, ends=ends))
 
 
-def _metadata(config: ModelConfig, name: str) -> Params:
-    state = nnx.state(Decoder(config))
+def _metadata(config: ModelConfig, name: str, ends: Ends = WHOLE) -> Params:
+    state = nnx.state(Decoder(config, ends=ends))
     flat = [(path, variable.get_metadata(name)) for path, variable in nnx.to_flat_state(state)]
     tree: Params = {}
     for path, value in flat:
@@ -110,9 +150,9 @@ def _metadata(config: ModelConfig, name: str) -> Params:
     return tree
 
 
-def axes(config: ModelConfig) -> Params:
+def axes(config: ModelConfig, ends: Ends = WHOLE) -> Params:
     """The logical axis names of every leaf, a tuple where `abstract` has a shape."""
-    return _metadata(config, "out_sharding")
+    return _metadata(config, "out_sharding", ends)
 
 
 def fills(config: ModelConfig) -> Params:
