@@ -179,7 +179,9 @@ def check(model: ModelSizes, mesh: MeshConfig) -> None:
         for block in blocks(model, sizes.get(name, 0)):
             block.units(mesh.width)
     if mesh.seq > 1 and any(window is not None for window in model.windows):
-        raise MeshError(f"mesh.seq = {mesh.seq}: a window over keys that lie page by page on several devices: not built")
+        raise MeshError(
+            f"mesh.seq = {mesh.seq}: a window over keys that lie page by page on several devices: not built"
+        )
     if mesh.expert > 1:
         raise MeshError(f"mesh.expert = {mesh.expert}: the model has no experts; give these devices to mesh.tensor")
 

@@ -90,7 +90,13 @@ class Built(msgspec.Struct, tag="built", frozen=True):
     executables: str
 
 
-Message = Hello | Devices | Welcome | Refused | Alive | Built | Call
+class Reached(msgspec.Struct, tag="reached", frozen=True):
+    """A point where each waits for all: what comes after it must not be minutes apart."""
+
+    what: str
+
+
+Message = Hello | Devices | Welcome | Refused | Alive | Built | Reached | Call
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
@@ -215,7 +221,7 @@ class Leading:
             threading.Thread(target=found._watch, args=(rank, line), daemon=True).start()
         return found
 
-    def compare(self, ours: Devices | Built, what: str) -> None:
+    def compare(self, ours: Devices | Built | Reached, what: str) -> None:
         """All must bring the same; GroupError, told to all, when they do not."""
         for rank, said in self._said.items():
             theirs = said.get()
@@ -287,7 +293,7 @@ class Following:
             threading.Thread(target=body, daemon=True).start()
         return found
 
-    def compare(self, ours: Devices | Built) -> None:
+    def compare(self, ours: Devices | Built | Reached) -> None:
         """Returns when rank 0 has compared all; a refusal ends this process through `on_lost`."""
         self.line.send(ours)
         while not isinstance(self.said.get(), Welcome):

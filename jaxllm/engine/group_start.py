@@ -9,14 +9,32 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxllm.config import EngineConfig, show
+from jaxllm.core import JaxLLMError, RowResult, StepPlan
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.group import LOST, Built, Following, GroupError, GroupPlace, Leading, digest, join_devices
+from jaxllm.engine.group import (
+    LOST,
+    Built,
+    Following,
+    GroupError,
+    GroupPlace,
+    Leading,
+    Reached,
+    digest,
+    join_devices,
+)
 from jaxllm.engine.replay import Announcer, Follower
+from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.startup import StartReport, start
 
@@ -44,19 +62,73 @@ def lost(why: str) -> None:
     os._exit(LOST)  # collectives of this process may wait for ever
 
 
-def lead(place: GroupPlace, config: EngineConfig) -> tuple[Engine, StartReport]:
+class Together:
+    """A start's progress, with one point where all wait for all: compiled, and nothing yet that needs the others.
+
+    The first collective gives up on a process that is half a minute late; compiling may differ by more than that.
+    """
+
+    def __init__(self, reach: Callable[[Reached], None]) -> None:
+        self._reach, self._lock, self._done = reach, threading.Lock(), False
+
+    def __call__(self, phase: str, share: float) -> None:
+        if phase == "compile" and share >= 1.0:
+            with self._lock:
+                if not self._done:
+                    self._done = True
+                    self._reach(Reached("compiled"))
+
+
+@dataclass(frozen=True)
+class AllOrNothing:
+    """The leader's runner: a step that fails here has left the others somewhere else, so it ends the group."""
+
+    inner: Runner
+
+    def launch(self, plan: StepPlan) -> Any:
+        with _ends_the_group():
+            return self.inner.launch(plan)
+
+    def choose(self, launched: Any) -> None:
+        with _ends_the_group():
+            self.inner.choose(launched)
+
+    def collect(self, launched: Any) -> list[RowResult]:
+        with _ends_the_group():
+            return self.inner.collect(launched)
+
+    def hidden_states(self, token_ids: Sequence[int], start: int, pages: Sequence[int]) -> NDArray[np.float32]:
+        with _ends_the_group():
+            return self.inner.hidden_states(token_ids, start, pages)
+
+
+@contextmanager
+def _ends_the_group() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        lost(f"a step failed ({_line(error)})")
+        raise
+
+
+def lead(place: GroupPlace, config: EngineConfig) -> tuple[Engine | ReplicatedEngine, StartReport]:
     """Rank 0. JaxLLMError with one line when there is no group or no engine."""
     leading = Leading.gather(place, shared(config), lost)
     try:
         leading.compare(join_devices(place), "unequal hosts")
         check_devices(config, place)
-        engine, report = start(config, device=jax.local_devices()[0])
+        together = Together(lambda point: leading.compare(point, "not together"))
+        engine, report = start(config, progress=together)
         leading.compare(_built(engine), "unequal engines")
     except Exception as error:
-        leading.refuse(f"rank 0: {error}")
-        raise
-    assert isinstance(engine.runner, Runner)
-    Announcer(engine.runner, leading.call)
+        leading.refuse(f"rank 0: {_line(error)}")
+        if isinstance(error, JaxLLMError):
+            raise
+        raise GroupError(_line(error)) from error
+    for lane, runner in enumerate(_runners(engine)):
+        Announcer(runner, leading.call, lane)
+    for each in _engines(engine):
+        each.runner = AllOrNothing(cast("Runner", each.runner))
     return engine, report
 
 
@@ -66,19 +138,35 @@ def follow(place: GroupPlace, config: EngineConfig) -> NoReturn:
     try:
         following.compare(join_devices(place))
         check_devices(config, place)
-        engine, _ = start(config, device=jax.local_devices()[0])
+        engine, _ = start(config, progress=Together(following.compare))
         following.compare(_built(engine))
-        assert isinstance(engine.runner, Runner)
-        follower = Follower(engine.runner)
+        follower = Follower(_runners(engine))
         del engine
         while True:
             follower.replay(following.next_call())
     except Exception as error:
-        following.refuse(str(error) or type(error).__name__)
-        raise
+        following.refuse(_line(error))
+        if isinstance(error, JaxLLMError):
+            raise
+        raise GroupError(_line(error)) from error
 
 
-def _built(engine: Engine) -> Built:
-    runner = engine.runner
-    assert isinstance(runner, Runner)
-    return Built(engine.scheduler.pool.num_pages, digest("\n".join(sorted(map(repr, runner.executables.table)))))
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _engines(engine: Engine | ReplicatedEngine) -> tuple[Engine, ...]:
+    """One a lane."""
+    return engine.engines if isinstance(engine, ReplicatedEngine) else (engine,)
+
+
+def _runners(engine: Engine | ReplicatedEngine) -> list[Runner]:
+    found = [each.runner for each in _engines(engine)]
+    assert all(isinstance(runner, Runner) for runner in found)
+    return cast("list[Runner]", found)
+
+
+def _built(engine: Engine | ReplicatedEngine) -> Built:
+    runner, *_ = _runners(engine)
+    names = sorted(map(repr, runner.executables.table))
+    return Built(sum(each.scheduler.pool.num_pages for each in _engines(engine)), digest("\n".join(names)))

@@ -11,14 +11,15 @@ of sockets. An executable's results stay in its registers until it is called aga
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import jax
 import msgspec
 import numpy as np
 
-INITIAL = ("params", "kv", "counts", "last_tokens", "_logits", "_neutral")  # of a runner: what its calls start from
+NO_STATE = frozenset({"executables", "ladder", "metrics"})  # of a runner's fields: nothing that a call is given
+WHOLE = frozenset({"params", "kv"})  # given to calls as they are, never in parts
+DEPTH = 2
 
 
 class Blob(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -34,61 +35,57 @@ class Call(msgspec.Struct, tag="call", frozen=True):
 
     executable: str
     arguments: list[Blob | str]
-
-
-class Tabled(Protocol):
-    """What a table of executables lies in."""
-
-    table: dict[Any, Any]
+    lane: int = 0  # which of the leader's runners
 
 
 class Runs(Protocol):
-    """What replaying needs of a runner."""
+    """What replaying needs of a runner: a dataclass with a table of executables in it."""
 
-    @property
-    def executables(self) -> Tabled: ...
+    executables: Any
 
 
 def registers_of(runner: Any) -> Iterator[tuple[str, Any]]:
     """The name and the value of everything a runner's first calls may be given; alike in every process."""
-    for name in INITIAL:
-        yield from _named(name, getattr(runner, name), 0 if name in ("params", "kv") else 2)
-
-
-def _named(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    yield name, value
-    items: Any = ()
-    if depth and isinstance(value, dict):
-        items = value.items()
-    elif depth and isinstance(value, tuple | list):
-        items = enumerate(value)
-    for key, inner in items:
-        yield from _named(f"{name}.{key}", inner, depth - 1)
+    for name, value in vars(runner).items():
+        if name not in NO_STATE:
+            yield from _named(name, value, 0 if name in WHOLE else DEPTH)
 
 
 def results_of(executable: str, result: Any) -> Iterator[tuple[str, Any]]:
     """The registers a call writes: its result, and that one's parts."""
-    yield f"{executable}=", result
-    if dataclasses.is_dataclass(result):
-        for spec in dataclasses.fields(result):
-            yield f"{executable}={spec.name}", getattr(result, spec.name)
-    elif isinstance(result, tuple):
-        for i, part in enumerate(result):
-            yield f"{executable}={i}", part
+    yield from _named(f"{executable}=", result, DEPTH)
+
+
+def _named(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """A value and its parts, by their path. Numbers, texts and host arrays are no registers: they are sent."""
+    if value is None or isinstance(value, str | bytes | int | float | np.ndarray | np.generic):
+        return
+    yield name, value
+    if not depth:
+        return
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, tuple | list):
+        items = zip(getattr(value, "_fields", range(len(value))), value)
+    elif dataclasses.is_dataclass(value):
+        items = ((spec.name, getattr(value, spec.name)) for spec in dataclasses.fields(value))
+    for key, inner in items:
+        yield from _named(f"{name}.{key}", inner, 0 if key in WHOLE else depth - 1)
 
 
 class Announcer:
-    """The leader's half: every call of the runner's executables is sent before it is made."""
+    """The leader's half: every call of a runner's executables is sent before it is made."""
 
-    def __init__(self, runner: Runs, send: Callable[[Call], None]) -> None:
-        self._send = send
+    def __init__(self, runner: Runs, send: Callable[[Call], None], lane: int = 0) -> None:
+        self._send, self._lane = send, lane
         self._values: dict[str, Any] = {}  # keeps what it names alive, so that no id is another's
         self._names: dict[int, str] = {}
+        self._inside = False  # a call that is made of others: followers' copies are too
         for name, value in registers_of(runner):
             self._put(name, value)
-        table = runner.executables.table
-        for key, compiled in table.items():
-            table[key] = self._announced(repr(key), compiled)
+        table = {key: self._announced(repr(key), compiled) for key, compiled in runner.executables.table.items()}
+        runner.executables = dataclasses.replace(runner.executables, table=table)  # others may share the old one
 
     def _put(self, name: str, value: Any) -> None:
         old = self._values.get(name)
@@ -102,8 +99,14 @@ class Announcer:
 
     def _announced(self, executable: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            self._send(Call(executable, [self._argument(executable, value) for value in arguments]))
-            result = compiled(*arguments)
+            if self._inside:
+                return compiled(*arguments)
+            self._send(Call(executable, [self._argument(executable, value) for value in arguments], self._lane))
+            self._inside = True
+            try:
+                result = compiled(*arguments)
+            finally:
+                self._inside = False
             for name, part in results_of(executable, result):
                 self._put(name, part)
             return result
@@ -122,23 +125,20 @@ class Announcer:
 class Follower:
     """The other half: calls in, the same calls made here."""
 
-    def __init__(self, runner: Runs) -> None:
-        self._registers = dict(registers_of(runner))
-        self._table = {repr(key): compiled for key, compiled in runner.executables.table.items()}
+    def __init__(self, runners: Sequence[Runs]) -> None:
+        self._registers = [dict(registers_of(runner)) for runner in runners]
+        self._tables = [{repr(key): made for key, made in runner.executables.table.items()} for runner in runners]
         self.calls = 0
 
     def replay(self, call: Call) -> None:
-        arguments = [self._argument(value) for value in call.arguments]
-        result = self._table[call.executable](*arguments)
-        del arguments
-        self._registers |= dict(results_of(call.executable, result))
+        registers = self._registers[call.lane]
+        arguments = [_value(registers, argument) for argument in call.arguments]
+        result = self._tables[call.lane][call.executable](*arguments)
+        registers |= dict(results_of(call.executable, result))
         self.calls += 1
 
-    def _argument(self, value: Blob | str) -> Any:
-        if isinstance(value, str):
-            return self._registers[value]
-        return np.frombuffer(value.data, np.dtype(value.dtype)).reshape(value.shape)
 
-    def wait(self) -> None:
-        """Until this process's devices have done all that was asked."""
-        jax.block_until_ready([value for value in self._registers.values() if isinstance(value, jax.Array)])
+def _value(registers: dict[str, Any], argument: Blob | str) -> Any:
+    if isinstance(argument, str):
+        return registers[argument]
+    return np.frombuffer(argument.data, np.dtype(argument.dtype)).reshape(argument.shape)

@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 
 from jaxllm.config import load
-from jaxllm.core import JaxLLMError
 from jaxllm.engine.group import GroupPlace
 from serve.engine_process import CANNOT_START, follow_parent, read_config
 
@@ -52,7 +51,7 @@ def main() -> None:
     show_life()
     try:
         run(settings)
-    except (JaxLLMError, ValueError, OSError, MemoryError) as error:
+    except Exception as error:
         logging.getLogger(__name__).error("it cannot go on: %s", " ".join(str(error).split()))
     sys.stderr.flush()
     os._exit(CANNOT_START)

@@ -72,7 +72,7 @@ class FakeRunner:
 def test_a_follower_makes_the_same_calls_with_the_same_arguments():
     leader, twin, calls = FakeRunner(), FakeRunner(), []
     Announcer(leader, calls.append)
-    follower = Follower(twin)
+    follower = Follower([twin])
     leader.drive(range(7))
     for call in calls:
         follower.replay(call)
@@ -87,7 +87,7 @@ def test_state_is_named_and_host_arrays_are_sent():
     blob = Blob("<i4", (2,), np.array([1, 2], np.int32).tobytes())
     assert calls[0] == Call("('step', 4)", ["params", "kv", blob])
     assert calls[1].arguments == ["counts", "_neutral.4.1", Blob("<i4", (), np.int32(1).tobytes())]
-    assert calls[2].arguments == ["('step', 4)=hidden"]
+    assert calls[2].arguments == ["('step', 4)=.hidden"]
 
 
 def test_a_call_is_sent_before_it_is_made():
@@ -103,3 +103,31 @@ def test_an_argument_that_followers_cannot_have_is_an_error_here_and_not_there()
     with pytest.raises(TypeError, match="followers cannot have"):
         leader.executables.table[("read",)](Array([9]))
     assert not calls
+
+
+def test_a_call_made_of_others_is_sent_once():
+    leader, twin, calls = FakeRunner(), FakeRunner(), []
+    for runner in (leader, twin):
+        table = runner.executables.table
+        table[("both",)] = lambda packed, table=table, runner=runner: table["step", 4](runner.params, runner.kv, packed)
+    Announcer(leader, calls.append)
+    leader.executables.table[("both",)](np.array([5, 6], np.int32))
+    assert [call.executable for call in calls] == ["('both',)"]
+    Follower([twin]).replay(calls[0])
+    assert str(twin.log) == str(leader.log)
+
+
+def test_lanes_that_share_executables_keep_their_own_state():
+    leaders, twins, calls = [FakeRunner(), FakeRunner()], [FakeRunner(), FakeRunner()], []
+    for pair in (leaders, twins):
+        pair[1].executables = pair[0].executables
+        pair[1].log = pair[0].log
+    for lane, runner in enumerate(leaders):
+        Announcer(runner, calls.append, lane)
+    for number in range(5):
+        leaders[number % 2].drive([number])
+    follower = Follower(twins)
+    for call in calls:
+        follower.replay(call)
+    assert {call.lane for call in calls} == {0, 1}
+    assert str(twins[0].log) == str(leaders[0].log)

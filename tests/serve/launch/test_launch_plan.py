@@ -140,13 +140,11 @@ def test_replicas_stand_behind_a_gateway(capsys):
     assert code == 0
     assert "data 2 x pipe 1 x seq 1 x expert 1 x tensor 2 = 4 devices" in said.out
     one, two, gateway = said.out.splitlines()[-3:]
-    assert one.endswith(
-        "jaxllm serve --tensor-parallel-size 2 --data-parallel-size 1 --host 127.0.0.1 --port 8100"
-    ), one
-    assert two.endswith("--port 8101")
-    assert gateway.endswith(
-        "jaxllm gateway --workers http://127.0.0.1:8100,http://127.0.0.1:8101 --port 9000"
+    assert one.endswith("jaxllm serve --tensor-parallel-size 2 --data-parallel-size 1 --host 127.0.0.1 --port 8100"), (
+        one
     )
+    assert two.endswith("--port 8101")
+    assert gateway.endswith("jaxllm gateway --workers http://127.0.0.1:8100,http://127.0.0.1:8101 --port 9000")
 
 
 def test_slurm_makes_a_group(capsys, monkeypatch):

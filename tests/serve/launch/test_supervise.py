@@ -97,7 +97,7 @@ def test_children_do_not_outlive_a_killed_launcher(tmp_path):
     script = (
         "import sys, time\n"
         "from serve.launch.supervise import Supervisor\n"
-        f"body = 'import os, time; open(\"{log}\", \"w\").write(str(os.getpid())); time.sleep(60)'\n"
+        f'body = \'import os, time; open("{log}", "w").write(str(os.getpid())); time.sleep(60)\'\n'
         "Supervisor('child', [sys.executable, '-c', body]).start()\n"
         "time.sleep(60)\n"
     )

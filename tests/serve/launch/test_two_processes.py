@@ -145,7 +145,7 @@ def test_two_processes_say_what_one_says(http):
 
 
 def test_sampling_penalties_masks_and_logprobs_are_repeated_too(http):
-    body = {"prompt": "The river", "max_tokens": 12, "seed": 3, "temperature": 0.8, "logprobs": 3}
+    body = {"prompt": "The river", "max_tokens": 12, "seed": 3, "temperature": 0.8, "logprobs": 3, "ignore_eos": True}
     body |= {"frequency_penalty": 0.5, "logit_bias": {"300": -5}, "prompt_logprobs": 2}
     first, second = (http.post("/v1/completions", json=body).json()["choices"][0] for _ in range(2))
     assert first["text"] == second["text"]
@@ -198,7 +198,9 @@ def test_a_port_that_is_taken(folder):
         place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", "0"]
         lone = Launched(folder, *place, "--timeout", "2")
         assert lone.ends() == 1
-        assert lone.said(f"the group's port 127.0.0.1:{port + 1} (the coordinator's and one) is in use by another process")
+        assert lone.said(
+            f"the group's port 127.0.0.1:{port + 1} (the coordinator's and one) is in use by another process"
+        )
         lone.kill()
 
 
