@@ -225,7 +225,7 @@ async def _ours(port: int) -> tuple[Callable[[bytes], Awaitable[bytes]], Callabl
 
 
 async def _aiohttp(port: int) -> tuple[Callable[[bytes], Awaitable[bytes]], Callable[[], Any]]:
-    import aiohttp  # type: ignore[import-not-found]
+    import aiohttp
 
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
@@ -238,7 +238,7 @@ async def _aiohttp(port: int) -> tuple[Callable[[bytes], Awaitable[bytes]], Call
 
 
 async def _httpx(port: int) -> tuple[Callable[[bytes], Awaitable[bytes]], Callable[[], Any]]:
-    import httpx  # type: ignore[import-not-found]
+    import httpx
 
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
 
@@ -320,7 +320,7 @@ def main() -> None:
     given = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     what = "--clients" if given.clients else f"--rate {given.rate:g} --seconds {given.seconds:g}"
-    result = {
+    result: dict[str, Any] = {
         "command": f"python benchmarks/gateway.py {what}",
         "commit": commit.stdout.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f} at the start",

@@ -21,8 +21,8 @@ import zmq
 from jaxllm.config import load
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.group import GroupPlace
 from jaxllm.engine.faults import FaultyRunner, parse_faults
+from jaxllm.engine.group import GroupPlace
 from jaxllm.engine.loop import EngineBroken, EngineLoop, Send, watch
 from jaxllm.engine.messages import Command, Event, Failed
 

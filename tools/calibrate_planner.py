@@ -2,9 +2,9 @@
 
     python -m tools.calibrate_planner [--check]
 
-In: benchmarks/results/*_h200/llm-*.json (benchmarks/llm.py made them) and the figures below, which were measured on the
-same kind of card before this repository had an engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of errors,
-each run's also when it is left out of the fit. --check writes nothing and fails when the file would change.
+In: benchmarks/results/*_h200/llm-*.json (benchmarks/llm.py made them) and the figures below, which were measured on
+the same kind of card before this repository had an engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of
+errors, each run's also when it is left out of the fit. --check writes nothing and fails when the file would change.
 """
 
 from __future__ import annotations
@@ -115,7 +115,15 @@ def main(arguments: list[str]) -> int:
         host, share = fit_prefill([run for run in prefills if run.costs == name])
         shares = [round(1 / float(value), 4) for value in found[3:]]
         own = [round(float(value), 9) for value in found[:3]]
-        costs[name] = Costs(*own, *shares, round(host, 6), round(share, 4))
+        costs[name] = Costs(
+            host_s=own[0],
+            layer_s=own[1],
+            row_s=own[2],
+            weight_share=shares[0],
+            kv_share=shares[1],
+            prefill_host_s=round(host, 6),
+            prefill_share=round(share, 4),
+        )
         for run in mine:
             left_out = fit([other for other in mine if other is not run])
             error, other = (predicted_ms(run, f) / run.tpot_ms - 1 for f in (found, left_out))

@@ -407,18 +407,3 @@ def _show(found: Any) -> str:
         case Built():
             return f"{found.num_pages} pages"
     return type(found).__name__
-
-
-def join_devices(place: GroupPlace) -> Devices:
-    """jax.distributed: afterwards jax.devices() are those of all processes. Everybody is there: it cannot take long."""
-    import jax
-
-    jax.distributed.initialize(
-        place.coordinator,
-        place.processes,
-        place.rank,
-        initialization_timeout=max(1, round(place.timeout_s)),
-        heartbeat_timeout_seconds=max(10, round(SILENT_S * 3)),
-    )
-    local = jax.local_devices()
-    return Devices(local[0].device_kind, len(local))

@@ -24,14 +24,15 @@ from jaxllm.core import JaxLLMError, RowResult, StepPlan
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.group import (
     LOST,
+    SILENT_S,
     Built,
+    Devices,
     Following,
     GroupError,
     GroupPlace,
     Leading,
     Reached,
     digest,
-    join_devices,
 )
 from jaxllm.engine.replay import Announcer, Follower
 from jaxllm.engine.replicas import ReplicatedEngine
@@ -45,6 +46,19 @@ def shared(config: EngineConfig) -> str:
     """A digest of what must be alike in all processes."""
     compile_config = dataclasses.replace(config.compile, cache_dir="", threads=0)
     return digest(show(dataclasses.replace(config, compile=compile_config, log_level="warning", fault="")))
+
+
+def join_devices(place: GroupPlace) -> Devices:
+    """jax.distributed: afterwards jax.devices() are those of all processes. Everybody is there: it cannot take long."""
+    jax.distributed.initialize(
+        place.coordinator,
+        place.processes,
+        place.rank,
+        initialization_timeout=max(1, round(place.timeout_s)),
+        heartbeat_timeout_seconds=max(10, round(SILENT_S * 3)),
+    )
+    local = jax.local_devices()
+    return Devices(local[0].device_kind, len(local))
 
 
 def check_devices(config: EngineConfig, place: GroupPlace) -> None:

@@ -439,8 +439,8 @@ def recipe(model: str, chosen: Plan, goal: Goal) -> str:
     context = f"{goal.prompt} + {goal.output} tokens"
     lines = [
         f"# Made by: jaxllm plan {model} --gpus {goal.gpus}x{goal.device}, for {context} a request.",
-        f"# Predicted: TTFT {chosen.ttft_s * 1e3:.1f} ms, TPOT {chosen.tpot_s * 1e3:.2f} ms at {chosen.batch} sequences "
-        f"a replica, {chosen.tokens_per_s:,.0f} tokens/s in all.",
+        f"# Predicted: TTFT {chosen.ttft_s * 1e3:.1f} ms, TPOT {chosen.tpot_s * 1e3:.2f} ms at {chosen.batch} "
+        f"sequences a replica, {chosen.tokens_per_s:,.0f} tokens/s in all.",
         "[model]",
         f"path = {json.dumps(model)}",
         "",

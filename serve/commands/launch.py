@@ -112,7 +112,7 @@ def _launch(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s launch %(levelname)s %(message)s", stream=sys.stderr)
     source = {"config_file": None if config is None else str(config), "overrides": overrides}
     if layout.kind == "ray":
-        from serve.launch.ray import run as run_ray
+        from serve.launch.ray_cluster import run as run_ray
 
         return run_ray(layout, launch, gateway | given, config)
     if layout.gateway:

@@ -1,4 +1,4 @@
-"""A worker's answer on its way to a client, and the one rule of retries: only while the client has not been told a thing.
+"""A worker's answer on its way to a client, and the rule of retries: only while the client was told nothing.
 
 A plain answer is held until it is whole; of a stream, whole events pass at once. An answer that breaks before its first
 event leaves no trace, so it may be asked again elsewhere; one that breaks later ends with an error event and without

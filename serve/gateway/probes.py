@@ -64,7 +64,13 @@ async def look(pool: Pool, timeout_s: float) -> Vitals:
         return Vitals(False, why)
     status, body = await fetch(pool, "/metrics", timeout_s)
     found = read_metrics(body) if status == 200 else {}
-    return Vitals(True, generated_tokens=found.pop("generated_tokens", None), **found)
+    return Vitals(
+        True,
+        generated_tokens=found.get("generated_tokens"),
+        running=found.get("running", 0.0),
+        waiting=found.get("waiting", 0.0),
+        restarts=found.get("restarts", 0.0),
+    )
 
 
 async def watch(gateway: Probed, worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""The gateway itself: whole requests in; each goes to a worker, and to another when that one fails before it said a thing.
+"""The gateway itself: whole requests in; each goes to a worker, and to another when that one fails before it spoke.
 
 Owns the workers, their pools, the balancer and the counters. Its own routes (/health, /ready, /metrics, /gateway/...)
 are answered here; the workers' admin routes are not passed on. Knows nothing of bytes on sockets.
@@ -29,8 +29,16 @@ from serve.settings import hash_key
 log = logging.getLogger(__name__)
 
 PROXIED = frozenset(
-    "/v1/chat/completions /v1/completions /v1/responses /v1/embeddings /v1/messages "
-    "/tokenize /detokenize /generate".split()
+    (
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/tokenize",
+        "/detokenize",
+        "/generate",
+    )
 )
 JSON = [(b"content-type", b"application/json")]
 BYTES_A_REQUEST = 4096.0  # of prompt: as much load as one request more
@@ -290,7 +298,8 @@ class Gateway:
         given = request.header(b"authorization")
         given = given[7:] if given[:7].lower() == b"bearer " else request.header(b"x-api-key")
         digest = hash_key(given.strip().decode("utf-8", "surrogateescape"))
-        if not any([secrets.compare_digest(digest, key) for key in keys]):
+        matches = [secrets.compare_digest(digest, key) for key in keys]  # all of them: no time tells which
+        if True not in matches:
             raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
 
     def describe(self, worker: Worker) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class Pool:
         self._idle: list[Connection] = []
         parts = urlsplit(url)
         self.host = b"localhost" if url.startswith("unix:") else parts.netloc.encode()
-        self._address = parts.hostname, parts.port
+        self._address = parts.hostname or "", parts.port or 80
 
     async def connection(self, *, fresh: bool = False) -> Connection:
         """OSError or TimeoutError when there is none to be had."""

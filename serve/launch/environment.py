@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxllm.config import ConfigError
@@ -71,6 +71,11 @@ def _integer(found: Mapping[str, str], name: str) -> int:
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with changes, for a process it starts."""
     return {**os.environ, **changes}
+
+
+def see_gpus(gpus: Sequence[str]) -> None:
+    """What this process starts from now on sees only these."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
 def visible_gpus() -> list[str] | None:

@@ -17,7 +17,7 @@ from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tools.planner import MemoryUse, dims_of, memory_use
 from serve.launch.settings import LaunchSettings, Place
-from sharding.axes import MeshConfig
+from sharding.axes import MeshConfig, stage_layers
 from sharding.axes import check as check_mesh
 
 JAXLLM = (sys.executable, "-m", "serve.cli")
@@ -93,6 +93,7 @@ def lay_out(
     mesh = config.mesh
     replica = dataclasses.replace(mesh, data=1)
     check_mesh(model, replica)
+    stage_layers(model.num_layers, mesh.pipe)
     memory = memory_use(dims_of(model), replica, config)
     base = (*JAXLLM, "serve", *(("-c", str(recipe)) if recipe else ()), *without_data(overrides))
     if launch.mode == "ray":

@@ -40,7 +40,7 @@ def run_replicas(layout: Layout, launch: LaunchSettings, gateway: dict[str, Any]
             Supervisor(
                 process.name,
                 process.command,
-                environ=child_environment(**changes),
+                variables=child_environment(**changes),
                 max_restarts=launch.max_restarts,
                 window_s=launch.restart_window_s,
                 fatal_code=2,

@@ -20,7 +20,7 @@ import msgspec
 import typer
 
 from jaxllm.engine.group import GroupPlace
-from serve.launch.environment import child_environment
+from serve.launch.environment import child_environment, see_gpus
 from serve.launch.layout import Layout, gpu_slices
 from serve.launch.settings import LaunchSettings, Place, read_token
 from serve.launch.supervise import Supervisor
@@ -77,7 +77,7 @@ def run_group(
         followers[-1].on_given_up = _give_up
         followers[-1].start()
     if slices is not None:
-        source = {**source, "environ": {"CUDA_VISIBLE_DEVICES": ",".join(slices[0])}}
+        see_gpus(slices[0])
     leading = Place(place.coordinator, place.processes, 0, place.source)
     try:
         return _front({**source, "group": group_of(leading, launch, token)}, server, directory)

@@ -32,7 +32,7 @@ class Supervisor:
     name: str
     command: Sequence[str]
     stdin: bytes = b""
-    environ: dict[str, str] | None = None
+    variables: dict[str, str] | None = None  # its environment; None: ours
     max_restarts: int = 3
     window_s: float = 600.0
     shows_life: bool = False  # bytes on standard output; their absence is death
@@ -94,7 +94,7 @@ class Supervisor:
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if self.shows_life else None,
-            env=self.environ,
+            env=self.variables,
             preexec_fn=die_with_parent,
         )
         assert process.stdin is not None

@@ -68,7 +68,7 @@ def test_the_systemd_unit_starts_the_launcher_and_ends_it_politely():
 def test_the_container_file_runs_the_launcher_as_a_plain_user():
     text = (DEPLOY / "Containerfile").read_text()
     steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
-    assert [step[0] for step in steps][0] == "FROM"
+    assert steps[0][0] == "FROM"
     given = dict(steps)
     assert given["USER"] != "root"
     assert json.loads(given["ENTRYPOINT"]) == ["jaxllm"]

@@ -35,11 +35,13 @@ max_restarts = 1
 
 
 def processes(word):
-    """Pids whose command line has this word."""
+    """Pids of this test whose command line has this word."""
+    ours = f"JAXLLM_CACHE_DIR={os.environ['JAXLLM_CACHE_DIR']}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if word.encode() in (path / "cmdline").read_bytes().split(b"\0"):
+            words, variables = ((path / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            if word.encode() in words and ours in variables:
                 found.append(int(path.name))
         except OSError:
             continue
@@ -90,7 +92,6 @@ class Launched:
 def test_two_replicas_on_two_nodes_serve_behind_the_gateway_and_come_back(cluster, tmp_path):
     import ray
 
-    before = set(processes("serve.engine_process"))
     launched = Launched(cluster, tmp_path)
     try:
         launched.until(lambda: launched.usable() == 2)
@@ -109,7 +110,7 @@ def test_two_replicas_on_two_nodes_serve_behind_the_gateway_and_come_back(cluste
         metrics = launched.http.get("/metrics").text
         assert 'jaxllm_gateway_requests_total{outcome="answered"} 6.0' in metrics
 
-        server = min(set(processes("serve.engine_process")) - before)
+        server = min(processes("serve.engine_process"))
         parent = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(parent, signal.SIGKILL)
         launched.until(lambda: launched.usable() == 1)
@@ -119,8 +120,7 @@ def test_two_replicas_on_two_nodes_serve_behind_the_gateway_and_come_back(cluste
 
         launched.process.send_signal(signal.SIGTERM)
         assert launched.process.wait(120) == 0
-        left = set(processes("serve.engine_process")) - before
-        assert not left, "nothing is left on the nodes"
+        assert not processes("serve.engine_process"), "nothing is left on the nodes"
     finally:
         launched.http.close()
         launched.process.kill()

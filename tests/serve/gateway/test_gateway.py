@@ -295,14 +295,14 @@ def test_a_stored_response_is_found_where_it_is():
     run(body)
 
 
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [
         (b"nonsense\r\n\r\n", 400),
-        (
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-            400,
-        ),
+        (POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nabcdef", 400),
         (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\nhost: x\r\n\r\n", 400),

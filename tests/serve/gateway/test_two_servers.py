@@ -36,7 +36,7 @@ token_buckets = [160]
 port = 0
 """
 ADMIN = {"authorization": "Bearer adm"}
-WORDS = "river stone cloud paper green under seven music plant table".split()
+WORDS = ("river", "stone", "cloud", "paper", "green", "under", "seven", "music", "plant", "table")
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -92,7 +92,7 @@ class GatewayThread:
             self.stop = asyncio.Event()
             listener = Listener(self.settings, self.gateway.handle)
             server = await self.loop.create_server(listener.make, "127.0.0.1", 0)
-            self.url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             tasks = [self.loop.create_task(watch(self.gateway, worker)) for worker in self.gateway.workers]
             while not all(worker.ready for worker in self.gateway.workers):
                 await asyncio.sleep(0.05)
@@ -144,17 +144,19 @@ def stream(url, prompt):
     """(text, how it ended): "stop" after [DONE], the error's code, or "cut"."""
     body = {"prompt": prompt, "max_tokens": 48, "temperature": 0, "stream": True, "ignore_eos": True}
     text, end = "", "cut"
-    with httpx.Client(timeout=120, trust_env=False) as http:
-        with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                return text, str(answer.status_code)
-            for line in answer.iter_lines():
-                if line == "data: [DONE]":
-                    return text, "stop"
-                if line.startswith("data: "):
-                    event = json.loads(line[6:])
-                    end = event["error"]["code"] if "error" in event else end
-                    text += "".join(choice["text"] for choice in event.get("choices", ()))
+    with (
+        httpx.Client(timeout=120, trust_env=False) as http,
+        http.stream("POST", f"{url}/v1/completions", json=body) as answer,
+    ):
+        if answer.status_code != 200:
+            return text, str(answer.status_code)
+        for line in answer.iter_lines():
+            if line == "data: [DONE]":
+                return text, "stop"
+            if line.startswith("data: "):
+                event = json.loads(line[6:])
+                end = event["error"]["code"] if "error" in event else end
+                text += "".join(choice["text"] for choice in event.get("choices", ()))
     return text, end
 
 

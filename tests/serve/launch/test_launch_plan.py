@@ -1,5 +1,6 @@
-"""What a launch would start: schedulers' variables, settings, layouts and the lines of --dry-run; nothing is started."""
+"""What a launch would start: schedulers' variables, settings, layouts, the lines of --dry-run; nothing is started."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def test_jobs_that_share_a_node_get_other_ports_two_each():
     found = {membership({**SLURM, "SLURM_JOB_ID": str(job)}).coordinator for job in range(100, 110)}
     ports = sorted(int(address.rpartition(":")[2]) for address in found)
     assert len(ports) == 10
-    assert all(b - a >= 2 for a, b in zip(ports, ports[1:]))
+    assert all(b - a >= 2 for a, b in itertools.pairwise(ports))
 
 
 def test_one_slurm_task_is_one_process():
