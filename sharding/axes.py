@@ -84,6 +84,17 @@ class MeshConfig:
         return " x ".join(parts + ["sp"] * self.sequence_parallel) or "one device"
 
 
+class ExpertSizes(Protocol):
+    """The same of routed experts."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
+    @property
+    def shared_d_ff(self) -> int: ...
+
+
 class ModelSizes(Protocol):
     """What the arithmetic needs of a model's config."""
 
@@ -99,6 +110,8 @@ class ModelSizes(Protocol):
     def d_ff(self) -> int: ...
     @property
     def windows(self) -> tuple[int | None, ...]: ...
+    @property
+    def experts(self) -> Any: ...  # ExpertSizes | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,9 @@ SPLIT: Mapping[str, Callable[[ModelSizes, int], tuple[Block, ...]]] = {
     "gate_up": lambda model, size: (Block("d_ff", size // 2), Block("d_ff", size // 2)),
     "ffn": lambda model, size: (Block("d_ff", size),),
     "vocab": lambda model, size: (Block("vocab_size", size),),
+    "expert": lambda model, size: (Block("experts.count", size),),
 }
+EXPERT = "expert"  # a leaf of experts: they lie along mesh axis `expert`, their rows along `tensor` alone
 ONCE = "once"  # what is added to a sum over shards: the first shard holds it, the others hold zeros
 
 
@@ -169,21 +184,27 @@ def local_sizes(model: Any, mesh: MeshConfig) -> Any:
         "d_ff": model.d_ff // shards,
         "vocab_size": model.vocab_size // shards,
     }
+    if model.experts is not None:
+        one, shared = model.experts.d_ff // mesh.tensor, model.experts.shared_d_ff // shards
+        changed["experts"] = dataclasses.replace(model.experts, d_ff=one, shared_d_ff=shared)
     return dataclasses.replace(model, **changed)
 
 
 def check(model: ModelSizes, mesh: MeshConfig) -> None:
     """Raises MeshError for a mesh this model cannot be spread over."""
+    experts: ExpertSizes | None = model.experts
+    if mesh.expert > 1 and experts is None:
+        raise MeshError(f"mesh.expert = {mesh.expert}: the model has no experts; give these devices to mesh.tensor")
+    if experts is not None:
+        Block("experts.count", experts.count).units(mesh.expert)
+        Block("experts.d_ff", experts.d_ff).units(mesh.tensor)
+        Block("experts.shared_d_ff", experts.shared_d_ff).units(mesh.width)
     sizes = {"gate_up": 2 * model.d_ff, "ffn": model.d_ff, "vocab": model.vocab_size}
     for name, blocks in SPLIT.items():
-        for block in blocks(model, sizes.get(name, 0)):
+        for block in blocks(model, sizes.get(name, 0)) if name != EXPERT else ():
             block.units(mesh.width)
     if mesh.seq > 1 and any(window is not None for window in model.windows):
-        raise MeshError(
-            f"mesh.seq = {mesh.seq}: a window over keys that lie page by page on several devices: not built"
-        )
-    if mesh.expert > 1:
-        raise MeshError(f"mesh.expert = {mesh.expert}: the model has no experts; give these devices to mesh.tensor")
+        raise MeshError(f"mesh.seq = {mesh.seq}: a window over keys that lie page by page on several devices: not built")
 
 
 def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:

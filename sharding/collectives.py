@@ -39,6 +39,10 @@ class Exchange(ABC):
     def leave(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]: ...
 
     @abstractmethod
+    def own_experts(self, ids: Int[Array, "T k"], held: int) -> Int[Array, "T k"]:
+        """Experts by this device's numbering, of which it holds `held`; those of others fall outside it."""
+
+    @abstractmethod
     def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
         """The logits of all of the vocabulary, in its order."""
 
@@ -61,6 +65,9 @@ class Alone(Exchange):
 
     def leave(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return partial
+
+    def own_experts(self, ids: Int[Array, "T k"], held: int) -> Int[Array, "T k"]:
+        return ids
 
     def vocabulary(self, logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
         return logits
@@ -93,6 +100,9 @@ class Spread(Exchange):
         if self.scatter:
             return lax.psum_scatter(partial, self.axes, scatter_dimension=0, tiled=True)
         return all_reduce(partial, self.axes, self.groups, implementation=self.implementation)
+
+    def own_experts(self, ids: Int[Array, "T k"], held: int) -> Int[Array, "T k"]:
+        return ids - lax.axis_index("expert") * held if "expert" in self.axes else ids
 
     def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
         return lax.all_gather(logits, self.axes, axis=logits.ndim - 1, tiled=True)

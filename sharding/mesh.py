@@ -28,6 +28,13 @@ def stage_meshes(config: MeshConfig, devices: Sequence[Any] | None = None) -> tu
             f"mesh {config} needs data x pipe x seq x expert x tensor = {counts} = {config.size} devices; "
             f"there are {len(found)} ({found[0].platform if found else 'none'})"
         )
+    processes = len({device.process_index for device in found[: config.size]})
+    if processes > 1 and (config.data > 1 or config.pipe > 1):
+        what = "mesh.data" if config.data > 1 else "mesh.pipe"
+        raise MeshError(
+            f"{what} > 1 over {processes} processes: an engine drives replicas and stages of its own process only; "
+            "spread mesh.tensor over processes, or start one engine a process behind the gateway"
+        )
     shape = (config.data, config.pipe, config.seq, config.expert, config.tensor)
     grid = np.array(found[: config.size], dtype=object).reshape(shape)
     auto = (AxisType.Auto,) * len(STAGE_AXES)

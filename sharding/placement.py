@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import ONCE, SPLIT, MeshConfig, ModelSizes, check, local_sizes, rows_of_shards
+from sharding.axes import EXPERT, ONCE, SPLIT, MeshConfig, ModelSizes, check, local_sizes, rows_of_shards
 from sharding.collectives import ALONE, Exchange, Spread
 from sharding.context import Context
 from sharding.mesh import SHARD_AXES
@@ -86,8 +86,17 @@ class Placement:
     # ---- parameters ----
 
     def spec(self, axes: Axes) -> P:
-        cut = [self.shard_axes or None if name in SPLIT or name == ONCE else None for name in axes]
-        return P(*cut)
+        return P(*(self._along(name, axes)[0] for name in axes))
+
+    def _along(self, name: str | None, axes: Axes) -> tuple[tuple[str, ...] | None, int]:
+        """The mesh axes that cut one logical axis of a leaf, and into how many shards."""
+        if name == EXPERT:
+            return (("expert",) if self.config.expert > 1 else None), self.config.expert
+        if name in SPLIT and EXPERT in axes:
+            return (("tensor",) if self.config.tensor > 1 else None), self.config.tensor
+        if name in SPLIT or name == ONCE:
+            return self.shard_axes or None, self.config.width
+        return None, 1
 
     def shape(self, axes: Axes, leaf: Any) -> jax.ShapeDtypeStruct:
         """What `place` makes of a leaf of this shape and dtype."""
@@ -98,9 +107,10 @@ class Placement:
         """For every dim, the rows each shard holds (None: all of them), and its size over all shards."""
         held, sizes = [], []
         for name, size in zip(axes, shape, strict=True):
-            rows = rows_of_shards(name, self.model, self.config.width, size) if name in SPLIT else None
+            shards = self._along(name, axes)[1]
+            rows = rows_of_shards(name, self.model, shards, size) if name in SPLIT else None
             held.append(rows)
-            sizes.append(size * self.config.width if name == ONCE else size if rows is None else rows.size)
+            sizes.append(size * shards if name == ONCE else size if rows is None else rows.size)
         return held, tuple(sizes)
 
     def place(self, axes: Axes, leaf: Any) -> jax.Array:

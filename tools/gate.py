@@ -116,9 +116,36 @@ def paged_attention_decode_cases() -> Iterator[Case]:
     yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
 
 
+def grouped_matmul_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import mosaic_sm90
+
+    D, F, E = 2048, 768, 128
+    for N, tiles in ((8, 8), (32, 112), (16, 200), (64, 300), (128, 640)):
+        for gated in (True, False):
+            K, rows = (D, 2 * F) if gated else (F, D)
+            product = functools.partial(mosaic_sm90.tiles_matmul, gated=gated)
+            x = _array((1 if gated and N in (8, 32) else tiles, N, K), jnp.bfloat16)
+            arrays = x, _array((E, rows, K), jnp.bfloat16), _i32(tiles), _i32(1)
+            yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N}", product, arrays)
+
+
+def route_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import router
+
+    for T, E, k in ((1, 128, 8), (64, 60, 4), (32, 8, 2)):
+        route = functools.partial(router.route, k=k, norm_topk=True)
+        yield Case("triton", f"{T} tokens, {k} of {E}", route, (_array((T, E), jnp.float32),))
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
+    "grouped_matmul": grouped_matmul_cases,
+    "grouped_matmul.route": route_cases,
 }
 
 
@@ -170,7 +197,7 @@ def inspect(ptx: Path) -> Report | None:
     """What ptxas says of one PTX file; None for kernels that XLA made."""
     text = ptx.read_text()
     entry = re.search(r"\.entry (\w+)", text)
-    if entry is None or not entry.group(1).startswith("paged_"):
+    if entry is None or not entry.group(1).startswith(("paged_", "grouped_")):
         return None
     run = subprocess.run(
         [_ptxas(), "-arch=sm_90a", "-v", ptx, "-o", os.devnull], capture_output=True, text=True, check=True

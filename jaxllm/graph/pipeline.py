@@ -30,7 +30,8 @@ def stage_models(model: ModelConfig, stages: int) -> Iterator[tuple[ModelConfig,
     """Each stage as a model of its own layers."""
     for number, layers in enumerate(stage_layers(model.num_layers, stages)):
         windows = tuple(model.windows[layer] for layer in layers)
-        part = dataclasses.replace(model, num_layers=len(layers), windows=windows)
+        sparse = tuple(model.sparse_layers[layer] for layer in layers)
+        part = dataclasses.replace(model, num_layers=len(layers), windows=windows, sparse_layers=sparse)
         yield part, Ends(first=number == 0, last=number == stages - 1)
 
 

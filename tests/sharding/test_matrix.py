@@ -1,10 +1,12 @@
 """Every mix of parallelisms on eight simulated devices: as one device, or refused with a reason; the table is a page.
 
-Each mesh serves one small model with biases, untied head and fewer kv heads than devices. `docs/parallelism.md` is
+Each mesh serves a small model with fewer kv heads than devices: a dense one with biases, or, where there is `ep`, one
+with routed and shared experts. `docs/parallelism.md` is
 written here from what passed; a test fails where the committed page says something else.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -46,6 +48,17 @@ MODEL = {
     "eos_token_id": EOS,
     "bos_token_id": 0,
 }
+EXPERTS = MODEL | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "use_sliding_window": False,
+}
 SHAPE = dict(
     cache_dir="",
     dtype="float32",
@@ -80,20 +93,19 @@ def label(mesh):
 
 MESHES = {label(mesh): mesh for mesh in meshes()}
 # Each parallelism alone, each pair, and the deepest mixes: the rest of the table is run by `make test-mesh`.
-EVERY_TIME = ("tp8 sp", "tp2 cp2 sp", "tp2 pp2 dp2 sp", "pp2 dp2 cp2", "tp2 pp2 cp2 sp", "tp4 cp2", "ep2")
+EVERY_TIME = ("tp8 sp", "tp2 cp2 sp", "tp2 pp2 dp2 sp", "pp2 dp2 cp2", "tp2 pp2 cp2 sp", "tp4 cp2", "ep2", "tp2 dp2 ep2 sp")
 
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 WORDS = {"type": "object", "properties": {"name": {"enum": ["Ada", "Alan"]}}, "required": ["name"]}
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "small"
+def checkpoint(folder, raw):
+    """A model directory with random weights."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(json.dumps(raw))
     (folder / "tokenizer.json").write_text(tokenizer_json())
-    config = ModelConfig.from_hf(MODEL)
+    config = ModelConfig.from_hf(raw)
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):
@@ -104,6 +116,13 @@ def directory(tmp_path_factory):
     params = jax.tree_util.tree_map_with_path(leaf, abstract(config, jnp.float32)[1])
     safetensors.numpy.save_file(to_checkpoint(params, config), folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """Dense or not -> the model's directory."""
+    root = tmp_path_factory.mktemp("models")
+    return {True: checkpoint(root / "dense", MODEL), False: checkpoint(root / "experts", EXPERTS)}
 
 
 def prompt(length, salt=0):
@@ -155,11 +174,17 @@ def started(directory, **mesh):
 
 
 @pytest.fixture(scope="module")
-def alone(directory):
-    with started(directory) as engine:
-        seen = observe(engine)
-    assert len({token for tokens in seen["greedy"] for token in tokens}) > 20, "the model says one thing only"
-    assert seen["prefix cache"][1] == 24
+def alone(directories):
+    """Dense or not -> what one device says, looked at when it is first asked for."""
+
+    @functools.cache
+    def seen(dense):
+        with started(directories[dense]) as engine:
+            found = observe(engine)
+        assert len({token for tokens in found["greedy"] for token in tokens}) > 20, "the model says one thing only"
+        assert found["prefix cache"][1] == 24
+        return found
+
     return seen
 
 
@@ -182,27 +207,28 @@ def results():
     return {}
 
 
-def run(name, directory, alone, results):
+def run(name, directories, alone, results):
     mesh = MESHES[name]
+    dense = mesh["ep"] == 1
     try:
-        with started(directory, **mesh) as engine:
+        with started(directories[dense], **mesh) as engine:
             seen = observe(engine)
     except MeshError as reason:
         results[name] = str(reason)
         return
-    found = results[name] = compare(alone, seen, mesh["dp"] * mesh["pp"])  # a pipeline has a lane a stage
+    found = results[name] = compare(alone(dense), seen, mesh["dp"] * mesh["pp"])  # a pipeline has a lane a stage
     assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("name", EVERY_TIME)
-def test_a_mesh_gives_what_one_device_gives_or_says_why_not(name, directory, alone, results):
-    run(name, directory, alone, results)
+def test_a_mesh_gives_what_one_device_gives_or_says_why_not(name, directories, alone, results):
+    run(name, directories, alone, results)
 
 
 @pytest.mark.mesh
 @pytest.mark.parametrize("name", [name for name in MESHES if name not in EVERY_TIME])
-def test_every_other_mesh_too(name, directory, alone, results):
-    run(name, directory, alone, results)
+def test_every_other_mesh_too(name, directories, alone, results):
+    run(name, directories, alone, results)
 
 
 def test_the_page_says_what_was_seen(results):

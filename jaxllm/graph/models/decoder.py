@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.graph.layers.attention import Attend, Attention, Rotations
 from jaxllm.graph.layers.linear import project
 from jaxllm.graph.layers.mlp import MLP
+from jaxllm.graph.layers.moe import MoE
 from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.layers.rope import rotations
@@ -35,11 +36,12 @@ Params = dict[Any, Any]  # nested plain dict; keys are attribute names and layer
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual. Leaves: norms [2, D], attention, mlp."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         self.norm_eps = config.norm_eps
         self.norms = parameter((2, config.d_model), (None, "embed"), dtype, rngs, "ones")
         self.attention = Attention(config, dtype, rngs)
-        self.mlp = MLP(config, dtype, rngs)
+        experts = config.experts if config.sparse_layers[layer] else None
+        self.mlp = MLP(config, dtype, rngs) if experts is None else MoE(config, experts, dtype, rngs)
 
     def __call__(
         self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend, exchange: Exchange = ALONE
@@ -47,7 +49,8 @@ class Layer(nnx.Module):
         norms = self.norms[...]
         read = exchange.enter(rms_norm(x, norms[0], self.norm_eps))
         x = x + exchange.leave(self.attention(read, layer, rotations, attend))
-        return x + exchange.leave(self.mlp(exchange.enter(rms_norm(x, norms[1], self.norm_eps))))
+        read = exchange.enter(rms_norm(x, norms[1], self.norm_eps))
+        return x + exchange.leave(self.mlp(read, exchange) if isinstance(self.mlp, MoE) else self.mlp(read))
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Decoder(nnx.Module):
         table = (config.vocab_size, config.d_model)
         tied = ends.last and config.tie_embeddings
         self.embed = parameter(table, ("vocab", "embed"), dtype, rngs) if ends.first or tied else None
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, layer, dtype, rngs) for layer in range(config.num_layers)])
         self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones") if ends.last else None
         self.head = parameter(table, ("vocab", "embed"), dtype, rngs) if ends.last and not tied else None
 

@@ -1,0 +1,60 @@
+"""Routed experts by tiles: plan, gate and up with SwiGLU, down, and the weighted sum of each token's choices.
+
+In: tokens, experts' weights, routing. Out: [T, D]. Two Mosaic kernels stream the weights of the experts in use once
+each; everything between them is XLA's. A token's bits do not depend on its batch: tiles only decide which tensor-core
+column a token is, sums run along the weights' rows in one order, and choices are added in the token's own order.
+It does not know routers, layers or meshes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import mosaic_sm90
+from pallas_kernels.grouped_matmul.plan import Plan, shared_tile, sorted_tiles, tile_width
+
+SHARED_TOKENS = 32  # up to here all tokens are one tile; tokens the copy engine re-reads cost more beyond
+
+
+def routed_mlp(
+    x: jax.Array,  # [T, D]
+    gate_up: jax.Array,  # [E, 2F, D]
+    down: jax.Array,  # [E, D, F]
+    expert_ids: jax.Array,  # i32[T, k]
+    expert_weights: jax.Array,  # f32[T, k]
+    *,
+    blocks: mosaic_sm90.Blocks | None = None,
+    shared_tokens: int = SHARED_TOKENS,
+    width: int | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """See api.routed_mlp."""
+    T, E, k = x.shape[0], gate_up.shape[0], expert_ids.shape[1]
+    if shared_tokens >= T:
+        N = max(8, -(-T // 8) * 8)
+        plan = shared_tile(expert_ids, E, N)
+        tiles = jnp.pad(x, ((0, N - T), (0, 0)))[None]
+    else:
+        N = width or tile_width(T, k, E)
+        plan = sorted_tiles(expert_ids, E, N)
+        tiles = x.at[plan.tokens].get(mode="clip")
+
+    def product(x: jax.Array, w: jax.Array, gated: bool) -> jax.Array:
+        return mosaic_sm90.tiles_matmul(x, w, plan.experts, plan.live, gated=gated, blocks=blocks, interpret=interpret)
+
+    hidden = product(tiles, gate_up, True)
+    return combine(product(hidden, down, False), plan, expert_ids, expert_weights, E).astype(x.dtype)
+
+
+def combine(out: jax.Array, plan: Plan, expert_ids: jax.Array, expert_weights: jax.Array, E: int) -> jax.Array:
+    """f32[T, D]: each token's choices, weighted, added in their order; what nobody wrote is not touched."""
+    rows = out.reshape(-1, out.shape[-1])
+    total = jnp.zeros((expert_ids.shape[0], out.shape[-1]), jnp.float32)
+    for choice in range(expert_ids.shape[1]):
+        part = rows.at[plan.place[:, choice]].get(mode="clip").astype(jnp.float32)
+        ids = expert_ids[:, choice, None]
+        total += jnp.where((ids >= 0) & (ids < E), part * expert_weights[:, choice, None], 0.0)
+    return total
