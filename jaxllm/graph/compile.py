@@ -220,6 +220,7 @@ def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None)
         shape = key[-1]
         return on_gpu and key[0] in ("step", "stage") and not shape.decode and shape.tokens >= LARGE_TOKENS
 
+
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()
         executables.table[key] = lowered.compile(LARGE_PRODUCTS if large(key) else None)

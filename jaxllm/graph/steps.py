@@ -69,9 +69,7 @@ class Graph:
     page_size: int
     num_pages: int
     reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
-    placement: Placement | None = (
-        None  # where the model is spread; `graphdef` is then one shard's, `config` the whole's
-    )
+    placement: Placement | None = None  # where the model is spread; `graphdef` is then one shard's, `config` the whole's
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""

@@ -72,7 +72,6 @@ SHAPE = dict(
 )
 NAMES = {"tp": (1, 2, 4, 8), "pp": (1, 2), "dp": (1, 2), "ep": (1, 2), "cp": (1, 2)}
 
-
 def meshes():
     """All mixes of at most eight devices, with and without sp where there is tp."""
     for sizes in itertools.product(*NAMES.values()):
@@ -84,11 +83,9 @@ def meshes():
 
 
 def label(mesh):
-    return (
-        " ".join(f"{name}{size}" for name, size in mesh.items() if name != "sp" and size > 1)
-        + (" sp" * mesh.get("sp", False))
-        or "one device"
-    )
+    return " ".join(f"{name}{size}" for name, size in mesh.items() if name != "sp" and size > 1) + (
+        " sp" * mesh.get("sp", False)
+    ) or "one device"
 
 
 MESHES = {label(mesh): mesh for mesh in meshes()}

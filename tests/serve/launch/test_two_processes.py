@@ -207,7 +207,7 @@ def test_a_port_that_is_taken(folder):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["-pp", "2"], "config mismatch: the settings of rank 1 are not those of rank 0"),
+        (["-tp", "6"], "config mismatch: the settings of rank 1 are not those of rank 0"),
         (["--token-file", "other"], "wrong token"),
     ],
 )
@@ -226,10 +226,10 @@ def test_a_process_that_does_not_belong(folder, changed, said):
 
 
 def test_fewer_devices_than_the_mesh(folder):
-    place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "-pp", "2", "--timeout", "60"]
+    place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "-tp", "6", "--timeout", "60"]
     ranks = [Launched(folder, *place, "--process-id", str(rank)) for rank in range(2)]
     for rank in ranks:
         assert rank.ends() == 1
-    assert ranks[0].said("= 4 devices; there are 2 (cpu)")
+    assert ranks[0].said("= 6 devices; there are 2 (cpu)")
     for rank in ranks:
         rank.kill()
