@@ -22,7 +22,7 @@ class FakeWorker:
         self.name, self.behave = name, behave or say_hello
         self.seen, self.ready, self.silent = [], True, False
         self.tokens, self.running, self.restarts, self.aborted = 0, 0, 0, 0
-        self._writers = set()
+        self.writers, self.tasks = set(), set()
 
     async def start(self, port=0):
         self.server = await asyncio.start_server(self._serve, "127.0.0.1", port)
@@ -32,11 +32,21 @@ class FakeWorker:
     async def die(self):
         """As kill -9 does: every connection is reset, nobody listens."""
         self.server.close()
-        for writer in list(self._writers):
+        for writer in list(self.writers):
             writer.transport.abort()
 
+    async def close(self):
+        """At the end of a test: nothing of it is left."""
+        await self.die()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
     async def _serve(self, reader, writer):
-        self._writers.add(writer)
+        self.writers.add(writer)
+        task = asyncio.current_task()
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -47,7 +57,7 @@ class FakeWorker:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            self._writers.discard(writer)
+            self.writers.discard(writer)
             writer.close()
 
     async def _answer(self, writer, method, path, headers, body):
@@ -140,7 +150,7 @@ async def running(*behaviours, wait=True, **settings):
     workers = [FakeWorker("abcdefgh"[i], behave) for i, behave in enumerate(behaviours)]
     for worker in workers:
         await worker.start()
-    given = {"probe_s": 0.05, "probe_timeout_s": 0.5, "break_s": 0.1, "wait_s": 1.0, **settings}
+    given = {"probe_s": 0.05, "probe_timeout_s": 3.0, "break_s": 0.1, "wait_s": 1.0, **settings}
     gateway = Gateway(GatewaySettings(workers=tuple(worker.url for worker in workers), **given))
     listener = Listener(gateway.settings, gateway.handle)
     loop = asyncio.get_running_loop()
@@ -160,6 +170,12 @@ async def running(*behaviours, wait=True, **settings):
             task.cancel()
         server.close()
         gateway.close()
+        listener.finish()
+        for client in list(listener.clients):
+            client.cut()
         for worker in workers:
-            await worker.die()
+            await worker.close()
+        async with asyncio.timeout(10):  # every socket is closed before the loop is
+            while listener.clients or any(worker.writers for worker in workers):
+                await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)

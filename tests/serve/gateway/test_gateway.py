@@ -78,7 +78,7 @@ async def _dies_before(worker, request):
 
 async def _dies_after(worker, request):
     yield STREAM_HEAD + chunk(EVENT % "one ") + chunk(EVENT % "two ") + b"20\r\ndata: half an ev"
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.5)  # a reset takes with it what nobody has read yet
     await worker.die()
 
 
@@ -145,7 +145,7 @@ def test_a_worker_that_is_gone_costs_no_request():
 def test_a_kept_connection_that_the_worker_closed_is_no_failure():
     async def closes(worker, request):
         yield plain(200, {"from": worker.name})
-        for writer in list(worker._writers):
+        for writer in list(worker.writers):
             writer.close()
 
     async def body():

@@ -53,8 +53,8 @@ def free_ports():
 class Launched:
     """`jaxllm launch` of one rank; its lines are kept."""
 
-    def __init__(self, folder, *arguments):
-        command = [sys.executable, "-m", "serve.cli", "launch", "-c", str(folder / "recipe.toml"), *arguments]
+    def __init__(self, folder, *arguments, recipe="recipe.toml"):
+        command = [sys.executable, "-m", "serve.cli", "launch", "-c", str(folder / recipe), *arguments]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         environ["JAXLLM_CACHE_DIR"] = str(folder / "cache")
         self.lines = []
@@ -182,54 +182,61 @@ def test_when_a_host_stays_away_the_leader_says_so_and_ends_with_an_error(group,
 # ---- groups that never come together: one clear line and an exit code, within the stated time ----
 
 
-def test_a_coordinator_that_is_gone(folder):
+@pytest.fixture
+def launched(folder):
+    """Starts ranks that are gone after the test."""
+    found = []
+
+    def start(*arguments, **options):
+        found.append(Launched(folder, *arguments, **options))
+        return found[-1]
+
+    yield start
+    for each in found:
+        each.kill()
+
+
+def test_a_coordinator_that_is_gone(launched):
     place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "--process-id", "1"]
-    lone = Launched(folder, *place, "--timeout", "1")
+    lone = launched(*place, "--timeout", "1")
     assert lone.ends() == 1
     assert lone.said("did not answer within 1 s (Connection refused)")
-    lone.kill()
 
 
-def test_a_port_that_is_taken(folder):
+def test_a_port_that_is_taken(launched):
     with socket.socket() as taken:
         port = free_ports()
         taken.bind(("127.0.0.1", port + 1))
         taken.listen()
         place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", "0"]
-        lone = Launched(folder, *place, "--timeout", "2")
+        lone = launched(*place, "--timeout", "2")
         assert lone.ends() == 1
         assert lone.said(
             f"the group's port 127.0.0.1:{port + 1} (the coordinator's and one) is in use by another process"
         )
-        lone.kill()
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("change", "said"),
     [
-        (["-tp", "6"], "config mismatch: the settings of rank 1 are not those of rank 0"),
-        (["--token-file", "other"], "wrong token"),
+        (("max_num_seqs = 2", "max_num_seqs = 1"), "config mismatch: the settings of rank 1 are not those of rank 0"),
+        (("/token", "/other"), "wrong token"),
     ],
 )
-def test_a_process_that_does_not_belong(folder, changed, said):
+def test_a_process_that_does_not_belong(folder, launched, change, said):
     (folder / "other").write_text("another secret, as long")
-    changed = [str(folder / "other") if part == "other" else part for part in changed]
+    (folder / "other.toml").write_text((folder / "recipe.toml").read_text().replace(*change))
     place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "--timeout", "20"]
-    ranks = [Launched(folder, *place, "--process-id", "0")]
-    ranks.append(Launched(folder, *place, "--process-id", "1", *changed))
+    ranks = [launched(*place, "--process-id", "0"), launched(*place, "--process-id", "1", recipe="other.toml")]
     assert ranks[1].ends() == 1
     assert ranks[1].said(said)
     assert ranks[0].ends() == 1
     assert ranks[0].said(said if "config" in said else "missing: rank 1")
-    for rank in ranks:
-        rank.kill()
 
 
-def test_fewer_devices_than_the_mesh(folder):
-    place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "-tp", "6", "--timeout", "60"]
-    ranks = [Launched(folder, *place, "--process-id", str(rank)) for rank in range(2)]
+def test_fewer_devices_than_the_mesh(launched):
+    place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "-cp", "2", "--timeout", "60"]
+    ranks = [launched(*place, "--process-id", str(rank)) for rank in range(2)]
     for rank in ranks:
         assert rank.ends() == 1
-    assert ranks[0].said("= 6 devices; there are 2 (cpu)")
-    for rank in ranks:
-        rank.kill()
+    assert ranks[0].said("= 4 devices; there are 2 (cpu)")
