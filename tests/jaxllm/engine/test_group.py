@@ -27,7 +27,7 @@ def place():
     port = free_port()
 
     def make(rank, **changes):
-        given = {"coordinator": f"127.0.0.1:{port}", "processes": 2, "token": "secret", "timeout_s": 3.0, **changes}
+        given = {"coordinator": f"127.0.0.1:{port}", "processes": 2, "token": "secret", "timeout_s": 30.0, **changes}
         return GroupPlace(rank=rank, **given)
 
     yield make
@@ -53,7 +53,7 @@ class Outcome:
             self.found.put(error)
 
     def get(self):
-        return self.found.get(timeout=10)
+        return self.found.get(timeout=40)
 
 
 def leads(place, config="c"):
@@ -85,16 +85,16 @@ def test_a_missing_process_is_named_after_the_stated_time(place):
     leader, began = leads(place(0, processes=3, timeout_s=1.0)), time.monotonic()
     follower = joins(place(1, processes=3))
     assert str(leader.get()) == "2 of 3 processes came within 1 s; missing: rank 2"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert isinstance(follower.get(), Following)
-    assert "missing: rank 2" in follower.lost.get(timeout=5)
+    assert "missing: rank 2" in follower.lost.get(timeout=20)
 
 
 def test_a_coordinator_that_is_not_there_is_said_after_the_stated_time(place):
     began = time.monotonic()
     error = joins(place(1, timeout_s=1.0)).get()
     assert re.fullmatch(r"the coordinator 127.0.0.1:\d+ did not answer within 1 s \(Connection refused\)", str(error))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_a_port_that_is_taken_is_said_at_once(place):
@@ -171,7 +171,7 @@ def test_unequal_hosts_are_told_to_both_sides(place):
     why = "unequal hosts: rank 1 has 4 x H100 and rank 0 has 8 x H100"
     with pytest.raises(GroupError, match=why):
         leading.compare(Devices("H100", 8), "unequal hosts")
-    assert follower.lost.get(timeout=5) == why
+    assert follower.lost.get(timeout=20) == why
 
 
 def test_equal_members_are_welcome(place):
@@ -188,7 +188,7 @@ def test_the_end_of_a_follower_and_what_it_says_are_told_to_the_leader(place):
     leader, follower = leads(place(0)), joins(place(1))
     leading, following = leader.get(), follower.get()
     following.refuse("out of memory")
-    assert leader.lost.get(timeout=5) == "rank 1: out of memory"
+    assert leader.lost.get(timeout=20) == "rank 1: out of memory"
     assert leading.lines
 
 
@@ -196,7 +196,7 @@ def test_the_end_of_the_leader_is_told_to_its_followers(place):
     leader, follower = leads(place(0)), joins(place(1))
     leader.get().lines[1]._socket.shutdown(socket.SHUT_RDWR)
     assert isinstance(follower.get(), Following)
-    assert follower.lost.get(timeout=5) == "the leader is gone"
+    assert follower.lost.get(timeout=20) == "the leader is gone"
 
 
 def test_a_follower_that_is_stopped_is_lost_after_a_while(place, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_follower_that_is_stopped_is_lost_after_a_while(place, monkeypatch):
     leader, follower = leads(place(0)), joins(place(1))
     leader.get()
     follower.get()
-    assert leader.lost.get(timeout=5) == "rank 1 has been silent for 0.5 s"
+    assert leader.lost.get(timeout=20) == "rank 1 has been silent for 0.5 s"
 
 
 def test_signs_of_life_keep_a_silent_follower(place, monkeypatch):

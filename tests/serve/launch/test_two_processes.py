@@ -219,7 +219,7 @@ def test_a_port_that_is_taken(launched):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("max_num_seqs = 2", "max_num_seqs = 1"), "config mismatch: the settings of rank 1 are not those of rank 0"),
+        (("num_pages = 64", "num_pages = 65"), "config mismatch: the settings of rank 1 are not those of rank 0"),
         (("/token", "/other"), "wrong token"),
     ],
 )
