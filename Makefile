@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-gpu test-ray bench gate lock clean
+.PHONY: help demo test check test-mesh test-gpu test-ray bench gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ check: .venv/.dev ## format, lint, types, import contracts, sizes
 	@$(BIN)/lint-imports
 	@$(PYTEST) tests/test_architecture.py
 
+test-mesh: .venv/.dev ## every mix of parallelisms on simulated devices; rewrites the table of docs/parallelism.md
+	@$(PYTEST) -m "mesh or not mesh" tests/sharding/test_matrix.py
+
 test-gpu: ## kernels and engine on the GPU of this machine
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/pallas_kernels
 
@@ -39,8 +42,9 @@ test-ray: .venv/.dev ## two replicas on a Ray cluster of two nodes on this machi
 	@$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[ray]'
 	@$(PYTEST) -m ray tests/ray
 
-bench: ## decode, prefill and throughput of LLM on this machine's GPU
-	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/llm.py llama-3.1-8b
+bench: ## decode, prefill and throughput of an 8B shape on this machine's GPU
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/shapes.py llama-3.1-8b build
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m serve.cli bench latency build/llama-3.1-8b --requests 256
 
 gate: ## compile every GPU kernel for sm_90a without a GPU; fails on spills (needs the CUDA wheels)
 	@PYTHONPATH=. $(GPU_PYTHON) tools/gate.py

@@ -103,25 +103,35 @@ def sums(n: int) -> None:
             for shot in (1, 2) if name == "cuda" else (0,):
                 shots.ONE_SHOT_MOST_BYTES[n] = (1 << 30) if shot == 1 else 0
                 try:
-                    once = jax.jit(jax.shard_map(way, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False))
+                    once = jax.jit(
+                        jax.shard_map(way, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False)
+                    )
                     got = [np.asarray(jax.device_get(once(x))) for _ in range(3)]
                     same = all((g.view(np.uint16) == got[0].view(np.uint16)[0]).all() for g in got)
                     error = float(np.linalg.norm(got[0][0].astype(np.float64) - want) / np.linalg.norm(want))
                     best, median = chain_seconds(mesh, way, x)
-                    say(what="sum", n=n, way=name, shot=shot, kib=size / 1024, us=round((best - base[0]) * 1e6, 2),
-                        median_us=round((median - base[1]) * 1e6, 2), same_bits=bool(same), error=error)
+                    say(
+                        what="sum",
+                        n=n,
+                        way=name,
+                        shot=shot,
+                        kib=size / 1024,
+                        us=round((best - base[0]) * 1e6, 2),
+                        median_us=round((median - base[1]) * 1e6, 2),
+                        same_bits=bool(same),
+                        error=error,
+                    )
                 except NotImplementedError as why:
                     say(what="sum", n=n, way=name, shot=shot, kib=size / 1024, declined=str(why))
     shots.ONE_SHOT_MOST_BYTES.update(thresholds)
 
 
 def long(n: int, count: int = 1_000_000) -> None:
-    mesh = mesh_of(n)
+    mesh, links = mesh_of(n), 20
     for size in (8 << 10, 256 << 10):
         _, x = input_of(mesh, size)
         way = functools.partial(api.all_reduce, axes="tensor", groups=groups_of(mesh), implementation="cuda")
         times = count if size < (64 << 10) else count // 10
-        links = 20
 
         def body(x: Any, way: Any = way, times: int = times) -> Any:
             ten = lambda _, x: functools.reduce(lambda a, _: way(a) * jnp.asarray(1 / n, a.dtype), range(links), x)  # noqa: E731
@@ -130,8 +140,15 @@ def long(n: int, count: int = 1_000_000) -> None:
         f = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False))
         start = time.perf_counter()
         out = np.asarray(jax.device_get(f(x)))
-        say(what="long", n=n, kib=size / 1024, count=times, seconds=round(time.perf_counter() - start, 2),
-            same_bits=bool((out.view(np.uint16) == out.view(np.uint16)[0]).all()), finite=bool(np.isfinite(out.astype(np.float32)).all()))
+        say(
+            what="long",
+            n=n,
+            kib=size / 1024,
+            count=times,
+            seconds=round(time.perf_counter() - start, 2),
+            same_bits=bool((out.view(np.uint16) == out.view(np.uint16)[0]).all()),
+            finite=bool(np.isfinite(out.astype(np.float32)).all()),
+        )
 
 
 def model_of(shape: str) -> ModelConfig:
@@ -144,7 +161,9 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
     if layers:
         model = dataclasses.replace(model, num_layers=layers, windows=model.windows[:layers])
     config = MeshConfig(tensor=n)
-    placement = spread(model, stage_meshes(config)[0][0], config, {"psum": "reference", "cuda": "cuda"}[way]) if n > 1 else None
+    placement = (
+        spread(model, stage_meshes(config)[0][0], config, {"psum": "reference", "cuda": "cuda"}[way]) if n > 1 else None
+    )
     start = time.perf_counter()
     home = Home(model, jax.devices()[0], placement)
     params = jax.block_until_ready(random.dummy(model, jnp.bfloat16, 0, home.device, home.place))
@@ -184,8 +203,19 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
         per_token = 2 * model.num_layers * local.num_kv_heads * model.head_dim * 2
         floor = (held + batch * CONTEXT * per_token) / 4.3e12
-        say(what="step", n=n, model=shape, batch=batch, way=way, ms=round(best * 1e3, 3), dispatch_ms=round(dispatch * 1e3, 3),
-            floor_ms=round(floor * 1e3, 3), finite=bool(np.isfinite(np.asarray(results.logits)).all()), load_s=round(loaded, 1), compile_s=round(compiled, 1))
+        say(
+            what="step",
+            n=n,
+            model=shape,
+            batch=batch,
+            way=way,
+            ms=round(best * 1e3, 3),
+            dispatch_ms=round(dispatch * 1e3, 3),
+            floor_ms=round(floor * 1e3, 3),
+            finite=bool(np.isfinite(np.asarray(results.logits)).all()),
+            load_s=round(loaded, 1),
+            compile_s=round(compiled, 1),
+        )
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ matrices). The CLI's names are dp, pp, cp, ep, tp; sp is no axis: it spreads the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -204,7 +205,9 @@ def check(model: ModelSizes, mesh: MeshConfig) -> None:
         for block in blocks(model, sizes.get(name, 0)) if name != EXPERT else ():
             block.units(mesh.width)
     if mesh.seq > 1 and any(window is not None for window in model.windows):
-        raise MeshError(f"mesh.seq = {mesh.seq}: a window over keys that lie page by page on several devices: not built")
+        raise MeshError(
+            f"mesh.seq = {mesh.seq}: a window over keys that lie page by page on several devices: not built"
+        )
 
 
 def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:
@@ -213,4 +216,4 @@ def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:
         raise MeshError(f"mesh.pipe = {stages}: the model has only {num_layers} layers")
     share, extra = divmod(num_layers, stages)
     starts = [stage * share + min(stage, extra) for stage in range(stages + 1)]
-    return tuple(range(a, b) for a, b in zip(starts, starts[1:]))
+    return tuple(range(a, b) for a, b in itertools.pairwise(starts))

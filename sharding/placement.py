@@ -108,7 +108,7 @@ class Placement:
         held, sizes = [], []
         for name, size in zip(axes, shape, strict=True):
             shards = self._along(name, axes)[1]
-            rows = rows_of_shards(name, self.model, shards, size) if name in SPLIT else None
+            rows = rows_of_shards(name, self.model, shards, size) if name is not None and name in SPLIT else None
             held.append(rows)
             sizes.append(size * shards if name == ONCE else size if rows is None else rows.size)
         return held, tuple(sizes)
@@ -122,6 +122,7 @@ class Placement:
         local = sharding.shard_shape(shape)
         pieces = []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None  # only of devices without a part
             piece = leaf
             for dim, (name, rows) in enumerate(zip(axes, held)):
                 shard = (index[dim].start or 0) // local[dim]
@@ -134,7 +135,7 @@ class Placement:
 
     # ---- functions ----
 
-    def wrap(self, function: Callable[..., Any], takes: tuple[str, ...], gives: Any) -> Callable[..., Any]:
+    def wrap(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
         """`function` over what each device holds. `takes` and `gives` name a role for each argument and result."""
         into, out = jax.tree.map(self.roles.__getitem__, (takes, gives))
         return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)

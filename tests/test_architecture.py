@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("jaxllm", "pallas_kernels", "serve")
+PACKAGES = ("jaxllm", "pallas_kernels", "serve", "sharding")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 

@@ -39,6 +39,16 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
 REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
+OURS = (  # how the names of our kernels begin
+    "paged_",
+    "decode_chain",
+    "grouped_",
+    "route",
+    "quant_",
+    "sampl",
+    "flash_",
+    "all_reduce",
+)
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 
@@ -116,6 +126,32 @@ def paged_attention_decode_cases() -> Iterator[Case]:
     yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
 
 
+def decode_chain_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.decode_chain import mosaic_sm90
+    from pallas_kernels.decode_chain.api import Dense, Following
+
+    def layer(*a: Any) -> Any:
+        return mosaic_sm90.decode_chain(a[0], a[1], Dense(*a[2:6]), Following(*a[6:8]), eps=1e-5)
+
+    def last(*a: Any) -> Any:
+        return mosaic_sm90.decode_chain(a[0], a[1], Dense(*a[2:6]), None, eps=1e-5)
+
+    for T, D, O, F, Q, allowance in (  # noqa: E741
+        (1, 4096, 4096, 14336, 6144, 0),
+        (32, 4096, 4096, 14336, 6144, 0),
+        (128, 4096, 4096, 14336, 6144, 0),
+        (8, 1024, 2048, 3072, 4096, 0),
+        (128, 1024, 2048, 3072, 4096, 256),  # at the ends of stages
+    ):
+        shapes = (T, D), (T, O), (D, O), (D,), (2 * F, D), (D, F), (D,), (Q, D)
+        arrays = tuple(_array(shape, jnp.bfloat16) for shape in shapes)
+        yield Case("mosaic_sm90", f"D{D} rows {T}", layer, arrays, allowance)
+        if T == 1:
+            yield Case("mosaic_sm90", f"D{D} rows {T} last", last, arrays[:6], allowance)
+
+
 def grouped_matmul_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
@@ -144,6 +180,7 @@ def route_cases() -> Iterator[Case]:
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
+    "decode_chain": decode_chain_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
 }
@@ -197,7 +234,7 @@ def inspect(ptx: Path) -> Report | None:
     """What ptxas says of one PTX file; None for kernels that XLA made."""
     text = ptx.read_text()
     entry = re.search(r"\.entry (\w+)", text)
-    if entry is None or not entry.group(1).startswith(("paged_", "grouped_")):
+    if entry is None or not entry.group(1).startswith(OURS):
         return None
     run = subprocess.run(
         [_ptxas(), "-arch=sm_90a", "-v", ptx, "-o", os.devnull], capture_output=True, text=True, check=True

@@ -75,7 +75,10 @@ class ReplicatedEngine:
     def load_tokens(self, number: int) -> int:
         """Tokens an engine has still to compute or to sample, at most, for the sequences it has."""
         return sum(
-            len(sequence.tokens) - sequence.num_computed + (sequence.request.params.max_tokens or 0) - sequence.num_output
+            len(sequence.tokens)
+            - sequence.num_computed
+            + (sequence.request.params.max_tokens or 0)
+            - sequence.num_output
             for sequences in self._unfinished[number].values()
             for sequence in sequences
             if not sequence.finished

@@ -80,7 +80,7 @@ class Launched:
 @dataclass
 class Runner:
     params: Any
-    kv: KVCache
+    kv: KVCache | list[KVCache]  # a list of them: of each pipeline stage
     counts: jax.Array  # u16[S+1, V]; row S takes the writes of padding rows
     executables: Executables
     ladder: Ladder

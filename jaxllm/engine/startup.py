@@ -36,8 +36,8 @@ from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
-from jaxllm.graph.spread import Home, held_bytes
 from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
+from jaxllm.graph.spread import Home, held_bytes
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer

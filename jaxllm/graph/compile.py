@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,13 @@ from jaxllm.graph.steps import Graph, Results, SampleMode, Stepped
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
-LARGE_TOKENS = 256
-# From here on cuBLAS beats Triton's matmuls, which autotuning prefers now and then: it times candidates while other
-# threads' candidates run on the same device.
-LARGE_PRODUCTS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
-RESULTS = Results("whole", "logits")  # the roles of step's arguments and results on a mesh
-STEP_TAKES, STEP_GIVES = ("params", "kv", "whole", RESULTS, "whole"), Stepped("kv", "whole", RESULTS, "whole")
-SAMPLE_TAKES, SAMPLE_GIVES = ("whole", "whole", "logits", *["whole"] * 4), ("whole", "whole", "whole")
+# The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
+WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
+RESULTS = Results(WHOLE, LOGITS)
+STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, RESULTS, WHOLE), Stepped(KV, WHOLE, RESULTS, WHOLE)
+SAMPLE_TAKES, SAMPLE_GIVES = (WHOLE, WHOLE, LOGITS, *[WHOLE] * 4), (WHOLE, WHOLE, WHOLE)
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -97,9 +95,7 @@ class Executables:
         return max((analysis.temp_size_in_bytes for analysis in self._memory()), default=0)
 
     def _memory(self) -> Iterable[Any]:
-        for executable in self.table.values():
-            if not isinstance(executable, jax.stages.Compiled):
-                continue  # composed of others here
+        for executable in self._compiled():
             analysis = executable.memory_analysis()
             if analysis is not None:
                 yield analysis
@@ -118,6 +114,14 @@ class Executables:
 
     def prompt_logprobs(self, tokens: int) -> Any:
         return self.table["prompt_logprobs", tokens]
+
+    def texts(self) -> list[str]:
+        """Each compiled module as XLA prints it, with the scope of every instruction."""
+        return [text for program in self._compiled() if (text := program.as_text())]
+
+    def _compiled(self) -> list[jax.stages.Compiled]:
+        """Without those that are composed of others here."""
+        return [executable for executable in self.table.values() if isinstance(executable, jax.stages.Compiled)]
 
     @property
     def set_counts(self) -> jax.stages.Compiled:
@@ -214,16 +218,10 @@ def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None)
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
     jobs = list(wanted)
-    on_gpu = any(leaf.sharding.device_set.copy().pop().platform == "gpu" for leaf in jax.tree.leaves(jobs[0][2])[:1])
-
-    def large(key: Key) -> bool:
-        shape = key[-1]
-        return on_gpu and key[0] in ("step", "stage") and not shape.decode and shape.tokens >= LARGE_TOKENS
-
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()
-        executables.table[key] = lowered.compile(LARGE_PRODUCTS if large(key) else None)
+        executables.table[key] = lowered.compile()
         executables.seconds[key] = time.perf_counter() - start
         if progress:
             progress(len(executables.table), len(jobs))

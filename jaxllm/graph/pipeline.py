@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxllm.graph.compile import Executables, Ladder, Progress, compile_jobs, jobs_of, residual, stage_jobs
 from jaxllm.graph.inputs import StepShape
@@ -86,7 +87,9 @@ class StagedStep:
     carries: tuple[Any, ...]  # where each stage wants what it is handed: shardings
     wholes: tuple[Any, ...]  # where each keeps what all its devices hold
 
-    def __call__(self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, results: Any, packed: Any) -> Stepped:
+    def __call__(
+        self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, results: Any, packed: Any
+    ) -> Stepped:
         carry, new_kv = last_tokens, []
         *before, last = self.stages
         for stage, wants, whole, own, pages in zip(before, self.carries, self.wholes, params, kv):
@@ -149,5 +152,3 @@ def _staged(
     stages = tuple(executables.table["stage", number, shape] for number in range(len(graphs)))
     between = [residual(graph, shape, own)[0].sharding for graph, own in zip(graphs[1:], params[1:])]
     return StagedStep(stages, (wholes[0], *between), tuple(wholes))
-
-

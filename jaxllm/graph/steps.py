@@ -8,6 +8,7 @@ an array argument here, so nothing a client sends may cause a compile.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,8 +22,10 @@ from jaxllm.graph import sampling
 from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
+from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Decoder, Params, merge
+from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
+from pallas_kernels.decode_chain.api import decode_chain
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 from pallas_kernels.partial_attention.api import partial_attention
@@ -35,6 +38,7 @@ _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "i
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
 _partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
+_onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -68,8 +72,10 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
-    reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
-    placement: Placement | None = None  # where the model is spread; `graphdef` is then one shard's, `config` the whole's
+    # Pin jnp attention and single products: to tell a kernel's fault from the model's.
+    reference_attention: bool = False
+    # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
+    placement: Placement | None = None
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
@@ -83,6 +89,12 @@ class Graph:
             return self.placement.exchange()
         share = self.context is not None and self.context.shares(shape.tokens)
         return self.placement.exchange(shape.tokens // self.placement.config.seq if share else shape.tokens)
+
+    def onward(self, exchange: Exchange) -> Onward:
+        """What is done between two attentions: shards of a layer must meet on the way."""
+        if self.reference_attention or exchange is not ALONE:
+            return functools.partial(plainly, exchange=exchange)
+        return _onward
 
     @property
     def context(self) -> Context | None:
@@ -193,10 +205,10 @@ def step(
     kv = list(kv)
     model = graph.model(params)
     own, together, share = graph.dealt(shape)
-    attend = paged_attend(graph, inputs, kv, share)
     exchange = graph.exchange(shape)
     x = model.begin(own(inputs.token_ids), exchange) if x is None else x
-    hidden = together(model.end(model.through(x, own(inputs.positions), attend, exchange), exchange))
+    attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
+    hidden = together(model.end(model.through(x, own(inputs.positions), attend, onward, exchange), exchange))
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
@@ -219,7 +231,8 @@ def pass_on(
     kv, model, exchange = list(kv), graph.model(params), graph.exchange(shape)
     own, _, share = graph.dealt(shape)
     x = model.begin(own(inputs.token_ids), exchange) if starts else carry
-    return model.through(x, own(inputs.positions), paged_attend(graph, inputs, kv, share), exchange), kv
+    attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
+    return model.through(x, own(inputs.positions), attend, onward, exchange), kv
 
 
 def sample(

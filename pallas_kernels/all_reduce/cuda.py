@@ -2,7 +2,7 @@
 
 In: an array inside shard_map over devices of this process. Out: its sum on every device, the same bits on each, in
 rank order. Built from all_reduce.cu by nvcc on first use and kept in the user's cache; declines where that, peer
-access or the shape do not allow it. ADR 0006 says why this is no Pallas kernel. Does not know meshes: it is told
+access or the shape do not allow it. ADR 0010 says why this is no Pallas kernel. Does not know meshes: it is told
 which devices meet.
 """
 
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jaxlib.version
 import numpy as np
 
 from pallas_kernels.all_reduce.shots import RANKS, takes_two_shots
@@ -79,7 +80,9 @@ def library() -> ctypes.CDLL:
 def built(directory: Path = CACHE) -> Path:
     """The shared library of this source and this jaxlib, compiled if it is not there yet."""
     include = jax.ffi.include_dir()
-    key = hashlib.sha256(SOURCE.read_bytes() + jax.lib.__version__.encode() + sys.platform.encode()).hexdigest()[:16]
+    key = hashlib.sha256(SOURCE.read_bytes() + jaxlib.version.__version__.encode() + sys.platform.encode()).hexdigest()[
+        :16
+    ]
     target = directory / f"all_reduce-{key}.so"
     if target.exists():
         return target

@@ -49,6 +49,7 @@ def routed_mlp(
     expert_ids: jax.Array,  # i32[T, k]
     expert_weights: jax.Array,  # f32[T, k]
     *,
+    elsewhere: bool = True,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> jax.Array:
@@ -56,7 +57,7 @@ def routed_mlp(
 
     `gate_up` holds all of an expert's gate rows, then its up rows. Products and the sum are f32; the hidden layer and
     an expert's output are rounded to x's dtype. A token's choices are distinct; one outside 0..E-1 adds nothing (under
-    expert parallelism it is another device's).
+    expert parallelism it is another device's). `elsewhere` False promises that there is none such, which saves work.
     """
     if x.ndim != 2 or gate_up.ndim != 3 or down.ndim != 3 or 0 in x.shape:
         raise ValueError(
@@ -76,4 +77,4 @@ def routed_mlp(
             f"got {expert_weights.dtype}{list(expert_weights.shape)}"
         )
     run = dispatch("grouped_matmul", implementation=implementation, platform=platform)
-    return run(x, gate_up, down, expert_ids, expert_weights)
+    return run(x, gate_up, down, expert_ids, expert_weights, elsewhere=elsewhere)

@@ -6,6 +6,9 @@ weights are gate over up. Tiles past the count are left unwritten.
 Weight rows are the wide side of the tensor cores' product (M = 64 a warpgroup's instruction) and tokens the narrow one
 (N = 8 and up), so that a decode step's few tokens waste nothing: one warp streams weights through a deep ring by TMA.
 A fixed number of programs deals out (tile, block of rows) units; sums run along K in one order whatever N is.
+A kernel that is `early` starts before the one that makes its tokens has ended (programmatic dependent launch): weights,
+and which experts are wanted, do not depend on that one, so one warp fetches them at once while another waits to fetch
+tokens. Narrow kernels take less than half the shared memory, so that two of them fit a multiprocessor.
 It does not know routing: plan.py makes tiles of it.
 """
 
@@ -23,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 SHARED_BYTES = 226 * 1024  # of the 227 KB a program may have; the rest is barriers
+NARROW = 32  # tokens a tile up to which two programs share a multiprocessor
 ROWS = 64  # weight rows of one instruction
 HELD = 2 * ROWS  # weight rows a compute warpgroup holds: gate and up, or two blocks of rows
 SWIZZLED = 64  # elements of a 128-byte row of shared memory
@@ -50,6 +54,8 @@ class _Shape:
     dtype: Any
     blocks: Blocks
     stages: int
+    early: bool
+    interpret: bool
 
     @property
     def own_rows(self) -> int:
@@ -107,16 +113,23 @@ def tiles_matmul(
     count: jax.Array,  # i32[1]
     *,
     gated: bool,
+    early: bool = False,
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """out[i] = x[i] @ w[experts[i]].T for i < count."""
-    blocks = blocks or default_blocks(x.shape[1], x.shape[2])
+    """out[i] = x[i] @ w[experts[i]].T for i < count. Of x's N rows a multiple of 8 is made, out's later rows are void.
+
+    `early` asks that whatever made w, experts and count was done before the kernel that makes x began.
+    """
+    tiles, (shared, T, K) = experts.shape[0], x.shape
+    N = pl.cdiv(T, 8) * 8
+    blocks = blocks or default_blocks(N, K)
     refuse(x, w, gated, blocks)
-    tiles, (shared, N, K) = experts.shape[0], x.shape
+    if interpret is not None:  # the copy engine fills up what is not there; its interpreter does not
+        x = jnp.pad(x, ((0, 0), (0, N - T), (0, 0)))
     rows = w.shape[1] // 2 if gated else w.shape[1]
     stages = min(blocks.stages, _stages_that_fit(N, blocks))
-    shape = _Shape(N, K, rows, gated, shared == 1, x.dtype, blocks, stages)
+    shape = _Shape(N, K, rows, gated, shared == 1, x.dtype, blocks, stages, early, interpret is not None)
 
     def kernel(*arrays: Any) -> None:
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
@@ -143,6 +156,8 @@ def tiles_matmul(
 
 def default_blocks(N: int, K: int) -> Blocks:
     """Few tokens: one warpgroup keeps up with memory. Many: two share each token's block."""
+    if N <= NARROW:
+        return Blocks(block_k=128, stages=3 if N <= 16 else 2) if K % 128 == 0 else Blocks(block_k=64, stages=6)
     if N < 128:
         return Blocks(block_k=128 if K % 128 == 0 else 64)
     return Blocks(warpgroups=2, block_k=64)
@@ -159,9 +174,9 @@ def refuse(x: jax.Array, w: jax.Array, gated: bool, blocks: Blocks) -> None:
         raise NotImplementedError(f"WGMMA takes bfloat16 or float16 tokens here, got {x.dtype}")
     if w.dtype != x.dtype:
         raise NotImplementedError(f"weights must be {x.dtype} like the tokens, got {w.dtype}")
-    N, K = x.shape[1:]
-    if N % 8 or N > 256:
-        raise NotImplementedError(f"tiles must have a multiple of 8 tokens, at most 256, got {N}")
+    T, K = x.shape[1:]
+    if T > 256:
+        raise NotImplementedError(f"tiles must have at most 256 tokens, got {T}")
     if K % blocks.block_k:
         raise NotImplementedError(f"inputs must be a multiple of {blocks.block_k} wide, got {K}")
     block = blocks.warpgroups * HELD
@@ -206,24 +221,34 @@ def _walk(shape: _Shape, refs: _Refs, visit: Callable[[_Unit], None]) -> jax.Arr
 # The memory warpgroup.
 
 
+def _after_the_kernel_before(shape: _Shape) -> None:
+    """Wait for it, then let the next one begin: whatever this one waited for is done."""
+    if not shape.interpret:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+
 def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
+    """One warp fetches weights, one tokens: only these wait if the kernel is early."""
+
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
-        @pl.when(warp == 0)
-        def _() -> None:
-            used = _walk(shape, refs, lambda unit: _fetch(shape, refs, unit))
+        for mine, fetch in enumerate((_fetch_weights, _fetch_tokens)):
 
-            @pl.loop(
-                jnp.maximum(used - shape.stages, 0), used
-            )  # every arrival is waited for, for the interpreter's sake
-            def _(done: jax.Array) -> None:
-                plgpu.barrier_wait(refs.free.at[lax.rem(done, jnp.int32(shape.stages))])
+            @pl.when(warp == mine)
+            def _(fetch: Callable[..., None] = fetch) -> None:
+                if fetch is _fetch_tokens or not shape.early:
+                    _after_the_kernel_before(shape)
+                used = _walk(shape, refs, lambda unit: _ahead(shape, refs, unit, fetch))
+
+                @pl.loop(jnp.maximum(used - shape.stages, 0), used)  # for the interpreter: every arrival is waited for
+                def _(done: jax.Array) -> None:
+                    plgpu.barrier_wait(refs.free.at[lax.rem(done, jnp.int32(shape.stages))])
 
 
-def _fetch(shape: _Shape, refs: _Refs, unit: _Unit) -> None:
-    """One unit's weights and tokens, as far ahead as there is room."""
+def _ahead(shape: _Shape, refs: _Refs, unit: _Unit, fetch: Callable[..., None]) -> None:
+    """One unit's weights or tokens, as far ahead as there is room."""
     expert = refs.experts[unit.tile]
-    tile = jnp.int32(0) if shape.shared else unit.tile
     size = shape.blocks.block_k
 
     @pl.loop(0, shape.steps)
@@ -231,23 +256,34 @@ def _fetch(shape: _Shape, refs: _Refs, unit: _Unit) -> None:
         done = unit.begun + step
         slot = lax.rem(done, jnp.int32(shape.stages))
         pl.when(done >= shape.stages)(lambda: plgpu.barrier_wait(refs.free.at[slot]))
-        columns = pl.ds(step * size, size)
-        for wg in range(shape.blocks.warpgroups):
-            row = unit.row + wg * shape.own_rows
-            target = refs.w_smem.at[slot, wg]
-            if shape.gated:
-                for half, first in enumerate((row, row + shape.rows)):
-                    source = refs.w.at[expert, pl.ds(first, ROWS), columns]
-                    plgpu.copy_gmem_to_smem(source, target.at[pl.ds(half * ROWS, ROWS)], refs.full.at[slot])
-            else:
-                plgpu.copy_gmem_to_smem(refs.w.at[expert, pl.ds(row, HELD), columns], target, refs.full.at[slot])
-        plgpu.copy_gmem_to_smem(refs.x.at[tile, :, columns], refs.x_smem.at[slot], refs.full.at[slot])
+        fetch(shape, refs, unit, expert, slot, pl.ds(step * size, size))
+
+
+def _fetch_weights(shape: _Shape, refs: _Refs, unit: _Unit, expert: jax.Array, slot: jax.Array, columns: Any) -> None:
+    for wg in range(shape.blocks.warpgroups):
+        row = unit.row + wg * shape.own_rows
+        target = refs.w_smem.at[slot, wg]
+        if shape.gated:
+            for half, first in enumerate((row, row + shape.rows)):
+                source = refs.w.at[expert, pl.ds(first, ROWS), columns]
+                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(half * ROWS, ROWS)], refs.full.at[slot])
+        else:
+            plgpu.copy_gmem_to_smem(refs.w.at[expert, pl.ds(row, HELD), columns], target, refs.full.at[slot])
+
+
+def _fetch_tokens(shape: _Shape, refs: _Refs, unit: _Unit, expert: jax.Array, slot: jax.Array, columns: Any) -> None:
+    tile = jnp.int32(0) if shape.shared else unit.tile
+    source = refs.x.at[tile, pl.ds(0, shape.N), columns]
+    plgpu.copy_gmem_to_smem(source, refs.x_smem.at[slot], refs.full.at[slot])
 
 
 # The compute warpgroups.
 
 
 def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
+    if not shape.early:
+        _after_the_kernel_before(shape)  # the count of tiles is its
+
     def visit(unit: _Unit) -> None:
         acc = _product(shape, refs, wg, unit)
         first, second = acc[:ROWS], acc[ROWS:]

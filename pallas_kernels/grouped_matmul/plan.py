@@ -3,7 +3,7 @@
 In: which experts each token goes to. Out: a Plan: which expert every tile is for, how many tiles there are, where each
 (token, choice) pair's result lies among the tiles' rows, and, when tiles hold their own tokens, which token fills each
 row. Few tokens are one tile that every expert in use sees whole: its other rows are computed for nothing, which is
-cheaper than sorting. Many tokens are sorted by expert, each expert's share padded to whole tiles.
+cheaper than sorting. Many tokens are ordered by expert, each expert's share padded to whole tiles.
 An expert number outside 0..E-1 (another device's expert) takes part in nothing. It does not know weights or kernels.
 """
 
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-COMPARED_PAIRS = 2048  # up to here pairs are ranked by comparing all with all; beyond, by a sort
+COMPARED_PAIRS = 2048  # up to here pairs are ranked by comparing all with all
+BLOCK_PAIRS = 512  # beyond, those of a block of this many
 
 
 class Plan(NamedTuple):
@@ -27,9 +28,12 @@ class Plan(NamedTuple):
     tokens: jax.Array | None  # i32[tiles, N]: in range; 0 in padding
 
 
-def shared_tile(expert_ids: jax.Array, E: int, N: int) -> Plan:
-    """One tile holds all T <= N tokens; every expert in use sees it."""
+def shared_tile(expert_ids: jax.Array, E: int, N: int, elsewhere: bool = True) -> Plan:
+    """One tile holds all T <= N tokens; every expert in use sees it. `elsewhere`: numbers may lie outside 0..E-1."""
     T, k = expert_ids.shape
+    if T == 1 and not elsewhere:
+        place = N * jnp.arange(k, dtype=jnp.int32)
+        return Plan(expert_ids[0], jnp.full((1,), k, jnp.int32), place[None], None)
     if T == 1:  # a token's choices are distinct, so they are the list; those that take no part go last
         ids = expert_ids[0]
         local = (ids >= 0) & (ids < E)
@@ -67,7 +71,7 @@ def sorted_tiles(expert_ids: jax.Array, E: int, N: int) -> Plan:
     starts = ends - (sizes + N - 1) // N
     tile = jnp.arange(tiles, dtype=jnp.int32)
     experts = jnp.minimum((ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E - 1)
-    row = starts.at[ids].get(mode="clip") * N + _rank_within(ids, sizes)
+    row = starts.at[ids].get(mode="clip") * N + _rank_within(ids, E)
     row = jnp.where(ids < E, row, tiles * N)
     token = jnp.arange(P, dtype=jnp.int32) // k
     tokens = jnp.zeros(tiles * N, jnp.int32).at[row].set(token, mode="drop")
@@ -75,16 +79,18 @@ def sorted_tiles(expert_ids: jax.Array, E: int, N: int) -> Plan:
     return Plan(experts, ends[-1:], place, tokens.reshape(tiles, N))
 
 
-def _rank_within(ids: jax.Array, sizes: jax.Array) -> jax.Array:
-    """How many earlier pairs have the same expert."""
+def _rank_within(ids: jax.Array, E: int) -> jax.Array:
+    """How many earlier pairs have the same expert: of the same block by comparing, of earlier ones by counting."""
     P = ids.shape[0]
-    index = jnp.arange(P, dtype=jnp.int32)
-    if P <= COMPARED_PAIRS:
-        return ((ids[None, :] == ids[:, None]) & (index[None, :] < index[:, None])).sum(axis=1, dtype=jnp.int32)
-    by_expert, pair = jax.lax.sort((ids, index), num_keys=1, is_stable=True)
-    first = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
-    rank = index - first.at[by_expert].get(mode="clip")
-    return jnp.zeros(P, jnp.int32).at[pair].set(rank, unique_indices=True)
+    size = P if P <= COMPARED_PAIRS else BLOCK_PAIRS
+    blocks = jnp.pad(ids, (0, -P % size), constant_values=E).reshape(-1, size)
+    index = jnp.arange(size, dtype=jnp.int32)
+    same = (blocks[:, None, :] == blocks[:, :, None]) & (index[None, :] < index[:, None])
+    rank = same.sum(axis=2, dtype=jnp.int32)
+    if size < P:
+        counts = (blocks[:, :, None] == jnp.arange(E + 1, dtype=jnp.int32)).sum(axis=1, dtype=jnp.int32)
+        rank += jnp.take_along_axis(jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts, blocks, axis=1)
+    return rank.reshape(-1)[:P]
 
 
 def tile_width(T: int, k: int, E: int) -> int:

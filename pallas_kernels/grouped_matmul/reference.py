@@ -1,7 +1,7 @@
 """Routed experts in plain jnp: one expert after another over all tokens, each token weighted by its choice of it.
 
 In: tokens, experts' weights, each token's experts and their weights. Out: the weighted sum of the experts' outputs.
-An expert that no token chose is skipped. It does not know how tokens were routed.
+An expert that no token chose is skipped, whatever is promised. It does not know how tokens were routed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def routed_mlp(
     down: jax.Array,  # [E, D, F]
     expert_ids: jax.Array,  # i32[T, k]
     expert_weights: jax.Array,  # f32[T, k]
+    *,
+    elsewhere: bool = True,
 ) -> jax.Array:
     """See api.routed_mlp."""
     E = gate_up.shape[0]

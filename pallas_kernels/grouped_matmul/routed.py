@@ -8,6 +8,7 @@ It does not know routers, layers or meshes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def routed_mlp(
     expert_ids: jax.Array,  # i32[T, k]
     expert_weights: jax.Array,  # f32[T, k]
     *,
+    elsewhere: bool = True,
     blocks: mosaic_sm90.Blocks | None = None,
     shared_tokens: int = SHARED_TOKENS,
     width: int | None = None,
@@ -34,27 +36,24 @@ def routed_mlp(
     """See api.routed_mlp."""
     T, E, k = x.shape[0], gate_up.shape[0], expert_ids.shape[1]
     if shared_tokens >= T:
-        N = max(8, -(-T // 8) * 8)
-        plan = shared_tile(expert_ids, E, N)
-        tiles = jnp.pad(x, ((0, N - T), (0, 0)))[None]
+        plan = shared_tile(expert_ids, E, max(8, -(-T // 8) * 8), elsewhere)
+        tiles = x[None]
     else:
-        N = width or tile_width(T, k, E)
-        plan = sorted_tiles(expert_ids, E, N)
+        plan = sorted_tiles(expert_ids, E, width or tile_width(T, k, E))
         tiles = x.at[plan.tokens].get(mode="clip")
-
-    def product(x: jax.Array, w: jax.Array, gated: bool) -> jax.Array:
-        return mosaic_sm90.tiles_matmul(x, w, plan.experts, plan.live, gated=gated, blocks=blocks, interpret=interpret)
-
-    hidden = product(tiles, gate_up, True)
-    return combine(product(hidden, down, False), plan, expert_ids, expert_weights, E).astype(x.dtype)
+    product = functools.partial(mosaic_sm90.tiles_matmul, blocks=blocks, interpret=interpret)
+    hidden = product(tiles, gate_up, plan.experts, plan.live, gated=True)
+    out = product(hidden, down, plan.experts, plan.live, gated=False, early=True)
+    return combine(out, plan, expert_ids, expert_weights, E if elsewhere else None).astype(x.dtype)
 
 
-def combine(out: jax.Array, plan: Plan, expert_ids: jax.Array, expert_weights: jax.Array, E: int) -> jax.Array:
-    """f32[T, D]: each token's choices, weighted, added in their order; what nobody wrote is not touched."""
+def combine(out: jax.Array, plan: Plan, expert_ids: jax.Array, expert_weights: jax.Array, E: int | None) -> jax.Array:
+    """f32[T, D]: each token's choices, weighted, added in their order; with E, those elsewhere are left out."""
     rows = out.reshape(-1, out.shape[-1])
     total = jnp.zeros((expert_ids.shape[0], out.shape[-1]), jnp.float32)
     for choice in range(expert_ids.shape[1]):
         part = rows.at[plan.place[:, choice]].get(mode="clip").astype(jnp.float32)
+        part = part * expert_weights[:, choice, None]
         ids = expert_ids[:, choice, None]
-        total += jnp.where((ids >= 0) & (ids < E), part * expert_weights[:, choice, None], 0.0)
+        total += part if E is None else jnp.where((ids >= 0) & (ids < E), part, 0.0)
     return total

@@ -1,4 +1,4 @@
-"""Partial attention as context parallelism asks for it: heads of known models, visible keys from none to several pages."""
+"""Partial attention as context parallelism asks for it: heads of known models, from no visible key to several pages."""
 
 from __future__ import annotations
 

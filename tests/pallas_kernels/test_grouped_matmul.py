@@ -123,9 +123,12 @@ def pairs_of(ids, E):
 
 
 @pytest.mark.parametrize(("T", "E", "k", "routing"), ROUTINGS)
-def test_a_shared_tile_is_seen_by_every_expert_in_use_once(T, E, k, routing):
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_shared_tile_is_seen_by_every_expert_in_use_once(T, E, k, routing, elsewhere):
     ids = RoutedSpec("", T=T, D=1, F=1, E=E, k=k, routing=routing).inputs()[3]
-    experts, count, place, tokens = plan.shared_tile(jnp.asarray(ids), E, 32)
+    if not elsewhere:
+        ids = ids % E
+    experts, count, place, tokens = plan.shared_tile(jnp.asarray(ids), E, 32, elsewhere)
     live = np.asarray(experts)[: int(count[0])]
     assert sorted(live) == sorted({int(ids[pair]) for pair in pairs_of(ids, E)})
     assert tokens is None
@@ -134,10 +137,11 @@ def test_a_shared_tile_is_seen_by_every_expert_in_use_once(T, E, k, routing):
         assert place[pair] % 32 == pair[0]
 
 
-@pytest.mark.parametrize("compared", [0, 10**6], ids=["by a sort", "by comparing"])
+@pytest.mark.parametrize("compared", [0, 10**6], ids=["in blocks", "in one block"])
 @pytest.mark.parametrize(("T", "E", "k", "routing"), ROUTINGS)
 def test_sorted_pairs_fill_tiles_of_their_expert_in_token_order(T, E, k, routing, compared, monkeypatch):
     monkeypatch.setattr(plan, "COMPARED_PAIRS", compared)
+    monkeypatch.setattr(plan, "BLOCK_PAIRS", 8)
     ids = RoutedSpec("", T=T, D=1, F=1, E=E, k=k, routing=routing).inputs()[3]
     experts, count, place, tokens = (np.asarray(each) for each in plan.sorted_tiles(jnp.asarray(ids), E, 8))
     live = pairs_of(ids, E)
@@ -188,7 +192,7 @@ def test_arguments_that_do_not_fit_are_refused_by_shape(change, message):
         (jnp.zeros((1, 8, 64), jnp.bfloat16), jnp.zeros((2, 128, 64)), "must be bfloat16 like the tokens"),
         (jnp.zeros((1, 8, 96), jnp.bfloat16), jnp.zeros((2, 128, 96), jnp.bfloat16), "multiple of 64 wide, got 96"),
         (jnp.zeros((1, 8, 64), jnp.bfloat16), jnp.zeros((2, 192, 64), jnp.bfloat16), "multiple of 128 rows.*got 192"),
-        (jnp.zeros((1, 9, 64), jnp.bfloat16), jnp.zeros((2, 128, 64), jnp.bfloat16), "multiple of 8 tokens.*got 9"),
+        (jnp.zeros((1, 257, 64), jnp.bfloat16), jnp.zeros((2, 128, 64), jnp.bfloat16), "at most 256 tokens, got 257"),
     ],
 )
 def test_the_kernel_says_why_it_declines(x, w, message):

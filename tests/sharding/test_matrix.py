@@ -72,6 +72,7 @@ SHAPE = dict(
 )
 NAMES = {"tp": (1, 2, 4, 8), "pp": (1, 2), "dp": (1, 2), "ep": (1, 2), "cp": (1, 2)}
 
+
 def meshes():
     """All mixes of at most eight devices, with and without sp where there is tp."""
     for sizes in itertools.product(*NAMES.values()):
@@ -83,14 +84,25 @@ def meshes():
 
 
 def label(mesh):
-    return " ".join(f"{name}{size}" for name, size in mesh.items() if name != "sp" and size > 1) + (
-        " sp" * mesh.get("sp", False)
-    ) or "one device"
+    return (
+        " ".join(f"{name}{size}" for name, size in mesh.items() if name != "sp" and size > 1)
+        + (" sp" * mesh.get("sp", False))
+        or "one device"
+    )
 
 
 MESHES = {label(mesh): mesh for mesh in meshes()}
 # Each parallelism alone, each pair, and the deepest mixes: the rest of the table is run by `make test-mesh`.
-EVERY_TIME = ("tp8 sp", "tp2 cp2 sp", "tp2 pp2 dp2 sp", "pp2 dp2 cp2", "tp2 pp2 cp2 sp", "tp4 cp2", "ep2", "tp2 dp2 ep2 sp")
+EVERY_TIME = (
+    "tp8 sp",
+    "tp2 cp2 sp",
+    "tp2 pp2 dp2 sp",
+    "pp2 dp2 cp2",
+    "tp2 pp2 cp2 sp",
+    "tp4 cp2",
+    "ep2",
+    "tp2 dp2 ep2 sp",
+)
 
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

@@ -23,7 +23,7 @@ from sharding.collectives import ALONE, Exchange
 
 # Layers of one shape share one trace.
 _route = jax.jit(route, static_argnames=("k", "norm_topk"))
-_routed_mlp = jax.jit(routed_mlp)
+_routed_mlp = jax.jit(routed_mlp, static_argnames="elsewhere")
 
 
 class MoE(nnx.Module):
@@ -46,8 +46,9 @@ class MoE(nnx.Module):
         logits = project(tokens, self.router[...])
         ids, weights = _route(logits, k=self.experts.per_token, norm_topk=self.experts.norm_topk)
         gate_up, down = self.experts_gate_up[...], self.experts_down[...]
+        elsewhere = gate_up.shape[0] < self.experts.count  # other devices hold experts too
         ids = exchange.own_experts(ids, gate_up.shape[0])
-        out = _routed_mlp(tokens, gate_up, down, ids, weights).reshape(x.shape)
+        out = _routed_mlp(tokens, gate_up, down, ids, weights, elsewhere=elsewhere).reshape(x.shape)
         if self.shared is None or self.shared_gate is None:
             return out
         share = jax.nn.sigmoid(project(x, self.shared_gate[...]))

@@ -1,9 +1,10 @@
 """The decoder-only transformer all families share, as a Flax description and as pure functions of a pytree.
 
-In: token ids, positions, `attend`, a callback that does the attention of one layer, and `exchange`, through which the
-shards of a spread model meet. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come
-from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
-arrays into `graphdef` inside its trace.
+In: token ids, positions, `attend`, a callback that does the attention of one layer, `onward`, one that does all that
+lies between two attentions, and `exchange`, through which the shards of a spread model meet. Out: final hidden states,
+and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come from:
+`abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of arrays
+into `graphdef` inside its trace.
 
     graphdef, shapes = abstract(config, dtype)
     model = merge(graphdef, params)                  # in the trace
@@ -12,15 +13,17 @@ arrays into `graphdef` inside its trace.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxllm.graph.layers.attention import Attend, Attention, Rotations
+from jaxllm.graph.layers.attention import Attend, Attention
 from jaxllm.graph.layers.linear import project
 from jaxllm.graph.layers.mlp import MLP
 from jaxllm.graph.layers.moe import MoE
@@ -43,14 +46,29 @@ class Layer(nnx.Module):
         experts = config.experts if config.sparse_layers[layer] else None
         self.mlp = MLP(config, dtype, rngs) if experts is None else MoE(config, experts, dtype, rngs)
 
-    def __call__(
-        self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend, exchange: Exchange = ALONE
+    def enter(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... R"]:
+        """Everything before attention: queries, keys and values."""
+        return self.attention.project(exchange.enter(rms_norm(x, self.norms[...][0], self.norm_eps)))
+
+    def leave(
+        self, x: Float[Array, "... D"], mixed: Float[Array, "... NH"], exchange: Exchange = ALONE
     ) -> Float[Array, "... D"]:
-        norms = self.norms[...]
-        read = exchange.enter(rms_norm(x, norms[0], self.norm_eps))
-        x = x + exchange.leave(self.attention(read, layer, rotations, attend))
-        read = exchange.enter(rms_norm(x, norms[1], self.norm_eps))
+        """Everything after attention: the hidden states the next layer sees."""
+        x = x + exchange.leave(self.attention.output(mixed))
+        read = exchange.enter(rms_norm(x, self.norms[...][1], self.norm_eps))
         return x + exchange.leave(self.mlp(read, exchange) if isinstance(self.mlp, MoE) else self.mlp(read))
+
+
+# onward(layer, the next or None, x[..., D], attention's output[..., NH]) -> the next x, and its qkv if there is one
+Onward = Callable[[Layer, Layer | None, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+
+
+def plainly(
+    layer: Layer, following: Layer | None, x: jax.Array, mixed: jax.Array, exchange: Exchange = ALONE
+) -> tuple[jax.Array, jax.Array | None]:
+    """From one attention to the next, a product at a time."""
+    x = layer.leave(x, mixed, exchange)
+    return x, None if following is None else following.enter(x, exchange)
 
 
 @dataclass(frozen=True)
@@ -91,11 +109,10 @@ class Decoder(nnx.Module):
         token_ids: Int[Array, "*lead"],
         positions: Int[Array, "*lead"],
         attend: Attend,
-        exchange: Exchange = ALONE,
+        onward: Onward = plainly,
     ) -> Float[Array, "... D"]:
         """Hidden states after the final norm. Leading dims are free: [T] when serving, [B, T] when training."""
-        x = self.through(self.begin(token_ids, exchange), positions, attend, exchange)
-        return self.end(x, exchange)
+        return self.end(self.through(self.begin(token_ids), positions, attend, onward))
 
     def begin(self, token_ids: Int[Array, "*lead"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
         """The residual stream before the first layer."""
@@ -103,12 +120,19 @@ class Decoder(nnx.Module):
         return exchange.leave(exchange.lookup(self.embed[...], token_ids))
 
     def through(
-        self, x: Float[Array, "... D"], positions: Int[Array, "*lead"], attend: Attend, exchange: Exchange = ALONE
+        self,
+        x: Float[Array, "... D"],
+        positions: Int[Array, "*lead"],
+        attend: Attend,
+        onward: Onward = plainly,
+        exchange: Exchange = ALONE,
     ) -> Float[Array, "... D"]:
-        """The residual stream after this model's layers."""
+        """The residual stream after this model's layers. An `onward` that is given knows the exchange."""
         turned = rotations(positions, self.config.rope, self.config.head_dim)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, number, turned, attend, exchange)
+        layers = list(self.layers)
+        qkv = layers[0].enter(x, exchange)
+        for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+            x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
         return x
 
     def end(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
@@ -116,6 +140,7 @@ class Decoder(nnx.Module):
         assert self.final_norm is not None, "a part without its last end"
         return exchange.enter(rms_norm(x, self.final_norm[...], self.config.norm_eps))
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Of the vocabulary that this model's head holds."""
         table = self.embed if self.head is None else self.head
