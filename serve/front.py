@@ -200,22 +200,33 @@ async def collect(stream: Stream) -> list[Piece]:
     return list(whole.values())
 
 
-async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Piece] | None]]:
-    """(which stream, its news) as they come, until all have ended; None = a sign of life is due."""
-    if len(streams) == 1:
-        while (pieces := await streams[0].next()) != []:
-            yield 0, pieces
-        return
-    waits = {asyncio.ensure_future(stream.next()): i for i, stream in enumerate(streams)}
-    try:
-        while waits:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for one in done:
-                i, pieces = waits.pop(one), one.result()
-                if pieces == []:
-                    continue
-                waits[asyncio.ensure_future(streams[i].next())] = i
-                yield i, pieces
-    finally:
-        for one in waits:
+class Merged:
+    """Several streams as one: `next` gives (which stream, its news), None when all have ended; news None = a sign of
+    life is due. A context, so that what waits is let go."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self._streams = streams
+        self._waits: dict[asyncio.Future[list[Piece] | None], int] = {}
+        self._done: list[tuple[int, list[Piece] | None]] = []
+
+    async def __aenter__(self) -> Merged:
+        if len(self._streams) > 1:
+            self._waits = {asyncio.ensure_future(stream.next()): i for i, stream in enumerate(self._streams)}
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for one in self._waits:
             one.cancel()
+
+    async def next(self) -> tuple[int, list[Piece] | None] | None:
+        if len(self._streams) == 1:  # almost always, and on the way of every token
+            pieces = await self._streams[0].next()
+            return None if pieces == [] else (0, pieces)
+        while not self._done and self._waits:
+            done, _ = await asyncio.wait(self._waits, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                i, pieces = self._waits.pop(one), one.result()
+                if pieces != []:
+                    self._waits[asyncio.ensure_future(self._streams[i].next())] = i
+                    self._done.append((i, pieces))
+        return self._done.pop(0) if self._done else None
