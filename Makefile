@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-gpu bench gate lock clean
+.PHONY: help demo test check test-gpu test-clients bench gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,14 @@ demo: .venv/.runtime ## a code completion, a chat answer and a JSON extraction f
 
 test: .venv/.dev ## the whole suite on this machine's CPU
 	@$(PYTEST) -n 2 --dist loadscope
+
+.clients/.done: .venv/.dev tests/clients/requirements.txt tests/clients/package.json tests/clients/setup.sh
+	@tests/clients/setup.sh
+	@touch $@
+
+test-clients: .clients/.done ## openai (Python, npm), litellm and langchain-openai against `jaxllm serve`
+	@mkdir -p build
+	@set -o pipefail; $(BIN)/python tests/helpers/served.py tests/clients/run.sh 2>&1 | tee build/clients.txt
 
 check: .venv/.dev ## format, lint, types, import contracts, sizes
 	@$(BIN)/ruff format --check .
@@ -45,4 +53,4 @@ lock: .venv/.dev ## rewrite requirements.lock from .venv
 	@tools/lock.sh
 
 clean: ## remove what make created
-	@rm -rf .venv .jax_cache build dist
+	@rm -rf .venv .clients .api .jax_cache build dist
