@@ -25,9 +25,7 @@ def chat():
 
 def stream():
     chunks = list(
-        client.chat.completions.create(
-            messages=QUESTION, stream=True, stream_options={"include_usage": True}, **greedy
-        )
+        client.chat.completions.create(messages=QUESTION, stream=True, stream_options={"include_usage": True}, **greedy)
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == chat()
@@ -111,15 +109,17 @@ def responses():
     return answer.output_text
 
 
+def refused(kind, **fields):
+    try:
+        client.chat.completions.create(messages=QUESTION, **fields)
+    except kind as error:
+        return error.param, error.code
+    raise AssertionError(f"{fields} was accepted")
+
+
 def errors_name_the_field():
-    try:
-        client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=3)
-    except openai.BadRequestError as error:
-        assert (error.param, error.code) == ("temperature", "out_of_range")
-    try:
-        client.chat.completions.create(model="gpt-9", messages=QUESTION)
-    except openai.NotFoundError as error:
-        return error.code
+    assert refused(openai.BadRequestError, model=MODEL, temperature=3) == ("temperature", "out_of_range")
+    return refused(openai.NotFoundError, model="gpt-9")
 
 
 if __name__ == "__main__":
