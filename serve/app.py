@@ -32,6 +32,7 @@ from serve.ui.assets import load_assets, ui_routes
 log = logging.getLogger(__name__)
 
 Handler = Callable[..., Awaitable[ASGIApp]]
+LONG_S = 900.0  # for what waits for requests in flight, or reads weights
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,21 @@ TABLE: tuple[Entry, ...] = (
         "Forget cached pages (admin)",
         empty_body=True,
     ),
-    Entry("POST", "/sleep", probes.missing("sleep"), None, "Not implemented (admin)", empty_body=True),
-    Entry("POST", "/wake_up", probes.missing("wake_up"), None, "Not implemented (admin)", empty_body=True),
     Entry(
-        "POST", "/update_weights", probes.missing("update_weights"), None, "Not implemented (admin)", empty_body=True
+        "POST",
+        "/sleep",
+        probes.operation("sleep", protocol.SleepBody, LONG_S),
+        protocol.SleepBody,
+        "Free the device (admin)",
+        empty_body=True,
+    ),
+    Entry("POST", "/wake_up", probes.operation("wake_up", timeout_s=LONG_S), None, "Back (admin)", empty_body=True),
+    Entry(
+        "POST",
+        "/update_weights",
+        probes.operation("update_weights", protocol.UpdateWeightsBody, LONG_S),
+        protocol.UpdateWeightsBody,
+        "Other weights of the same shapes (admin)",
     ),
     Entry("POST", "/start_profile", probes.operation("start_profile"), None, "Start a trace (admin)", empty_body=True),
     Entry("POST", "/stop_profile", probes.operation("stop_profile"), None, "End a trace (admin)", empty_body=True),

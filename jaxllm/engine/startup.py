@@ -26,6 +26,7 @@ from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.memory import MemoryPlan, plan_memory
 from jaxllm.engine.policy import POLICIES
+from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
@@ -94,7 +95,24 @@ def start(
     scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
     log.info("%s", report)
     grammars = _grammars(directory, model_config)
-    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
+    engine = Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars)
+    engine.residency = _residency(runner, model_config, config, directory, device)
+    return engine, report
+
+
+def _residency(
+    runner: Runner, model_config: ModelConfig, config: EngineConfig, directory: Path, device: Device
+) -> Residency:
+    def read(source: Path) -> Params:
+        dummy = source == directory and config.model.load_format == "dummy"
+        again = (
+            config
+            if dummy
+            else dataclasses.replace(config, model=dataclasses.replace(config.model, load_format="auto"))
+        )
+        return _params(again, model_config, source, device, lambda phase, share: None)
+
+    return Residency(runner, lambda source: loader.check(source, model_config), read, directory)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:

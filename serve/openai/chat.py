@@ -15,7 +15,7 @@ from serve.openai.messages import check_variables, render
 from serve.openai.params import chat_params, check_length, truncate
 from serve.openai.protocol import ChatBody, parse
 from serve.openai.tools import ToolPlan, deltas_of, merge_grammars, message_of, plan_tools
-from serve.openai.usage import usage_of
+from serve.openai.usage import usage_of, weights_of
 from serve.responses import DONE, PING, Answer, EventStream, TextEvent, as_json, event
 from serve.streams import Piece, Stream
 
@@ -89,7 +89,7 @@ class Chat:
             if body.return_token_ids:
                 choice["token_ids"] = piece.token_ids
             choices.append(choice)
-        answer = {**self.head, "choices": choices, "usage": usage_of([stream])}
+        answer = {**self.head, **weights_of(stream), "choices": choices, "usage": usage_of([stream])}
         if body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(pieces[0].prompt_logprobs, self.namer)
         if body.return_token_ids:
@@ -124,10 +124,11 @@ class Chat:
             found[-1] |= {"finish_reason": self._reason(piece), "stop_reason": piece.stop_reason}
         return [one for one in found if one["delta"] or one["finish_reason"] or one["logprobs"] or "token_ids" in one]
 
-    def _plain(self, piece: Piece, chunk: dict[str, Any]) -> bytes:
+    def _plain(self, piece: Piece, head: dict[str, Any], with_usage: bool) -> bytes:
         """The event of a piece that is only text, in mid-stream."""
         found = self._events.get(piece.index)
         if found is None:
+            chunk = {**head, "usage": None} if with_usage else head
             choice = {"index": piece.index, "logprobs": None, "finish_reason": None}
             found = self._events[piece.index] = TextEvent(
                 lambda text: {**chunk, "choices": [{**choice, "delta": {"content": text}}]}
@@ -137,17 +138,18 @@ class Chat:
     async def events(self, front: Front, call: Call) -> AsyncGenerator[bytes]:
         head, options, begun = {**self.head, "object": "chat.completion.chunk"}, self.body.stream_options, set[int]()
         with_usage = options is not None and options.include_usage
-        plain = {**head, "usage": None} if with_usage else head
         text_only = self._text_only and not self.parsers
         async with front.opened(call, [self.request]) as (stream,):
             while (pieces := await stream.next()) != []:
                 if pieces is None:
                     yield PING
                     continue
+                if not begun:
+                    head |= weights_of(stream)
                 chunks = []
                 for piece in pieces:
                     if text_only and piece.finish_reason is None and piece.index in begun:
-                        chunks.append(self._plain(piece, plain))
+                        chunks.append(self._plain(piece, head, with_usage))
                         continue
                     for choice in self._choices(piece, piece.index not in begun):
                         chunk = {**head, "choices": [choice]}

@@ -12,7 +12,7 @@ from serve.middleware import Call
 from serve.openai.logprobs import Namer, completion_logprobs, completion_tops, prompt_logprobs
 from serve.openai.params import check_length, completion_params, prompts_of, truncate
 from serve.openai.protocol import MAX_PROMPTS, CompletionBody, parse
-from serve.openai.usage import usage_of
+from serve.openai.usage import usage_of, weights_of
 from serve.responses import DONE, PING, Answer, EventStream, TextEvent, as_json, event
 from serve.streams import Piece, Stream
 
@@ -112,7 +112,7 @@ class Completion:
             for piece in pieces:
                 piece.prompt_logprobs = pieces[0].prompt_logprobs  # the prompt is one: the first speaks for all
                 choices.append(self.choice(which, piece, True, whole=True))
-        return as_json({**self.head, "choices": choices, "usage": self.usage(streams)})
+        return as_json({**self.head, **weights_of(streams[0]), "choices": choices, "usage": self.usage(streams)})
 
     async def events(self, call: Call) -> AsyncGenerator[bytes]:
         options, begun = self.body.stream_options, set[tuple[int, int]]()
@@ -122,6 +122,8 @@ class Completion:
                 if pieces is None:
                     yield PING
                     continue
+                if not begun:
+                    self.head |= weights_of(streams[which])
                 chunks = []
                 for piece in pieces:
                     first = (which, piece.index) not in begun
