@@ -159,7 +159,7 @@ def build_app(front: Front) -> Gate:
             for task in tasks:
                 task.cancel()
             await front.client.close()
-            front.pool.shutdown(wait=False, cancel_futures=True)
+            front.close()
 
     async def refused(request: Any, error: Exception) -> ASGIApp:
         assert isinstance(error, HTTPException)

@@ -113,6 +113,11 @@ def run(build: Build) -> int:
         send(Failed(str(error) or type(error).__name__, CANNOT_START))
         channel.close()
         return CANNOT_START
+    except Exception as error:  # ours to mend: people get the trace, clients only that it failed
+        logging.getLogger(__name__).exception("the engine cannot start")
+        send(Failed(f"{type(error).__name__} while starting", CANNOT_START))
+        channel.close()
+        return CANNOT_START
     loop = EngineLoop(engine, channel.receive, send)
     watch(loop.progress, channel.sender(), lambda: os._exit(HUNG), stall_s=settings.get("stall_s", 60.0), beat_s=0.5)
     gc.collect()

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxllm.core import Request, RequestError
 from jaxllm.engine.intake import Intake
+from jaxllm.template_process import TemplateProcesses
 from serve.admission import Admission, RateLimit
 from serve.client import EngineClient
 from serve.errors import ApiError, from_request_error, invalid
@@ -46,6 +47,7 @@ class Front:
     pool: ThreadPoolExecutor = field(init=False)
     parsers: tuple[str | None, str | None] = field(init=False)  # of tool calls and of reasoning
     stored: Store = field(init=False)  # of /v1/responses
+    templates: TemplateProcesses = field(init=False)
 
     def __post_init__(self) -> None:
         self.intake = Intake(vocab_size=0, max_model_len=0, tokenizer=self.tokenizer)
@@ -54,6 +56,9 @@ class Front:
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="text")
         self.parsers = parser_names(self.settings, self.tokenizer)
         self.stored = Store(self.settings.max_stored_responses)
+        self.templates = TemplateProcesses(self.settings.template_timeout_s)
+        if self.tokenizer is not None and self.tokenizer.templates:
+            self.tokenizer.render_elsewhere = self.templates
         self.client.on_ready = self.adopt
         self.metrics.bind(self.client, self.admission)
 
@@ -70,6 +75,10 @@ class Front:
     async def off_loop[T](self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs what takes time (tokenizing, templates) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.templates.close()
 
     # ---- names ----
 

@@ -45,6 +45,7 @@ class FrontSettings:
     metrics_compat_vllm: bool = False
     tool_parser: str = "auto"  # a name of serve.openai.parsers.output, "none", or what the chat template shows
     reasoning_parser: str = "auto"
+    template_timeout_s: float = 2.0  # for rendering one conversation
     max_stored_responses: int = 256
     template_variables: frozenset[str] = field(
         default=frozenset({"enable_thinking", "thinking", "thinking_budget", "reasoning_effort", "custom_instructions"})

@@ -18,17 +18,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import EngineConfig, model_directory, resolve
+from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.memory import MemoryPlan, plan_memory
+from jaxllm.engine.memory import DoesNotFitError, MemoryPlan, out_of_memory, plan_memory
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.graph import cache_guard
 from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
 from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
@@ -58,7 +59,12 @@ class StartReport:
 @contextmanager
 def _timed(report: StartReport, phase: str) -> Iterator[None]:
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise DoesNotFitError(out_of_memory(phase, report.memory, jax.devices()[0])) from error
     report.seconds[phase] = time.perf_counter() - start
     log.info("%s: %.2f s", phase, report.seconds[phase])
 
@@ -80,6 +86,12 @@ def start(
         named = tokenizer.eos_token_ids if tokenizer is not None else ()
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
+        if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+            largest = tokenizer.vocab_size - 1
+            raise ConfigError(
+                f"{directory / 'tokenizer.json'}: token ids up to {largest}, but config.json has "
+                f"vocab_size = {model_config.vocab_size}: they must be below it"
+            )
     with _timed(report, "weights"):
         params = _params(config, model_config, directory, device, tell)
     runner = _runner(config, model_config, params, device, report, tell)
@@ -158,8 +170,11 @@ def _runner(
         sharding = jax.sharding.SingleDeviceSharding(device)
         counts = jnp.zeros((rows + 1, model_config.vocab_size), jnp.uint16, device=sharding)
     with _timed(report, "compile"):
+        cache = use_cache(config.compile.directory) if config.compile.directory is not None else None
         executables, ladder = _compile(config, model_config, params, kv, counts, tell)
         report.executables = len(executables.table)
+        if cache is not None:
+            cache_guard.seal(cache)
     runner = Runner(params, kv, counts, executables, ladder, model_config.vocab_size)
     with _timed(report, "warm-up"):
         runner.warm_up()
@@ -169,8 +184,6 @@ def _runner(
 def _compile(
     config: EngineConfig, model_config: ModelConfig, params: Params, kv: KVCache, counts: jax.Array, tell: Progress
 ) -> tuple[Executables, Ladder]:
-    if config.compile.directory is not None:
-        use_cache(config.compile.directory)
     width = -(-config.model.max_model_len // config.cache.page_size)
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
     graphdef, _ = abstract(model_config, jnp.dtype(config.model.dtype))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import MAX_LOGIT_BIAS
-from jaxllm.graph import sampling, steps
+from jaxllm.graph import cache_guard, sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
 from jaxllm.graph.steps import Graph, SampleMode
 
@@ -51,12 +51,22 @@ def compile_counter() -> CompileCounter:
     return CompileCounter()
 
 
-def use_cache(directory: Path) -> None:
-    """Keep compiled executables in `directory` across processes; entries of any compile time are worth it here."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+def use_cache(directory: Path) -> Path | None:
+    """Keep compiled executables in `directory` across processes; entries of any compile time are worth it here.
+
+    Gives the place to be sealed once everything is compiled; None when there is none that can be trusted.
+    """
+    device = jax.devices()[0]
+    key = f"jax-{jax.__version__}-{device.device_kind}-{device.client.platform_version}"
+    home = cache_guard.open_cache(directory, key)
+    if home is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(home))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return home
 
 
 @dataclass(frozen=True)

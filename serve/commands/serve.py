@@ -216,23 +216,18 @@ def show_front(settings: FrontSettings) -> str:
 
 def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_process: bool) -> int:
     """Binds, starts, serves; returns the exit code."""
-    from jaxllm.tokenizer import Tokenizer, TokenizerError
     from serve.client import EngineClient, Supervision
     from serve.engine_process import build_engine
     from serve.front import Front
     from serve.links import ProcessLink, ThreadLink
     from serve.metrics import FrontMetrics
     from serve.run import bind, serve
+    from serve.texts import open_tokenizer
 
     bound = bind(settings)
-    tokenizer: Any = None
-    if (directory / "tokenizer.json").exists():
-        try:
-            tokenizer = Tokenizer.from_directory(directory)
-        except TokenizerError as error:
-            raise ConfigError(str(error)) from None
-    else:
-        logging.getLogger(__name__).warning("%s has no tokenizer.json: token ids only", directory)
+    tokenizer, warnings = open_tokenizer(directory)
+    for warning in warnings:
+        logging.getLogger(__name__).warning("%s", warning)
     if in_process:
         link: Any = ThreadLink(lambda: build_engine(source), settings.stall_s)
     else:

@@ -1,4 +1,4 @@
-"""What an operator does to a running server, over real HTTP with the bundled model: sleep, wake up, other weights, traces.
+"""What an operator does to a running server, over real HTTP with the bundled model: sleep, other weights, traces.
 
 Nothing of it may be compiled, lose a page, or disturb who is not concerned.
 """

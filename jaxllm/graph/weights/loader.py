@@ -23,6 +23,7 @@ from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
 from jaxllm.graph.models.decoder import Params
+from jaxllm.graph.weights import manifest
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -53,6 +54,9 @@ def load(
     progress: Progress | None = None,
 ) -> Params:
     """The parameters of `config`, cast to `dtype`, on `device`. Raises WeightsError."""
+    damaged = manifest.problems(Path(directory))
+    if damaged:
+        raise WeightsError(Path(directory), damaged)
     found = check(Path(directory), config)
     total = sum(tensor.end - tensor.begin for _, _, tensor in found)
     params: Params = {}
