@@ -142,6 +142,7 @@ class CacheConfig:
     num_pages: int | None = _knob(None, _integer(1, 2**31 - 1, optional=True), "num_gpu_blocks_override")  # None: fit
     memory_fraction: float = _knob(0.9, _fraction, "gpu_memory_utilization")  # of the device, weights included
     prefix_cache: bool = _knob(True, _flag, "enable_prefix_caching")
+    prefix_index: str = _knob("hashed", _choice("hashed", "radix"))  # how cached pages are found again
     cpu_cache_bytes: int = _knob(512 * 2**20, _integer(2**10, 2**50))  # when the device is a CPU
 
     def __post_init__(self) -> None:
@@ -155,7 +156,8 @@ class SchedulerConfig:
     max_num_seqs: int = _knob(AUTO, _integer(1, 4096, auto=True))
     token_budget: int = _knob(AUTO, _integer(1, 2**20, auto=True), "max_num_batched_tokens")
     max_prefill_chunk: int | None = _knob(None, _integer(1, 2**20, optional=True), "long_prefill_token_threshold")
-    policy: str = _knob("fcfs", _choice("fcfs", "priority"), "scheduling_policy")
+    policy: str = _knob("fcfs", _choice("fcfs", "priority", "longest_prefix"), "scheduling_policy")
+    overlap: bool = _knob(True, _flag, "async_scheduling")  # launch the next step before the last one is read
 
     def __post_init__(self) -> None:
         _check_fields(self, "scheduler.")

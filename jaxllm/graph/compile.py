@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every step executable, the persistent compile cache, and a count of compilations.
+"""Ahead-of-time compilation of every step executable, and a count of compilations.
 
 In: a Graph, the parameters' and state's shapes, and the bucket ladder. Out: Executables, a table from static shapes to
 compiled functions. Knows nothing of sequences. A compiled function refuses other shapes, so a missing bucket is an
@@ -14,14 +14,13 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.core import MAX_LOGIT_BIAS
-from jaxllm.graph import cache_guard, sampling, steps
+from jaxllm.graph import sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
 from jaxllm.graph.steps import Graph, SampleMode
 
@@ -49,24 +48,6 @@ class CompileCounter:
 def compile_counter() -> CompileCounter:
     """One per process: jax.monitoring listeners cannot be taken back."""
     return CompileCounter()
-
-
-def use_cache(directory: Path) -> Path | None:
-    """Keep compiled executables in `directory` across processes; entries of any compile time are worth it here.
-
-    Gives the place to be sealed once everything is compiled; None when there is none that can be trusted.
-    """
-    device = jax.devices()[0]
-    key = f"jax-{jax.__version__}-{device.device_kind}-{device.client.platform_version}"
-    home = cache_guard.open_cache(directory, key)
-    if home is None:
-        jax.config.update("jax_enable_compilation_cache", False)
-        return None
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", str(home))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return home
 
 
 @dataclass(frozen=True)
@@ -97,8 +78,19 @@ class Executables:
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def forward(self, shape: StepShape) -> jax.stages.Compiled:
-        return self.table["forward", shape]
+    @property
+    def temporary_bytes(self) -> int:
+        """What the hungriest executable allocates while it runs, beside its arguments and results."""
+        return max((analysis.temp_size_in_bytes for analysis in self._memory()), default=0)
+
+    def _memory(self) -> Iterable[Any]:
+        for executable in self.table.values():
+            analysis = executable.memory_analysis()
+            if analysis is not None:
+                yield analysis
+
+    def step(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["step", shape]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
@@ -116,7 +108,7 @@ def _abstract(tree: Any) -> Any:
 
 
 def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
-    """Everything the request path runs."""
+    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
     vocab = graph.config.vocab_size
@@ -124,26 +116,23 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def hidden(rows: int) -> jax.ShapeDtypeStruct:
-        return spec(jax.tree.leaves(params)[0].dtype, rows, graph.config.d_model)
-
+    last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        function = functools.partial(steps.forward, graph, shape)
-        jitted = jax.jit(function, donate_argnums=(1,))
-        yield ("forward", shape), jitted, (params, kv, spec(jnp.int32, shape.packed_size))
+        # keep_unused: the logits' memory comes in only to be written over.
+        jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
+        logits = spec(jnp.float32, shape.rows, vocab)
+        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = params, counts, hidden(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
-        for mode in SampleMode:
-            yield (
-                ("sample", rows, mode),
-                jax.jit(functools.partial(steps.sample, graph, mode), donate_argnums=(1,)),
-                args,
-            )
+        args = counts, last_tokens, spec(jnp.float32, rows, vocab), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
+            jitted = jax.jit(functools.partial(steps.sample, mode), donate_argnums=(0, 1))
+            yield ("sample", rows, mode), jitted, args
     for tokens in ladder.mixed_tokens:
         jitted = jax.jit(functools.partial(steps.prompt_logprobs, graph))
-        yield ("prompt_logprobs", tokens), jitted, (params, hidden(tokens), spec(jnp.int32, tokens))
+        hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
+        yield ("prompt_logprobs", tokens), jitted, (params, hidden, spec(jnp.int32, tokens))
     scalar = spec(jnp.int32)
     args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
     yield ("set_counts",), jax.jit(sampling.set_counts, donate_argnums=(0,)), args

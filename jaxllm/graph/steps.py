@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
@@ -33,7 +33,7 @@ LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
 class SampleMode(enum.StrEnum):
-    """What the sampler of a step computes; the batch's most demanding row decides."""
+    """What the batch's most demanding row asks of the sampler. GREEDY is part of every step."""
 
     GREEDY = "greedy"
     SAMPLE = "sample"
@@ -41,10 +41,9 @@ class SampleMode(enum.StrEnum):
 
 
 class Sampled(NamedTuple):
-    """One entry a row. `bad` marks rows whose logits held NaN or infinity: their token means nothing."""
+    """One entry a row. Token -1: the row's logits held NaN or infinity."""
 
     token_ids: Int[Array, " B"]
-    bad: Bool[Array, " B"]
     logprobs: Float[Array, " B"] | None = None
     ranks: Int[Array, " B"] | None = None
     top_ids: Int[Array, "B n"] | None = None
@@ -87,33 +86,53 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
     return attend
 
 
-def forward(
-    graph: Graph, shape: StepShape, params: Params, kv: KVCache, packed: Int[Array, " n"]
-) -> tuple[Float[Array, "T D"], Float[Array, "R D"], KVCache]:
-    """One pass over the step's tokens: hidden states of all of them, and of each row's last one."""
-    inputs = unpack(shape, packed, page_size=graph.page_size, num_pages=graph.num_pages)
+class Stepped(NamedTuple):
+    """What a step leaves: results, then the state it was given, updated in place."""
+
+    sampled: Sampled  # greedy
+    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
+    logits: Float[Array, "R V"]  # of each row's last token
+    kv: KVCache
+    last_tokens: Int[Array, " S1"]
+
+
+def step(
+    graph: Graph,
+    shape: StepShape,
+    params: Params,
+    kv: KVCache,
+    last_tokens: Int[Array, " S1"],
+    logits: Float[Array, "R V"],
+    packed: Int[Array, " n"],
+) -> Stepped:
+    """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
+
+    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address.
+    """
+    del logits
+    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
-    hidden = graph.model(params)(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
+    model = graph.model(params)
+    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
     last = inputs.last_token
-    return hidden, hidden if last is None else hidden[last], kv
+    logits = model.logits(hidden if last is None else hidden[last])
+    tokens, bad = sampling.greedy(logits)
+    last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
+    sampled = Sampled(jnp.where(bad, -1, tokens))
+    return Stepped(sampled, None if shape.decode else hidden, logits, kv, last_tokens)
 
 
 def sample(
-    graph: Graph,
     mode: SampleMode,
-    params: Params,
     counts: UInt[Array, "S1 V"],
-    last: Float[Array, "B D"],
+    last_tokens: Int[Array, " S1"],
+    logits: Float[Array, "B V"],
     packed: Int[Array, "B columns"],
     bias_ids: Int[Array, "B Nb"],
     bias: Float[Array, "B Nb"],
     mask: UInt[Array, "B Vw"],
-) -> tuple[Sampled, UInt[Array, "S1 V"]]:
-    """Each row's next token from its last hidden state."""
-    logits = graph.model(params).logits(last)
-    if mode is SampleMode.GREEDY:
-        tokens, bad = sampling.greedy(logits)
-        return Sampled(tokens, bad), counts
+) -> tuple[Sampled, UInt[Array, "S1 V"], Int[Array, " S1"]]:
+    """Each row's next token as its request asks for it, in place of the step's greedy one."""
     columns = unpack_samples(packed)
     as_key = jnp.stack([columns.pop("key0"), columns.pop("key1")], axis=1)
     keys = jax.lax.bitcast_convert_type(as_key, jnp.uint32)
@@ -122,9 +141,11 @@ def sample(
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
         logits, inputs, counts, num_logprobs=top
     )
+    last_tokens = last_tokens.at[inputs.row].set(tokens)
+    tokens = jnp.where(bad, -1, tokens)
     if mode is SampleMode.SAMPLE:
-        return Sampled(tokens, bad), counts
-    return Sampled(tokens, bad, logprob, rank, top_ids, top_logprobs), counts
+        return Sampled(tokens), counts, last_tokens
+    return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
 
 
 def prompt_logprobs(

@@ -125,6 +125,16 @@ def test_a_prompt_gives_the_same_tokens_in_chunks_of_any_size(build, chunk):
     assert tokens(run(chunked, requests)) == whole
 
 
+def test_a_step_launched_ahead_of_the_last_ones_result_changes_no_token(build):
+    rng = random.Random(8)
+    requests = [(prompt(rng.randrange(1, 60), salt=i), params) for i, params in enumerate(everything() * 3)]
+    requests += [(prompt(25, salt=50 + i), greedy(40)) for i in range(6)]  # 40 pages are too few: some are preempted
+    behind, ahead = build(num_pages=40, async_scheduling=False), build(num_pages=40)
+    preempted = ahead.scheduler.metrics.preemptions
+    assert tokens(run(ahead, requests)) == tokens(run(behind, requests))
+    assert ahead.scheduler.metrics.preemptions > preempted
+
+
 def test_a_prefix_hit_gives_the_tokens_of_a_miss(build):
     engine = build(num_pages=256)
     shared = prompt(40, salt=3)
