@@ -24,6 +24,8 @@ from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
 from jaxllm.engine.loop import EngineBroken, EngineLoop, Send, watch
 from jaxllm.engine.messages import Command, Event, Failed
+from jaxllm.engine.retry import ShrinkingRunner
+from serve.logs import log_to_stderr
 
 HUNG, BROKEN, CANNOT_START = 70, 71, 1
 Build = Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]
@@ -90,6 +92,7 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     engine, report = start(config)
     if faults:
         engine.runner = FaultyRunner(engine.runner, faults)
+    engine.runner = ShrinkingRunner(engine.runner)
     facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
     facts["dtype"] = engine.config.model.dtype
     if report.memory is not None:
@@ -131,7 +134,7 @@ def run(build: Build) -> int:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr("WARNING", "engine ")
     code = run(build_engine)
     sys.stderr.flush()
     os._exit(code)  # daemon threads may sit in the device's calls

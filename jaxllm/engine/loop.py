@@ -22,6 +22,7 @@ from jaxllm.core import FinishReason, Grammar, JaxLLMError, Request, RequestErro
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
 from jaxllm.engine.operations import OPERATIONS, Operation, Refused, reset_prefix_cache
+from jaxllm.engine.retry import is_device_lost
 
 log = logging.getLogger(__name__)
 
@@ -279,8 +280,8 @@ class EngineLoop:
     def _step(self, step: Callable[[], list[TokenOutput]]) -> None:
         try:
             outputs = step()
-        except Exception:
-            self._recover()
+        except Exception as error:
+            self._recover(error)
             return
         self._failed_in_a_row = 0
         self._watch_numbers(outputs)
@@ -293,9 +294,11 @@ class EngineLoop:
             if output.finish_reason is not None:
                 self._forget_if_done(output.sequence.request.id)
 
-    def _recover(self) -> None:
+    def _recover(self, error: Exception) -> None:
         """A step raised: every request in flight ends with one error each; what the host knows must balance after."""
         log.exception("a step failed; %d requests end with an error", len(self._flights))
+        if is_device_lost(error):
+            raise EngineBroken("the device is lost") from error
         self.step_failures += 1
         self._failed_in_a_row += 1
         news = []
@@ -310,8 +313,8 @@ class EngineLoop:
         reset_prefix_cache(self, {})
         try:
             self.engine.scheduler.check(self.borrowed)
-        except AssertionError as error:
-            raise EngineBroken(f"the books do not balance after a failed step: {error}") from error
+        except AssertionError as imbalance:
+            raise EngineBroken(f"the books do not balance after a failed step: {imbalance}") from imbalance
         if self._failed_in_a_row >= 2:
             raise EngineBroken("two steps in a row failed")
 

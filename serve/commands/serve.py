@@ -5,6 +5,7 @@ What is wrong is said before anything slow starts: flags, the model's directory,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,6 +19,7 @@ import typer
 from jaxllm.config import ConfigError, environment_api_key, load, load_front_table, model_directory, show
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.messages import Ready
+from serve.logs import StderrLog, log_to_stderr
 from serve.settings import FrontSettings, hash_key
 
 GIB = 2**30
@@ -194,11 +196,9 @@ def _serve(given: dict[str, Any]) -> int:
     if given["print_config"]:
         typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
         return 0
-    logging.basicConfig(
-        level=engine_config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    handler = log_to_stderr(engine_config.log_level.upper())
     source = {"config_file": None if config is None else str(config), "overrides": overrides}
-    return run(settings, model_directory(engine_config.model.path), source, in_process=given["in_process"])
+    return run(settings, model_directory(engine_config.model.path), source, in_process=given["in_process"], log=handler)
 
 
 def show_front(settings: FrontSettings) -> str:
@@ -214,7 +214,7 @@ def show_front(settings: FrontSettings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_process: bool) -> int:
+def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_process: bool, log: StderrLog) -> int:
     """Binds, starts, serves; returns the exit code."""
     from serve.client import EngineClient, Supervision
     from serve.engine_process import build_engine
@@ -240,7 +240,7 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
         stream_limit_tokens=settings.stream_limit_tokens,
         queue_timeout_s=settings.queue_timeout_s,
     )
-    metrics = FrontMetrics(settings.model_names[0] if settings.metrics_compat_vllm else None)
+    metrics = FrontMetrics(settings.model_names[0] if settings.metrics_compat_vllm else None, log=log)
     try:
         front = Front(settings, client, metrics, tokenizer)
     except ValueError as error:
@@ -248,7 +248,8 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
 
     def on_ready(url: str) -> None:
         ready = client.health.ready
-        for line in start_lines(ready, settings, url) if ready is not None else ():
-            typer.echo(line)
+        with contextlib.suppress(OSError):  # a full disk behind standard output is no reason not to serve
+            for line in start_lines(ready, settings, url) if ready is not None else ():
+                typer.echo(line)
 
     return serve(front, bound, on_ready)
