@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-gpu test-clients test-faults soak bench gate lock clean
+.PHONY: help demo test check test-gpu test-clients test-api test-faults soak bench gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,15 @@ test: .venv/.dev ## the whole suite on this machine's CPU
 
 test-clients: .clients/.done ## openai (Python, npm), litellm and langchain-openai against `jaxllm serve`
 	@mkdir -p build
-	@set -o pipefail; $(BIN)/python tests/helpers/served.py tests/clients/run.sh 2>&1 | tee build/clients.txt
+	@set -o pipefail; $(BIN)/python tests/helpers/served.py -- tests/clients/run.sh 2>&1 | tee build/clients.txt
+
+.api/.done: .venv/.dev tests/api/setup.sh
+	@tests/api/setup.sh
+	@touch $@
+
+test-api: .api/.done ## schemathesis against /openapi.json, EXAMPLES=200 an operation, what is allowed and what is not
+	@mkdir -p build
+	@set -o pipefail; $(BIN)/python tests/helpers/served.py --api-key key -- tests/api/run.sh 2>&1 | tee build/api.txt
 
 test-faults: .venv/.dev ## faults of section 3 that need starts of their own: caches, damaged models, signals
 	@$(PYTEST) -m "faults or not faults" tests/serve -k fault

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pydantic
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve import anthropic, native, probes
@@ -134,7 +134,9 @@ class Endpoint:
 
 
 def _documents(front: Front) -> list[Entry]:
-    document = describe(TABLE, PUBLIC, ADMIN)
+    settings = front.settings
+    public = PUBLIC | {"/metrics"} if settings.public_metrics else PUBLIC
+    document = describe(TABLE, public, ADMIN, keys=bool(settings.keys))
 
     async def openapi(front: Front, call: Call) -> Answer:
         return as_json(document)
@@ -169,7 +171,11 @@ def build_app(front: Front) -> Gate:
         }
         message, code = known.get(error.status_code, (str(error.detail), None))
         shown = request.url.path if len(request.url.path) <= 80 else request.url.path[:77] + "..."
-        wrong = ApiError(error.status_code, f"{message}: {request.method} {shown!a}", code=code)
+        allow = None
+        if error.status_code == 405:
+            here = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+            allow = ", ".join(sorted({method for route in here for method in getattr(route, "methods", None) or ()}))
+        wrong = ApiError(error.status_code, f"{message}: {request.method} {shown!a}", code=code, allow=allow)
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             await respond(send, wrong, scope["method"])

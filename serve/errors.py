@@ -41,10 +41,12 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
         close: bool = False,
+        allow: str | None = None,
     ) -> None:
+        """`allow`: of a 405, the methods that there are."""
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message[:SHOWN], param, code
-        self.retry_after_s, self.close = retry_after_s, close
+        self.retry_after_s, self.close, self.allow = retry_after_s, close, allow
 
     @property
     def type(self) -> str:
@@ -65,6 +67,8 @@ class ApiError(Exception):
             found.append((b"x-should-retry", b"false"))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
+        if self.allow is not None:
+            found.append((b"allow", self.allow.encode()))
         if self.close:
             found.append((b"connection", b"close"))
         return found

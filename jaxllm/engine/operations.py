@@ -130,7 +130,10 @@ def update_weights(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[Non
     """Other weights of the same shapes, from a directory; asleep or awake. Nothing is compiled."""
     keeper, mode = _residency(loop), _mode(arguments)
     directory, version = Path(arguments["path"]), arguments.get("version")
-    keeper.check(directory)  # before anybody is made to wait
+    try:
+        keeper.check(directory)  # before anybody is made to wait
+    except (OSError, ValueError) as error:  # a name that cannot be one; what is wrong with weights is a ValueError too
+        raise Refused("invalid_request/path", str(error)) from None
 
     def act() -> dict[str, Any]:
         from jaxllm.engine.loop import EngineBroken

@@ -1,8 +1,8 @@
 """`jaxllm serve` as people start it, in processes of its own, with the bundled model unless told otherwise.
 
 Needs nothing of pytest, so that the tools that drive a server from other environments (clients, schemathesis, soak) use
-the same start. `python tests/helpers/served.py COMMAND...` serves the bundled model while COMMAND runs, with
-{url} replaced by the address, and ends with the command's code.
+the same start. `python tests/helpers/served.py [--flag VALUE ...] -- COMMAND...` serves the bundled model while COMMAND
+runs, with {url} replaced by the address, and ends with the command's code.
 """
 
 import contextlib
@@ -82,8 +82,11 @@ def resident_bytes(pid):
 
 if __name__ == "__main__":
     began = time.monotonic()
-    with Served(*SMALL) as server:
+    split = sys.argv.index("--")
+    with Served(*SMALL, *sys.argv[1:split]) as server:
         print(f"server: ready after {time.monotonic() - began:.1f} s at {server.url}", flush=True)
         environ = {**os.environ, "OPENAI_BASE_URL": server.url + "/v1", "OPENAI_API_KEY": "none", "SERVER": server.url}
-        code = subprocess.run([word.replace("{url}", server.url) for word in sys.argv[1:]], env=environ).returncode
+        code = subprocess.run(
+            [word.replace("{url}", server.url) for word in sys.argv[split + 1 :]], env=environ
+        ).returncode
     sys.exit(code)

@@ -603,7 +603,12 @@ def test_62_our_request_id_is_unique_and_theirs_is_echoed(server):
     ],
 )
 def test_63_wrong_methods_and_paths_in_openais_shape(server, method, path, status):
-    body_of(server.http.request(method, path), status)
+    answer = server.http.request(method, path)
+    body_of(answer, status)
+    if status == 405:
+        right = {COMPLETIONS: "POST", "/version": "GET, HEAD"}[path]
+        assert answer.headers["allow"] == right
+    assert server.http.delete("/v1/chat/completions").headers["allow"] == "POST"
 
 
 def test_63_head_is_get_without_a_body(server):
