@@ -45,7 +45,7 @@ CANARIES = ["def add(a, b):", "class Queue:\n    def push(self, item):", "import
 MIB = 2**20
 
 
-def text(rng, most=120):
+def text(rng, most=240):
     return " ".join(rng.choice(WORDS) for _ in range(rng.randrange(1, most)))
 
 
@@ -204,7 +204,7 @@ def main():
     parser.add_argument("--max-growth-mib", type=float, default=4.0, help="from the middle of the run to its end")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    pages = ("--num-gpu-blocks-override", "80")  # so few that they run out now and then
+    pages = ("--num-gpu-blocks-override", "64")  # so few that they run out now and then
     with Served("--max-num-seqs", "8", "--max-num-batched-tokens", "128", "--max-model-len", "1024", *pages) as server:
         soak = Soak(server, given.minutes, given.seed)
         last = asyncio.run(soak.watch())
