@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from jaxllm.core import FinishReason, Request, TokenLogprobs
 from jaxllm.engine.decoding.stop import TokenPieces
+from jaxllm.engine.decoding.text import TextAssembler
 from jaxllm.engine.messages import News
-from serve.assemble import TextAssembler
 from serve.errors import ApiError, from_engine
 
 
