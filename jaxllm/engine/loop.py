@@ -62,7 +62,6 @@ class Progress:
 class _Flight:
     sequences: list[Sequence]
     queue_deadline_s: float | None
-    began_s: float | None = None  # when it first had a place in the batch
 
 
 @dataclass
@@ -77,6 +76,7 @@ class EngineLoop:
     holding: bool = False  # new requests wait outside, until an operation that needs an empty engine is done
     _flights: dict[str, _Flight] = field(default_factory=dict)
     _queued: dict[str, _Flight] = field(default_factory=dict)  # those that never ran
+    _begun: dict[str, float] = field(default_factory=dict)  # when each came into the batch, until it is told
     _held: dict[str, tuple[Add, Grammar | None]] = field(default_factory=dict)
     _preparing: dict[str, tuple[Add, Future[Any]]] = field(default_factory=dict)  # requests whose grammar compiles
     _jobs: deque[tuple[int, Generator[None, None, Any]]] = field(default_factory=deque)
@@ -285,11 +285,12 @@ class EngineLoop:
             return
         self._failed_in_a_row = 0
         self._watch_numbers(outputs)
-        began = self._note_begun() if self._queued else {}
+        if self._queued:
+            self._note_begun()
         if outputs:
             keeper = self.engine.residency
             version = "" if keeper is None else keeper.version
-            self.send(Step([_news(output, began) for output in outputs], version))
+            self.send(Step([_news(output, self._begun) for output in outputs], version))
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget_if_done(output.sequence.request.id)
@@ -309,6 +310,7 @@ class EngineLoop:
                     news.append(News(request_id, sequence.index, None, "error", error=STEP_FAILED))
         self._flights.clear()
         self._queued.clear()
+        self._begun.clear()
         self.send(Step(news))
         reset_prefix_cache(self, {})
         try:
@@ -318,14 +320,13 @@ class EngineLoop:
         if self._failed_in_a_row >= 2:
             raise EngineBroken("two steps in a row failed")
 
-    def _note_begun(self) -> dict[str, float]:
-        """When those requests came into the batch that this step found there first."""
-        now, begun = time.monotonic(), {}
+    def _note_begun(self) -> None:
+        """When requests came into the batch; their first news will say so."""
+        now = time.monotonic()
         for request_id, flight in list(self._queued.items()):
             if not _never_ran(flight):
-                begun[request_id] = flight.began_s = now
+                self._begun[request_id] = now
                 del self._queued[request_id]
-        return begun
 
     def _watch_numbers(self, outputs: list[TokenOutput]) -> None:
         bad = any(output.error is not None and output.error.startswith("numerical_error") for output in outputs)
@@ -354,6 +355,7 @@ class EngineLoop:
         if flight is not None and all(sequence.finished for sequence in flight.sequences):
             del self._flights[request_id]
             self._queued.pop(request_id, None)
+            self._begun.pop(request_id, None)
 
     def measure(self) -> None:
         stats = self.engine.scheduler.metrics.as_dict()
@@ -391,7 +393,7 @@ def _news(output: TokenOutput, begun: dict[str, float]) -> News:
         output.error,
         output.logprobs,
         output.prompt_logprobs,
-        begun.get(sequence.request.id) if begun else None,
+        begun.pop(sequence.request.id, None) if begun else None,
     )
 
 
