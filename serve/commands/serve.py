@@ -63,6 +63,7 @@ FRONT_FLAGS = {  # flag -> setting
     "allowed_origin": "allowed_origins",
     "tool_call_parser": "tool_parser",
     "reasoning_parser": "reasoning_parser",
+    "otlp_traces_endpoint": "otlp_traces_endpoint",
 }
 ModelArgument = Annotated[str | None, typer.Argument(help="Model directory; default: the bundled model.")]
 
@@ -162,6 +163,7 @@ def command(
     allowed_origin: Annotated[list[str] | None, typer.Option(help="CORS: an origin; repeatable.")] = None,
     tool_call_parser: Annotated[str | None, typer.Option(help="auto, none, or a format's name.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="auto, none, qwen3 or deepseek_r1.")] = None,
+    otlp_traces_endpoint: Annotated[str | None, typer.Option(help="OpenTelemetry: where spans go.")] = None,
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: its metric names beside ours.")] = None,
     in_process: Annotated[bool, typer.Option(help="Engine in a thread of this process, to debug.")] = False,
     print_config: Annotated[bool, typer.Option(help="Print what would be used, and exit.")] = False,
@@ -223,6 +225,7 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
     from serve.metrics import FrontMetrics
     from serve.run import bind, serve
     from serve.texts import open_tokenizer
+    from serve.tracing import make_tracer, span_observer
 
     bound = bind(settings)
     tokenizer, warnings = open_tokenizer(directory)
@@ -241,6 +244,10 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
         queue_timeout_s=settings.queue_timeout_s,
     )
     metrics = FrontMetrics(settings.model_names[0] if settings.metrics_compat_vllm else None, log=log)
+    end_tracing = lambda: None  # noqa: E731
+    if settings.otlp_traces_endpoint is not None:
+        tracer, end_tracing = make_tracer(settings.otlp_traces_endpoint, "jaxllm")
+        metrics.observers.append(span_observer(tracer, settings.model_names[0]))
     try:
         front = Front(settings, client, metrics, tokenizer)
     except ValueError as error:
@@ -252,4 +259,7 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
             for line in start_lines(ready, settings, url) if ready is not None else ():
                 typer.echo(line)
 
-    return serve(front, bound, on_ready)
+    try:
+        return serve(front, bound, on_ready)
+    finally:
+        end_tracing()
