@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-gpu test-clients test-api test-faults soak bench gate lock clean
+.PHONY: help demo test check test-gpu test-clients test-api test-faults test-ui soak bench gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,13 @@ test-api: .api/.done ## schemathesis against /openapi.json, EXAMPLES=200 an oper
 
 test-faults: .venv/.dev ## faults of section 3 that need starts of their own: caches, damaged models, signals
 	@$(PYTEST) -m "faults or not faults" tests/serve -k fault
+
+.venv/.ui: .venv/.dev
+	@tools/setup.sh dev,ui
+	@touch $@
+
+test-ui: .venv/.ui ## the web page in a real Chromium (Debian's chromium and chromium-driver), also against the real server
+	@$(PYTEST) -m browser tests/serve/ui
 
 soak: .venv/.dev ## random requests and cancels for MINUTES=20; memory flat, pages whole, nothing compiled
 	@$(BIN)/python tests/soak/soak.py --minutes $(or $(MINUTES),20) --out build/soak.json
