@@ -37,6 +37,7 @@ PLATFORM_DEFAULTS = {
     "gpu": {"page_size": 64, "max_num_seqs": 256, "token_budget": 8192, "growth": 2, "dtype": "bfloat16"},
 }
 SMALLEST_TOKEN_BUCKET = 32
+DETERMINISTIC_BUDGET = 256  # tokens of every step: few enough that weights, not products, take the time
 
 Check = Callable[[str, Any], Any]
 
@@ -96,6 +97,15 @@ def _choice(*names: str, **synonyms: str) -> Check:
     return check
 
 
+def _one_of(*numbers: int) -> Check:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or value not in numbers:
+            raise _refuse(name, value, "one of " + ", ".join(map(str, numbers)))
+        return int(value)
+
+    return check
+
+
 def _ladder(name: str, value: Any) -> tuple[int, ...]:
     steps = tuple(value) if isinstance(value, list | tuple) else (0,)
     good = all(isinstance(step, int) and not isinstance(step, bool) and step > 0 for step in steps)
@@ -129,6 +139,8 @@ class ModelSource:
         "auto", _choice("auto", "bfloat16", "float32", "float16", bf16="bfloat16", half="float16", float="float32")
     )
     max_model_len: int = _knob(AUTO, _integer(2, 2**31 - 1, auto=True))
+    quantization: str = _knob("none", _choice("none", "int8", "int4", "fp8"))  # of plain weights, when they are loaded
+    quantization_group: int = _knob(128, _one_of(32, 64, 128))  # int4: inputs that share a scale
 
     def __post_init__(self) -> None:
         _check_fields(self, "model.")
@@ -158,6 +170,8 @@ class SchedulerConfig:
     max_prefill_chunk: int | None = _knob(None, _integer(1, 2**20, optional=True), "long_prefill_token_threshold")
     policy: str = _knob("fcfs", _choice("fcfs", "priority", "longest_prefix"), "scheduling_policy")
     overlap: bool = _knob(True, _flag, "async_scheduling")  # launch the next step before the last one is read
+    # One executable computes every step, so that a token's bits depend on nothing but the tokens before it.
+    deterministic: bool = _knob(False, _flag)
 
     def __post_init__(self) -> None:
         _check_fields(self, "scheduler.")
@@ -349,8 +363,14 @@ def resolve(config: EngineConfig, model_context_length: int, platform: str) -> E
             "so that every running sequence can decode in one step"
         )
     seqs = seqs or min(defaults["max_num_seqs"], budget or defaults["max_num_seqs"])
-    budget = budget or max(defaults["token_budget"], seqs)
+    one_shape = config.scheduler.deterministic
+    budget = budget or max(DETERMINISTIC_BUDGET if one_shape else defaults["token_budget"], seqs)
     growth = defaults["growth"]
+    decode, tokens = config.compile.decode_buckets, config.compile.token_buckets
+    if one_shape:
+        if (decode or (seqs,)) != (seqs,) or (tokens or (budget,)) != (budget,):
+            raise ConfigError("scheduler.deterministic = true: leave compile.decode_buckets and token_buckets to it")
+        decode, tokens = (seqs,), (budget,)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -362,10 +382,8 @@ def resolve(config: EngineConfig, model_context_length: int, platform: str) -> E
         scheduler=dataclasses.replace(config.scheduler, max_num_seqs=seqs, token_budget=budget),
         compile=dataclasses.replace(
             config.compile,
-            decode_buckets=_buckets("decode_buckets", config.compile.decode_buckets, seqs, 1, growth),
-            token_buckets=_buckets(
-                "token_buckets", config.compile.token_buckets, budget, SMALLEST_TOKEN_BUCKET, growth
-            ),
+            decode_buckets=_buckets("decode_buckets", decode, seqs, 1, growth),
+            token_buckets=_buckets("token_buckets", tokens, budget, SMALLEST_TOKEN_BUCKET, growth),
         ),
     )
 

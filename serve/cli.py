@@ -20,7 +20,7 @@ import typer
 from jaxllm.config import ConfigError, environment_api_key, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
-from serve.commands.bench import app as bench_app
+from serve.commands.bench import add_commands as add_bench_commands
 from serve.commands.serve import command as serve_command
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ def chat(
     if url is not None:
         from serve.remote import open_remote
 
-        given = {name: value for name, value in dict(sampling, max_tokens=max_tokens).items() if value is not None}
+        wanted: dict[str, Any] = {**sampling, "max_tokens": max_tokens}
+        given = {name: value for name, value in wanted.items() if value is not None}
         llm = open_remote(url, model, api_key or environment_api_key(), list(given))
         params = SamplingParams(**given)
     else:
@@ -234,7 +235,7 @@ def env(
 
 
 app.command("serve")(serve_command)
-app.add_typer(bench_app, name="bench")
+add_bench_commands(app, lambda model, config, settings: open_llm(model, config, settings))
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

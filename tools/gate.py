@@ -39,6 +39,19 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
 REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
+OURS = (  # how the names of our kernels begin
+    "paged_",
+    "decode_chain",
+    "grouped_",
+    "route",
+    "quant_",
+    "sampl",
+    "flash_",
+    "all_reduce",
+)
+OURS = ("paged_", "quant_")  # how the kernels of our rooms are named
+# Plain XLA: nothing of ours to compile; jax_triton compiles with the Triton of the machine it runs on.
+REFERENCES = ("reference", "reference_wide", "jax_triton")
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 
@@ -116,9 +129,92 @@ def paged_attention_decode_cases() -> Iterator[Case]:
     yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
 
 
+def decode_chain_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.decode_chain import mosaic_sm90
+    from pallas_kernels.decode_chain.api import Dense, Following
+
+    def layer(*a: Any) -> Any:
+        return mosaic_sm90.decode_chain(a[0], a[1], Dense(*a[2:6]), Following(*a[6:8]), eps=1e-5)
+
+    def last(*a: Any) -> Any:
+        return mosaic_sm90.decode_chain(a[0], a[1], Dense(*a[2:6]), None, eps=1e-5)
+
+    for T, D, O, F, Q, allowance in (  # noqa: E741
+        (1, 4096, 4096, 14336, 6144, 0),
+        (32, 4096, 4096, 14336, 6144, 0),
+        (128, 4096, 4096, 14336, 6144, 0),
+        (8, 1024, 2048, 3072, 4096, 0),
+        (128, 1024, 2048, 3072, 4096, 256),  # at the ends of stages
+    ):
+        shapes = (T, D), (T, O), (D, O), (D,), (2 * F, D), (D, F), (D,), (Q, D)
+        arrays = tuple(_array(shape, jnp.bfloat16) for shape in shapes)
+        yield Case("mosaic_sm90", f"D{D} rows {T}", layer, arrays, allowance)
+        if T == 1:
+            yield Case("mosaic_sm90", f"D{D} rows {T} last", last, arrays[:6], allowance)
+
+
+def grouped_matmul_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import mosaic_sm90
+
+    D, F, E = 2048, 768, 128
+    for N, tiles in ((8, 8), (32, 112), (16, 200), (64, 300), (128, 640)):
+        for gated in (True, False):
+            K, rows = (D, 2 * F) if gated else (F, D)
+            product = functools.partial(mosaic_sm90.tiles_matmul, gated=gated)
+            x = _array((1 if gated and N in (8, 32) else tiles, N, K), jnp.bfloat16)
+            arrays = x, _array((E, rows, K), jnp.bfloat16), _i32(tiles), _i32(1)
+            yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N}", product, arrays)
+
+
+def route_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import router
+
+    for T, E, k in ((1, 128, 8), (64, 60, 4), (32, 8, 2)):
+        route = functools.partial(router.route, k=k, norm_topk=True)
+        yield Case("triton", f"{T} tokens, {k} of {E}", route, (_array((T, E), jnp.float32),))
+
+
+def quant_matmul_cases(kind: str) -> Iterator[Case]:
+    """A few rows of x, a wide batch and a prefill, on layers of an 8B model."""
+    import jax.numpy as jnp
+
+    from pallas_kernels.quant_matmul import mosaic_sm90, packing
+
+    functions = {"int8": mosaic_sm90.int8_matmul, "int4": mosaic_sm90.int4_matmul, "fp8": mosaic_sm90.fp8_matmul}
+    groups = {"int8": (None,), "int4": (128, 64, 32), "fp8": (None, 128)}[kind]
+    for M, K, N in ((8, 4096, 28672), (64, 14336, 4096), (2048, 4096, 6144)):
+        for group in groups:
+            dtype = jnp.bfloat16 if kind == "int4" else jnp.float32
+            scale = _array((N,) if group is None else (K // group, N), dtype)
+            if kind == "fp8":
+                weight = _array((N, K), jnp.float8_e4m3fn)
+            else:
+                rows = packing.rows_of(4 if kind == "int4" else 8)
+                weight = _array((N // packing.TILE, K // packing.TILE, rows, packing.LANES), jnp.int32)
+            arrays = _array((M, K), jnp.bfloat16), weight, scale
+            call = functools.partial(functions[kind], out_dtype=jnp.bfloat16)
+            label = f"{M} x {K} x {N}" + (f" group {group}" if group else "")
+            allowance = 24 if kind == "int4" and M == 64 and group < 128 else 0  # scalars of a unit
+            yield Case("mosaic_sm90", label, call, arrays, allowance)
+            if kind == "int4":
+                yield Case("mosaic_sm90", f"{label} zeros", call, (*arrays, scale), allowance)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
+    "decode_chain": decode_chain_cases,
+    "grouped_matmul": grouped_matmul_cases,
+    "grouped_matmul.route": route_cases,
+    "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),
+    "quant_matmul.int4": functools.partial(quant_matmul_cases, "int4"),
+    "quant_matmul.fp8": functools.partial(quant_matmul_cases, "fp8"),
 }
 
 
@@ -170,7 +266,7 @@ def inspect(ptx: Path) -> Report | None:
     """What ptxas says of one PTX file; None for kernels that XLA made."""
     text = ptx.read_text()
     entry = re.search(r"\.entry (\w+)", text)
-    if entry is None or not entry.group(1).startswith("paged_"):
+    if entry is None or not entry.group(1).startswith(OURS):
         return None
     run = subprocess.run(
         [_ptxas(), "-arch=sm_90a", "-v", ptx, "-o", os.devnull], capture_output=True, text=True, check=True

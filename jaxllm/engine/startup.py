@@ -43,6 +43,8 @@ from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
+from jaxllm.graph.quant import stored
+from jaxllm.graph.quant.scheme import quantisation
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
@@ -152,18 +154,21 @@ def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | N
 
 def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
     dtype = jnp.dtype(config.model.dtype)
+    scheme = quantisation(config.model)
     if config.model.load_format == "dummy":
-        params = random.dummy(model_config, dtype, config.seed, device)
+        params = random.dummy(model_config, dtype, config.seed, device, scheme)
     else:
-        params = loader.load(
-            directory, model_config, dtype, device, progress=lambda done, total: tell("weights", done / total)
-        )
+        progress = lambda done, total: tell("weights", done / total)  # noqa: E731
+        params = loader.load(directory, model_config, dtype, device, progress, scheme)
     return jax.block_until_ready(params)
 
 
 def _shapes(config: EngineConfig, model_config: ModelConfig, device: Device) -> Params:
     """The parameters' shapes where they will lie."""
+    scheme = quantisation(config.model)
+    scheme.check(model_config)
     _, shapes = abstract(model_config, jnp.dtype(config.model.dtype))
+    shapes = scheme.shapes(shapes) if model_config.stored is None else stored.shapes(model_config.stored, shapes)
     sharding = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
@@ -216,7 +221,10 @@ def _compile(
             report.compile_cache = open_cache(config.compile.directory)
     page_size = config.cache.page_size
     ladder = Ladder(
-        config.compile.decode_buckets, config.compile.token_buckets, -(-config.model.max_model_len // page_size)
+        config.compile.decode_buckets,
+        config.compile.token_buckets,
+        -(-config.model.max_model_len // page_size),
+        config.scheduler.deterministic,
     )
     sharding = jax.sharding.SingleDeviceSharding(device)
     counts = jax.ShapeDtypeStruct(

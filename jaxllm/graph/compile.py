@@ -57,6 +57,11 @@ class Ladder:
     decode_rows: tuple[int, ...]  # ascending; the last is max_num_seqs
     mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
     width: int  # pages a row
+    one_shape: bool = False  # every step takes the one mixed shape, decodes too: bits then depend on no bucket
+
+    def of(self, rows: int, tokens: int, *, decode: bool) -> StepShape:
+        """The shape of a step with so many rows and tokens; `decode`: one token a row."""
+        return self.decode(rows) if decode and not self.one_shape else self.mixed(tokens)
 
     def decode(self, rows: int) -> StepShape:
         bucket = next(b for b in self.decode_rows if b >= rows)
@@ -67,7 +72,8 @@ class Ladder:
         return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
 
     def shapes(self) -> list[StepShape]:
-        return [self.decode(b) for b in self.decode_rows] + [self.mixed(t) for t in self.mixed_tokens]
+        decode = [] if self.one_shape else [self.decode(b) for b in self.decode_rows]
+        return decode + [self.mixed(t) for t in self.mixed_tokens]
 
 
 @dataclass
@@ -98,6 +104,10 @@ class Executables:
     def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
         return self.table["prompt_logprobs", tokens]
 
+    def texts(self) -> list[str]:
+        """Each compiled module as XLA prints it, with the scope of every instruction."""
+        return [text for program in self.table.values() if (text := program.as_text())]
+
     @property
     def set_counts(self) -> jax.stages.Compiled:
         return self.table["set_counts",]
@@ -113,7 +123,7 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
     sharding = counts.sharding
     vocab = graph.config.vocab_size
 
-    def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def spec(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     last_tokens = spec(jnp.int32, counts.shape[0])
@@ -126,7 +136,7 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
         args = counts, last_tokens, spec(jnp.float32, rows, vocab), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
-        for mode in (SampleMode.SAMPLE, SampleMode.LOGPROBS):
+        for mode in steps.SAMPLER_MODES:
             jitted = jax.jit(functools.partial(steps.sample, mode), donate_argnums=(0, 1))
             yield ("sample", rows, mode), jitted, args
     for tokens in ladder.mixed_tokens:

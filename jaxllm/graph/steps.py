@@ -8,6 +8,7 @@ an array argument here, so nothing a client sends may cause a compile.
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from jaxllm.graph import sampling
 from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
+from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Decoder, Params, merge
+from jaxllm.graph.models.decoder import Decoder, Params, merge, plainly
+from pallas_kernels.decode_chain.api import decode_chain
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
@@ -29,6 +32,7 @@ from pallas_kernels.paged_attention.api import paged_attention, paged_attention_
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
+_onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -36,8 +40,12 @@ class SampleMode(enum.StrEnum):
     """What the batch's most demanding row asks of the sampler. GREEDY is part of every step."""
 
     GREEDY = "greedy"
-    SAMPLE = "sample"
+    RANDOM = "random"  # temperature, masks, biases and penalties
+    SAMPLE = "sample"  # and top_k, top_p, min_p
     LOGPROBS = "logprobs"
+
+
+SAMPLER_MODES = tuple(mode for mode in SampleMode if mode is not SampleMode.GREEDY)  # an executable of its own each
 
 
 class Sampled(NamedTuple):
@@ -58,7 +66,9 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
-    reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
+    reference_attention: bool = (
+        False  # pin jnp attention and single products: to tell a kernel's fault from the model's
+    )
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
@@ -87,13 +97,13 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
 
 
 class Stepped(NamedTuple):
-    """What a step leaves: results, then the state it was given, updated in place."""
+    """What a step gives, and the state it was given, updated in place."""
 
-    sampled: Sampled  # greedy
-    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
-    logits: Float[Array, "R V"]  # of each row's last token
+    token_ids: Int[Array, " R"]  # greedy; -1: the row's logits held NaN or infinity
     kv: KVCache
     last_tokens: Int[Array, " S1"]
+    logits: Float[Array, "R V"]  # of each row's last token
+    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
 
 
 def step(
@@ -113,13 +123,13 @@ def step(
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
-    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
+    onward = plainly if graph.reference_attention else _onward
+    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv), onward)
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = sampling.greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    sampled = Sampled(jnp.where(bad, -1, tokens))
-    return Stepped(sampled, None if shape.decode else hidden, logits, kv, last_tokens)
+    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden)
 
 
 def sample(
@@ -139,11 +149,11 @@ def sample(
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
     top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
-        logits, inputs, counts, num_logprobs=top
+        logits, inputs, counts, num_logprobs=top, truncates=mode is not SampleMode.RANDOM
     )
     last_tokens = last_tokens.at[inputs.row].set(tokens)
     tokens = jnp.where(bad, -1, tokens)
-    if mode is SampleMode.SAMPLE:
+    if mode is not SampleMode.LOGPROBS:
         return Sampled(tokens), counts, last_tokens
     return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
 

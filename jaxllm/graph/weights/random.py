@@ -13,16 +13,23 @@ from jax.typing import DTypeLike
 from jaxllm.graph.layers.parameter import filled
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract, fills
+from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.weights.loader import Placement
 
 
-def dummy(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16, seed: int = 0, device: Placement = None) -> Params:
+def dummy(
+    config: ModelConfig,
+    dtype: DTypeLike = jnp.bfloat16,
+    seed: int = 0,
+    device: Placement = None,
+    scheme: Scheme = PLAIN,
+) -> Params:
     """One small program for each distinct shape; nothing passes through the host."""
     shapes, kinds = abstract(config, dtype)[1], fills(config)
-    leaves, tree = jax.tree.flatten(shapes)
+    leaves, tree = jax.tree.flatten_with_path(shapes)
     keys = jax.device_put(jax.random.split(jax.random.key(seed), len(leaves)), device)
     made = [
-        filled(keys[number], leaf.shape, leaf.dtype, kind)
-        for number, (leaf, kind) in enumerate(zip(leaves, jax.tree.leaves(kinds), strict=True))
+        scheme.leaf(tuple(part.key for part in path), filled(keys[number], leaf.shape, leaf.dtype, kind))
+        for number, ((path, leaf), kind) in enumerate(zip(leaves, jax.tree.leaves(kinds), strict=True))
     ]
     return jax.tree.unflatten(tree, made)
