@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import tuning
 from pallas_kernels.matmul import streamed_sm90 as kernel
 
 Stage, Blocks = kernel.Stage, kernel.Blocks
 BF, F32 = jnp.bfloat16, jnp.float32
-SHAPES = {"llama-8b": (8, 4096, 4096, 14336, 6144), "qwen3-0.6b": (8, 1024, 2048, 3072, 4096)}  # L, D, O, F, Q
+SHAPES = {"llama-8b": (4, 4096, 4096, 14336, 6144), "qwen3-0.6b": (4, 1024, 2048, 3072, 4096)}  # L, D, O, F, Q
 
 
 def say(**row: Any) -> None:
@@ -100,11 +101,7 @@ def error(got: jax.Array, want: jax.Array) -> float:
     return float(np.linalg.norm(g - w) / np.linalg.norm(w))
 
 
-def blocks_for(M: int, depth: int = 64) -> Any:
-    slots, x_slots = {8: (12, 8), 16: (12, 6), 32: (10, 5), 64: (8, 4), 128: (6, 3)}[kernel.padded(M)]
-    if depth == 128:
-        slots, x_slots = slots // 2, max(2, x_slots // 2)
-    return Blocks(depth=depth, slots=slots, x_slots=x_slots)
+blocks_for = kernel.blocks_for
 
 
 def smoke() -> None:
@@ -125,7 +122,7 @@ def correct() -> None:
         run = jax.jit(functools.partial(chain_layer, blocks=blocks_for(M)))
         try:
             got = [np.asarray(each) for each in run(a[:M], x[:M], w)]
-            same = all(np.array_equal(g, np.asarray(h)) for _ in range(20) for g, h in zip(got, run(a[:M], x[:M], w)))
+            same = all(np.array_equal(g, np.asarray(h)) for _ in range(10) for g, h in zip(got, run(a[:M], x[:M], w)))
         except Exception as fault:
             say(what="correct", M=M, failed=str(fault)[:600])
             continue
@@ -137,6 +134,47 @@ def correct() -> None:
             repeats_equal=same,
             rows_equal_M8=all(np.array_equal(g[:8], h[: M]) for g, h in zip(got, rows.get(8, got))),
         )
+
+
+def tune() -> None:
+    """Which buffers stream fastest, on the largest product; the best goes where the kernels look for it."""
+    K, N, L = 4096, 28672, 4
+    ws = [normal(jax.random.key(i), (N, K), K**-0.5) for i in range(L)]
+    found: dict[str, dict[str, Any]] = {}
+    for M, choices in TUNED.items():
+        x, times = normal(jax.random.key(7), (M, K), 1.0), {}
+        for choice in choices:
+            blocks = Blocks(**choice)
+            run = jax.jit(
+                lambda x, ws, blocks=blocks: [
+                    kernel.chain([x], [w], [None], [None], (Stage(0, K, N),), blocks=blocks)[0][0] for w in ws
+                ]
+            )
+            began = time.time()
+            try:
+                times[blocks] = best(run, x, ws, reps=20) / L
+                say(what="tune", M=M, **choice, us=round(times[blocks] * 1e6, 1), took=round(time.time() - began, 1))
+            except Exception as fault:
+                say(what="tune", M=M, **choice, failed=str(fault)[:300])
+        same_bits = {blocks: s for blocks, s in times.items() if blocks.depth == Blocks().depth}
+        if same_bits:
+            won = min(same_bits, key=lambda blocks: same_bits[blocks])
+            found[f"rows {M}"] = {"slots": won.slots, "x_slots": won.x_slots, "burst": won.burst}
+    device = tuning.device_name()
+    if device and found:
+        path = tuning.save({"streamed_sm90": found}, device, "python -m benchmarks.chain tune")
+        say(what="tuned", file=path.name, **found)
+
+
+def _choice(slots: int, x_slots: int, burst: int, depth: int = 64) -> dict[str, int]:
+    return {"slots": slots, "x_slots": x_slots, "burst": burst, "depth": depth}
+
+
+TUNED = {
+    8: [_choice(12, 8, 1), _choice(12, 12, 1), _choice(12, 12, 2), _choice(12, 12, 4), _choice(6, 6, 1, 128)],
+    32: [_choice(10, 5, 1), _choice(10, 10, 1), _choice(9, 12, 1), _choice(10, 10, 2)],
+    128: [_choice(6, 3, 1), _choice(5, 5, 1), _choice(5, 4, 2)],
+}
 
 
 def barrier() -> None:
@@ -161,7 +199,12 @@ def whole(layer: Callable[..., Any], M: int, ws: Any) -> float:
 
     D, Q = ws[0][0].shape[0], ws[0][3].shape[0]
     a, x = normal(jax.random.key(5), (M, Q), 1.0), normal(jax.random.key(6), (M, D), 1.0)
-    return best(run, a, x, ws, reps=20)
+    began = time.time()
+    lowered = run.lower(a, x, ws)
+    middle = time.time()
+    compiled = lowered.compile()
+    say(what="compile", lower=round(middle - began, 1), compile=round(time.time() - middle, 1))
+    return best(compiled, a, x, ws, reps=40)
 
 
 def chains() -> None:
@@ -188,12 +231,6 @@ def chains() -> None:
         ours("chain", 32)
         ours("chain", 128)
         if name == "llama-8b":
-            ours("chain depth 128", 8, blocks_for(8, 128))
-            ours("chain slots 6", 8, Blocks(slots=6))
-            ours("chain no fence", 8, fence=False)
-            ours("chain", 1)
-            ours("chain", 64)
-            report("xla", 8, plain_layer)
             report("xla", 32, plain_layer)
             report("xla", 128, plain_layer)
         del ws
@@ -221,7 +258,7 @@ def matmuls() -> None:
 
 
 if __name__ == "__main__":
-    known = {"smoke": smoke, "correct": correct, "barrier": barrier, "chain": chains, "matmul": matmuls}
+    known = {"smoke": smoke, "tune": tune, "correct": correct, "barrier": barrier, "chain": chains, "matmul": matmuls}
     for each in sys.argv[1:] or known:
         began = time.time()
         try:

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuning
 from pallas_kernels.decode_chain.api import Dense, Following
-from pallas_kernels.matmul.streamed_sm90 import Blocks, Stage, blocks_for, chain, padded, refuse
+from pallas_kernels.matmul.streamed_sm90 import Blocks, Stage, blocks_for, chain, refuse
 
 
 def decode_chain(
@@ -45,9 +44,7 @@ def decode_chain(
     )
     if following is not None:
         stages += (Stage(-3, D, following.qkv.shape[0], scaled_by=2, bias=following.bias is not None),)
-    default = blocks or blocks_for(x.shape[0])
-    refuse(x.shape[0], stages, default)
-    key = f"D{D} F{F} rows {padded(x.shape[0])}"
-    blocks = blocks or tuning.choose("decode_chain/mosaic_sm90", key, default)
+    blocks = blocks or blocks_for(x.shape[0])
+    refuse(x.shape[0], stages, blocks)
     outs = chain([mixed, x], weights, norms, biases, stages, eps=eps, blocks=blocks, interpret=interpret)
     return outs[2][0], outs[3][0] if following is not None else None

@@ -15,6 +15,7 @@ reads it multiplies its products by the rows' scales.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tuning
 
 ROWS = 128  # of a weight tile; gated stages: 64 of gate and the 64 of up that belong to them
 HALF = 64
@@ -61,8 +64,9 @@ class Blocks:
 
     depth: int = 64
     programs: int = 132
-    slots: int = 11  # weight blocks in flight
-    x_slots: int = 8  # activation blocks in flight
+    slots: int = 12  # weight blocks in flight
+    x_slots: int = 12  # activation blocks in flight: they queue behind the weights, so as many
+    burst: int = 2  # weight blocks asked for together, so that memory sees longer rows
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,10 @@ def padded(M: int) -> int:
 
 
 def blocks_for(M: int) -> Blocks:
-    """As much of shared memory as there is for weights in flight."""
-    slots, x_slots = {8: (12, 8), 16: (12, 6), 32: (10, 5), 64: (8, 4), 128: (6, 3)}[padded(M)]
-    return Blocks(slots=slots, x_slots=x_slots)
+    """As much of shared memory as there is for blocks in flight, or what was measured."""
+    rows = padded(M)
+    slots = {8: 12, 16: 11, 32: 10, 64: 8, 128: 5}[rows]
+    return tuning.choose("streamed_sm90", f"rows {rows}", Blocks(slots=slots, x_slots=slots))
 
 
 def refuse(M: int, stages: tuple[Stage, ...], blocks: Blocks) -> None:
@@ -148,8 +153,12 @@ def chain(
     interpret: Any = None,
     fence: bool = True,
     pdl: bool = False,
+    ahead: jax.Array | None = None,
 ) -> list[tuple[jax.Array, ...]]:
-    """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares)."""
+    """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares).
+
+    `ahead` is the weight that will be read next, by another launch: its reads into the L2 cache begin at the end.
+    """
     M = inputs[0].shape[0]
     refuse(M, stages, blocks)
     plan = _Plan(padded(M), stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None)
@@ -159,11 +168,11 @@ def chain(
         mine = [jax.ShapeDtypeStruct((M, stage.outs), jnp.float32 if stage.wide else jnp.bfloat16)]
         if stage.normed:
             mine.append(jax.ShapeDtypeStruct((M, stage.outs), jnp.bfloat16))
-            mine.append(jax.ShapeDtypeStruct((stage.tiles, plan.M), jnp.float32))
+            mine.append(jax.ShapeDtypeStruct((pl.cdiv(2 * stage.tiles, HALF) * HALF, plan.M), jnp.float32))
         places.append(tuple(range(len(outs), len(outs) + len(mine))))
         outs += mine
     outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, plan.M), jnp.float32))  # pieces of shared tiles
-    extras = [each for each in (*norms, *biases) if each is not None]
+    extras = [each for each in (*norms, *biases, ahead) if each is not None]
     n_in, n_w = len(inputs), len(weights)
 
     def kernel(*refs: Any) -> None:
@@ -171,6 +180,7 @@ def chain(
         rest = list(refs[n_in + n_w : n_in + n_w + len(extras)])
         norm_refs = [None if each is None else rest.pop(0) for each in norms]
         bias_refs = [None if each is None else rest.pop(0) for each in biases]
+        ahead_ref = None if ahead is None else rest[0]
         out_refs = refs[n_in + n_w + len(extras) :]
         done = shared = None
         if not plan.interpret:  # get_global: the same for every program; scratch semaphores are each program's own
@@ -194,6 +204,7 @@ def chain(
                 handed=handed,
                 squares=squares,
                 pieces=out_refs[-1],
+                ahead=ahead_ref,
                 done=barriers[5] if plan.interpret else done,
                 shared=shared,
                 w_smem=scratch[0],
@@ -237,6 +248,7 @@ class _Refs:
     handed: Any
     squares: Any
     pieces: Any
+    ahead: Any
     done: Any
     shared: Any
     w_smem: Any
@@ -289,30 +301,55 @@ def _memory(plan: _Plan, r: _Refs) -> None:
 
 def _fetch_weights(plan: _Plan, r: _Refs) -> None:
     program = lax.axis_index("program")
-    slots, depth = plan.blocks.slots, plan.blocks.depth
+    slots = plan.blocks.slots
     before: Any = jnp.int32(0)
     for stage, w in zip(plan.stages, r.weights, strict=True):
         first, last = plan.first(stage, program), plan.first(stage, program + 1)
-        steps = jnp.int32(plan.steps(stage))
-
-        def block(i: jax.Array, stage: Stage = stage, w: Any = w, offset: Any = before - first, steps: Any = steps) -> None:
-            done = offset + i
-            slot = lax.rem(done, jnp.int32(slots))
-            pl.when(done >= slots)(lambda: plgpu.barrier_wait(r.w_free.at[slot]))
-            tile, step = lax.div(i, steps), lax.rem(i, steps)
-            columns = pl.ds(step * depth, depth)
-            for half in range(2):
-                row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
-                rows = pl.ds(row, HALF)
-                plgpu.copy_gmem_to_smem(
-                    w.at[rows, columns], r.w_smem.at[slot, pl.ds(half * HALF, HALF)], r.w_full.at[slot]
-                )
-
-        pl.loop(first, last)(block)
+        fetch = functools.partial(_fetch_burst, plan, r, stage, w, first, last, before - first)
+        pl.loop(0, pl.cdiv(last - first, jnp.int32(plan.blocks.burst)))(fetch)
         before = before + (last - first)
     if plan.pdl:
         plgpu.griddepcontrol_launch_dependents()
+    if r.ahead is not None:
+        _read_ahead(plan, r.ahead)
     _drain(before, r.w_free, slots)
+
+
+def _fetch_burst(
+    plan: _Plan, r: _Refs, stage: Stage, w: Any, first: jax.Array, last: jax.Array, offset: jax.Array, burst: jax.Array
+) -> None:
+    """A few blocks of weights, asked for once there is room for all of them."""
+    slots, depth, steps = jnp.int32(plan.blocks.slots), plan.blocks.depth, jnp.int32(plan.steps(stage))
+    blocks = [first + burst * plan.blocks.burst + number for number in range(plan.blocks.burst)]
+
+    def await_room(i: jax.Array) -> None:
+        plgpu.barrier_wait(r.w_free.at[lax.rem(offset + i, slots)])
+
+    def fetch(i: jax.Array) -> None:
+        slot = lax.rem(offset + i, slots)
+        tile, columns = lax.div(i, steps), pl.ds(lax.rem(i, steps) * depth, depth)
+        for half in range(2):
+            row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
+            target = r.w_smem.at[slot, pl.ds(half * HALF, HALF)]
+            plgpu.copy_gmem_to_smem(w.at[pl.ds(row, HALF), columns], target, r.w_full.at[slot])
+
+    for act, wanted in ((await_room, lambda i: (i < last) & (offset + i >= slots)), (fetch, lambda i: i < last)):
+        for i in blocks:
+            pl.when(wanted(i))(functools.partial(act, i))
+
+
+def _read_ahead(plan: _Plan, w: Any) -> None:
+    """This program's share of a weight into the L2 cache: nobody waits for it."""
+    rows, columns = w.shape
+    wide = math.gcd(columns, 256)  # the copy engine's longest row
+    across = columns // wide
+    total = (rows // HALF) * across
+    program, programs = lax.axis_index("program"), jnp.int32(plan.blocks.programs)
+
+    @pl.loop(lax.div(program * total, programs), lax.div((program + 1) * total, programs))
+    def _(i: jax.Array) -> None:
+        row, column = lax.div(i, jnp.int32(across)) * HALF, lax.rem(i, jnp.int32(across)) * wide
+        plgpu.async_prefetch(w.at[pl.ds(row, HALF), pl.ds(column, wide)])
 
 
 def _fetch_activations(plan: _Plan, r: _Refs) -> None:
@@ -483,7 +520,7 @@ def _finish_rows(
     rows: Any,
 ) -> None:
     """What _finish does, up to shared memory, for some of the rows of x."""
-    stage, total_squares = run.stage, None
+    stage = run.stage
     for other in range(1, plan.pieces(stage)):
         place = jnp.minimum(program + other, plan.blocks.programs - 1)
         piece = plgpu.load(r.pieces.at[place, :, rows], layout=WGMMA, optimized=False)
@@ -507,10 +544,7 @@ def _finish_rows(
             wide = narrow.astype(jnp.float32)
             weighted = (wide * _column(r.norms[run.number].at[here], wide.shape)).astype(jnp.bfloat16)
             r.z_smem.at[half, rows].transpose((1, 0))[...] = weighted
-            squares = (wide * wide).sum(axis=0)
-            total_squares = squares if total_squares is None else total_squares + squares
-    if stage.normed:
-        r.squares[run.number][tile, rows] = total_squares
+            r.squares[run.number][tile * 2 + half, rows] = (wide * wide).sum(axis=0)
 
 
 def _column(ref: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -529,11 +563,14 @@ def _scale(plan: _Plan, r: _Refs, stage: Stage) -> jax.Array:
     """1 / rms of each row, from the sums of squares of the tiles of the stage that made it."""
     assert stage.scaled_by is not None
     _await(plan, r, stage.scaled_by)
-    maker = plan.stages[stage.scaled_by]
-    layout = WGMMA.reduce(0)
-    total = None
-    for tile in range(maker.tiles):
-        part = plgpu.load(r.squares[stage.scaled_by].at[tile], layout=layout, optimized=False)
+    maker, total = plan.stages[stage.scaled_by], None
+    squares = r.squares[stage.scaled_by]
+    for first in range(0, 2 * maker.tiles, HALF):
+        part = plgpu.load(squares.at[pl.ds(first, HALF)], layout=WGMMA, optimized=False)
+        if 2 * maker.tiles - first < HALF:  # the rest is never written
+            row = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=WGMMA)
+            part = jnp.where(row < 2 * maker.tiles - first, part, jnp.zeros_like(part))
+        part = part.sum(axis=0)
         total = part if total is None else total + part
     assert total is not None
     return lax.rsqrt(total * (1.0 / maker.outs) + plan.eps)
