@@ -64,9 +64,9 @@ def layer_weights(seed: int, D: int, O: int, F: int, Q: int) -> tuple[jax.Array,
 
 def stages(D: int, O: int, F: int, Q: int) -> tuple[Any, ...]:
     return (
-        Stage(0, O, D, residual=1, normed=True),
+        Stage(0, O, D, residual=1, normed=0),
         Stage(-1, D, F, gated=True, scaled_by=0),
-        Stage(-2, F, D, residual=-1, normed=True),
+        Stage(-2, F, D, residual=-1, normed=0),
         Stage(-3, D, Q, scaled_by=2),
     )
 
@@ -92,7 +92,7 @@ def plain_layer(a: jax.Array, x: jax.Array, w: tuple[jax.Array, ...]) -> tuple[j
 def chain_layer(a: jax.Array, x: jax.Array, w: tuple[jax.Array, ...], **kw: Any) -> tuple[jax.Array, ...]:
     wo, wg, wd, wq, n1, n2 = w
     st = stages(x.shape[1], wo.shape[1], wd.shape[1], wq.shape[0])
-    o = kernel.chain([a, x], [wo, wg, wd, wq], [n1, None, n2, None], [None] * 4, st, **kw)
+    o = kernel.chain([a, x], [wo, wg, wd, wq], [n1[None], None, n2[None], None], [None] * 4, st, **kw)
     return o[3][0], o[2][0], o[0][0], o[1][0]
 
 

@@ -136,7 +136,7 @@ def decode_chain_cases() -> Iterator[Case]:
         (8, 1024, 2048, 3072, 4096, 0),
         (128, 1024, 2048, 3072, 4096, 256),  # at the ends of stages
     ):
-        shapes = (T, D), (T, O), (D, O), (D,), (2 * F, D), (D, F), (D,), (Q, D)
+        shapes = (T, D), (T, O), (D, O), (2, D), (2 * F, D), (D, F), (2, D), (Q, D)
         arrays = tuple(_array(shape, jnp.bfloat16) for shape in shapes)
         yield Case("mosaic_sm90", f"D{D} rows {T}", layer, arrays, allowance)
         if T == 1:

@@ -27,20 +27,20 @@ def decode_chain(
 ) -> tuple[jax.Array, jax.Array | None]:
     """x after the layer, and the next layer's qkv."""
     weights = [layer.o, layer.gate_up, layer.down]
-    norms: list[jax.Array | None] = [layer.norm, None, None]
+    norms: list[jax.Array | None] = [layer.norms, None, None]
     biases = [layer.o_bias, None, None]
     if following is not None:
         weights.append(following.qkv)
-        norms[2:] = [following.norm, None]
+        norms[2:] = [following.norms, None]
         biases.append(following.bias)
     for array in (x, mixed, *weights, *norms, *biases):
         if array is not None and array.dtype != jnp.bfloat16:
             raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
     D, F = layer.down.shape
     stages = (
-        Stage(0, mixed.shape[1], D, residual=1, normed=True, bias=layer.o_bias is not None),
+        Stage(0, mixed.shape[1], D, residual=1, normed=1, bias=layer.o_bias is not None),
         Stage(-1, D, F, gated=True, scaled_by=0),
-        Stage(-2, F, D, residual=-1, normed=following is not None),
+        Stage(-2, F, D, residual=-1, normed=None if following is None else 0),
     )
     if following is not None:
         stages += (Stage(-3, D, following.qkv.shape[0], scaled_by=2, bias=following.bias is not None),)

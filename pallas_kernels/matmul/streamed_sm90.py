@@ -44,7 +44,7 @@ class Stage:
     gated: bool = False  # W has 2 * outs rows, gate then up
     scaled_by: int | None = None  # the stage whose sums of squares scale the rows
     residual: int | None = None  # external input (>= 0) or -1 - s: stage s's sum
-    normed: bool = False  # also write (sum * norm weight), handed on instead, and sums of squares
+    normed: int | None = None  # row of its norm weights: also write (sum * norm weight), handed on, and sums of squares
     bias: bool = False
     wide: bool = False  # f32 out
 
@@ -144,7 +144,7 @@ def _async_proxy_fence() -> None:
 def chain(
     inputs: Sequence[jax.Array],  # external activations, [M, *]
     weights: Sequence[jax.Array],  # a stage's [out, in]
-    norms: Sequence[jax.Array | None],  # a stage's norm weight [outs] when normed
+    norms: Sequence[jax.Array | None],  # a stage's norm weights [n, outs] when normed: whole, since XLA keeps kernels of sliced operands out of CUDA graphs
     biases: Sequence[jax.Array | None],
     stages: tuple[Stage, ...],
     *,
@@ -166,7 +166,7 @@ def chain(
     places: list[tuple[int, ...]] = []
     for stage in stages:
         mine = [jax.ShapeDtypeStruct((M, stage.outs), jnp.float32 if stage.wide else jnp.bfloat16)]
-        if stage.normed:
+        if stage.normed is not None:
             mine.append(jax.ShapeDtypeStruct((M, stage.outs), jnp.bfloat16))
             mine.append(jax.ShapeDtypeStruct((pl.cdiv(2 * stage.tiles, HALF) * HALF, plan.M), jnp.float32))
         places.append(tuple(range(len(outs), len(outs) + len(mine))))
@@ -498,7 +498,7 @@ def _finish(
     for half in range(1 if stage.gated else 2):
         here = pl.ds(tile * stage.width + half * HALF, HALF)
         plgpu.copy_smem_to_gmem(r.y_smem.at[half], r.sums[run.number].at[pl.ds(0, plan.M), here])
-        if stage.normed:
+        if stage.normed is not None:
             plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[run.number].at[pl.ds(0, plan.M), here])
     plgpu.wait_smem_to_gmem(0)
     if plan.fence:
@@ -540,9 +540,9 @@ def _finish_rows(
             part = part + plgpu.load(turned, layout=WGMMA, optimized=False).astype(jnp.float32)
         narrow = part.astype(jnp.bfloat16)
         turned[...] = narrow
-        if stage.normed:
+        if stage.normed is not None:
             wide = narrow.astype(jnp.float32)
-            weighted = (wide * _column(r.norms[run.number].at[here], wide.shape)).astype(jnp.bfloat16)
+            weighted = (wide * _column(r.norms[run.number].at[stage.normed, here], wide.shape)).astype(jnp.bfloat16)
             r.z_smem.at[half, rows].transpose((1, 0))[...] = weighted
             r.squares[run.number][tile * 2 + half, rows] = (wide * wide).sum(axis=0)
 

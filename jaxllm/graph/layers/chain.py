@@ -39,7 +39,7 @@ def _dense(layer: Layer) -> Dense | None:
         return None
     o, gate_up, down = weights
     bias = None if attention.o_bias is None else attention.o_bias[...]
-    return Dense(o, layer.norms[...][1], gate_up, down, bias)
+    return Dense(o, layer.norms[...], gate_up, down, bias)
 
 
 def _following(layer: Layer) -> Following | None:
@@ -48,4 +48,4 @@ def _following(layer: Layer) -> Following | None:
     if not isinstance(qkv, jax.Array):
         return None
     bias = None if attention.qkv_bias is None else attention.qkv_bias[...]
-    return Following(layer.norms[...][0], qkv, bias)
+    return Following(layer.norms[...], qkv, bias)
