@@ -63,7 +63,9 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
-    reference_attention: bool = False  # pin the jnp attention and single products: to tell a kernel's fault from the model's
+    reference_attention: bool = (
+        False  # pin the jnp attention and single products: to tell a kernel's fault from the model's
+    )
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""

@@ -55,7 +55,7 @@ def decode_chain(
     """x' = x + o(mixed); x'' = x' + down(silu(gate) * up) of norm(x'); qkv(norm(x'')) -> (x''[T, D], qkv[T, Q])."""
     T, D = x.shape
     F = layer.down.shape[1]
-    shapes = {
+    shapes: dict[str, tuple[jax.Array, tuple[int, ...]]] = {
         "mixed": (mixed, (T, mixed.shape[-1])),
         "o": (layer.o, (D, mixed.shape[-1])),
         "norms": (layer.norms, (2, D)),

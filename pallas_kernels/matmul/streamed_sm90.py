@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +92,8 @@ class _Plan:
     def pieces(self, stage: Stage) -> int:
         """The most programs that share a tile."""
         P, steps, total = self.blocks.programs, self.steps(stage), self.total(stage)
-        owner = [p for p in range(stage.tiles)]
         most = 1
-        for tile in owner:
+        for tile in range(stage.tiles):
             begin, end = tile * steps, (tile + 1) * steps - 1
             most = max(most, ((end + 1) * P - 1) // total - ((begin + 1) * P - 1) // total + 1)
         return most
@@ -133,18 +132,19 @@ def _async_proxy_fence() -> None:
 
     @plgpu.inline_mgpu()
     def fence(_: Any) -> None:
-        from jax._src.lib.mlir.dialects import llvm  # noqa: PLC0415
-        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+        from jax._src.lib.mlir.dialects import llvm
 
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.proxy.async.global;", "", has_side_effects=True)
 
-    fence()
+    run: Any = fence  # its one argument is the compiler's
+    run()
 
 
 def chain(
     inputs: Sequence[jax.Array],  # external activations, [M, *]
     weights: Sequence[jax.Array],  # a stage's [out, in]
-    norms: Sequence[jax.Array | None],  # a stage's norm weights [n, outs] when normed: whole, since XLA keeps kernels of sliced operands out of CUDA graphs
+    norms: Sequence[jax.Array | None],  # a normed stage's weights [n, outs]; whole, for the sake of CUDA graphs
     biases: Sequence[jax.Array | None],
     stages: tuple[Stage, ...],
     *,
@@ -161,7 +161,9 @@ def chain(
     """
     M = inputs[0].shape[0]
     refuse(M, stages, blocks)
-    plan = _Plan(padded(M), stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None)
+    plan = _Plan(
+        padded(M), stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None
+    )
     outs: list[Any] = []
     places: list[tuple[int, ...]] = []
     for stage in stages:
@@ -480,9 +482,7 @@ def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax
     return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((ROWS, plan.M), jnp.float32))
 
 
-def _finish(
-    plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array, acc: jax.Array, flag: Any
-) -> None:
+def _finish(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array, acc: jax.Array, flag: Any) -> None:
     """Add the other pieces of a tile, do what follows, hand the result on."""
     stage = run.stage
     P, steps, total = plan.blocks.programs, plan.steps(stage), plan.total(stage)

@@ -1,7 +1,8 @@
 """What lies between two attentions as one op, where the layers are plain: dense, and their weights plain arrays.
 
-In and out as `decoder.plainly`, with the op itself bound first. The op chooses a kernel by platform and shape; on machines without one it is the same
-arithmetic as `plainly`. Layers of other kinds, and weights of leaf types with their own matmul, go plainly.
+In and out as `decoder.plainly`, with the op itself bound first. The op chooses a kernel by platform and shape; on
+machines without one it is the same arithmetic as `plainly`. Layers of other kinds, and weights of leaf types with
+their own matmul, go plainly.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import jax
 from jaxllm.graph.layers.mlp import MLP
 from jaxllm.graph.models.decoder import Layer, plainly
 from pallas_kernels.decode_chain.api import Dense, Following
-
 
 # decode_chain, or a jitted form of it
 Chain = Callable[..., tuple[jax.Array, jax.Array | None]]

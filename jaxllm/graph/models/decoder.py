@@ -1,9 +1,9 @@
 """The decoder-only transformer all families share, as a Flax description and as pure functions of a pytree.
 
 In: token ids, positions, `attend`, a callback that does the attention of one layer, and `onward`, one that does all
-that lies between two attentions. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come
-from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
-arrays into `graphdef` inside its trace.
+that lies between two attentions. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of
+pages, batches, ranks or sampling, nor where weights come from: `abstract(config)` gives their shapes, `axes(config)`
+their logical axes, and a step merges a plain pytree of arrays into `graphdef` inside its trace.
 
     graphdef, shapes = abstract(config, dtype)
     model = merge(graphdef, params)                  # in the trace
@@ -51,7 +51,7 @@ class Layer(nnx.Module):
         return x + self.mlp(rms_norm(x, self.norms[...][1], self.norm_eps))
 
 
-# onward(layer, the next layer or None, x[..., D], attention's output[..., NH]) -> the next x, and its qkv if there is one
+# onward(layer, the next layer or None, x[..., D], attention's output[..., NH]) -> the next x, and the next qkv or None
 Onward = Callable[[Layer, Layer | None, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
@@ -88,8 +88,9 @@ class Decoder(nnx.Module):
         x = self.embed[...].at[token_ids].get(mode="clip")
         turned = rotations(positions, self.config.rope, self.config.head_dim)
         layers = list(self.layers)
-        qkv = layers[0].enter(x)
+        qkv: jax.Array | None = layers[0].enter(x)
         for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+            assert qkv is not None
             x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
