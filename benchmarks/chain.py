@@ -9,6 +9,7 @@ of three.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -26,7 +27,7 @@ from pallas_kernels.matmul import streamed_sm90 as kernel
 
 Stage, Blocks = kernel.Stage, kernel.Blocks
 BF, F32 = jnp.bfloat16, jnp.float32
-SHAPES = {"llama-8b": (4, 4096, 4096, 14336, 6144), "qwen3-0.6b": (4, 1024, 2048, 3072, 4096)}  # L, D, NH, F, Q
+SHAPES = {"llama-8b": (8, 4096, 4096, 14336, 6144), "qwen3-0.6b": (8, 1024, 2048, 3072, 4096)}  # L, D, NH, F, Q
 
 
 def say(**row: Any) -> None:
@@ -154,21 +155,21 @@ def tune() -> None:
         same_bits = {blocks: s for blocks, s in times.items() if blocks.depth == Blocks().depth}
         if same_bits:
             won = min(same_bits, key=lambda blocks: same_bits[blocks])
-            found[f"rows {M}"] = {"slots": won.slots, "x_slots": won.x_slots, "burst": won.burst}
+            found[f"rows {M}"] = {"slots": won.slots, "x_slots": won.x_slots, "reach": won.reach}
     device = tuning.device_name()
     if device and found:
         path = tuning.save({"streamed_sm90": found}, device, "python -m benchmarks.chain tune")
         say(what="tuned", file=path.name, **found)
 
 
-def _choice(slots: int, x_slots: int, burst: int, depth: int = 64) -> dict[str, int]:
-    return {"slots": slots, "x_slots": x_slots, "burst": burst, "depth": depth}
+def _choice(slots: int, x_slots: int, reach: int = 0, depth: int = 64) -> dict[str, int]:
+    return {"slots": slots, "x_slots": x_slots, "reach": reach, "depth": depth}
 
 
 TUNED = {
-    8: [_choice(12, 8, 1), _choice(12, 12, 1), _choice(12, 12, 2), _choice(12, 12, 4), _choice(6, 6, 1, 128)],
-    32: [_choice(10, 5, 1), _choice(10, 10, 1), _choice(9, 12, 1), _choice(10, 10, 2)],
-    128: [_choice(6, 3, 1), _choice(5, 5, 1), _choice(5, 4, 2)],
+    8: [_choice(12, 12), _choice(12, 12, 16), _choice(12, 12, 32)],
+    32: [_choice(10, 10), _choice(10, 10, 16)],
+    128: [_choice(5, 5), _choice(5, 5, 16)],
 }
 
 
@@ -219,10 +220,12 @@ def report(what: str, shape: str, M: int, ws: Any, layer: Callable[..., Any]) ->
 def chains() -> None:
     for shape, (L, *dims) in SHAPES.items():
         ws = [layer_weights(i, *dims) for i in range(L)]
+        for M, reaches in ((8, (0, 8, 16, 32)), (32, (0, 16)), (128, (0,))):
+            for reach in reaches:
+                blocks = dataclasses.replace(blocks_for(M), reach=reach)
+                report(f"chain reach {reach}", shape, M, ws, functools.partial(chain_layer, blocks=blocks))
         for M in (8, 32, 128):
-            report("chain", shape, M, ws, functools.partial(chain_layer, blocks=blocks_for(M)))
             report("xla", shape, M, ws, plain_layer)
-        report("chain pdl", shape, 8, ws, functools.partial(chain_layer, blocks=blocks_for(8), pdl=True))
         del ws
 
 

@@ -15,7 +15,6 @@ reads it multiplies its products by the rows' scales.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +65,7 @@ class Blocks:
     programs: int = 132
     slots: int = 12  # weight blocks in flight
     x_slots: int = 12  # activation blocks in flight: they queue behind the weights, so as many
-    burst: int = 2  # weight blocks asked for together, so that memory sees longer rows
+    reach: int = 0  # weight blocks further on that are read into the L2 cache
 
 
 @dataclass(frozen=True)
@@ -302,56 +301,62 @@ def _memory(plan: _Plan, r: _Refs) -> None:
 
 
 def _fetch_weights(plan: _Plan, r: _Refs) -> None:
-    program = lax.axis_index("program")
-    slots = plan.blocks.slots
+    """Blocks into shared memory as there is room, and the ones `reach` further on into the L2 cache."""
+    slots, reach = jnp.int32(plan.blocks.slots), plan.blocks.reach
+    shares = [_share(plan, stage, w) for stage, w in zip(plan.stages, r.weights, strict=True)]
+    after = None if r.ahead is None else _share(plan, Stage(0, r.ahead.shape[1], r.ahead.shape[0]), r.ahead)
     before: Any = jnp.int32(0)
-    for stage, w in zip(plan.stages, r.weights, strict=True):
-        first, last = plan.first(stage, program), plan.first(stage, program + 1)
-        fetch = functools.partial(_fetch_burst, plan, r, stage, w, first, last, before - first)
-        pl.loop(0, pl.cdiv(last - first, jnp.int32(plan.blocks.burst)))(fetch)
-        before = before + (last - first)
+    for share, following in zip(shares, [*shares[1:], after], strict=True):
+
+        def block(
+            i: jax.Array, share: _Share = share, following: _Share | None = following, before: Any = before
+        ) -> None:
+            done = before + (i - share.first)
+            slot = lax.rem(done, slots)
+            pl.when(done >= slots)(lambda: plgpu.barrier_wait(r.w_free.at[slot]))
+            for half in range(2):
+                target = r.w_smem.at[slot, pl.ds(half * HALF, HALF)]
+                plgpu.copy_gmem_to_smem(_half_block(plan, share, i, half), target, r.w_full.at[slot])
+            if not reach:
+                return
+            pl.when(i + reach < share.last)(lambda: _prefetch(plan, share, i + reach))
+            if following is not None:
+                further = following.first + (i + reach - share.last)
+                wanted = (i + reach >= share.last) & (further < following.last)
+                pl.when(wanted)(lambda: _prefetch(plan, following, further))
+
+        pl.loop(share.first, share.last)(block)
+        before = before + (share.last - share.first)
     if plan.pdl:
         plgpu.griddepcontrol_launch_dependents()
-    if r.ahead is not None:
-        _read_ahead(plan, r.ahead)
-    _drain(before, r.w_free, slots)
+    _drain(before, r.w_free, plan.blocks.slots)
 
 
-def _fetch_burst(
-    plan: _Plan, r: _Refs, stage: Stage, w: Any, first: jax.Array, last: jax.Array, offset: jax.Array, burst: jax.Array
-) -> None:
-    """A few blocks of weights, asked for once there is room for all of them."""
-    slots, depth, steps = jnp.int32(plan.blocks.slots), plan.blocks.depth, jnp.int32(plan.steps(stage))
-    blocks = [first + burst * plan.blocks.burst + number for number in range(plan.blocks.burst)]
+@dataclass(frozen=True)
+class _Share:
+    """The blocks of a stage that are this program's."""
 
-    def await_room(i: jax.Array) -> None:
-        plgpu.barrier_wait(r.w_free.at[lax.rem(offset + i, slots)])
-
-    def fetch(i: jax.Array) -> None:
-        slot = lax.rem(offset + i, slots)
-        tile, columns = lax.div(i, steps), pl.ds(lax.rem(i, steps) * depth, depth)
-        for half in range(2):
-            row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
-            target = r.w_smem.at[slot, pl.ds(half * HALF, HALF)]
-            plgpu.copy_gmem_to_smem(w.at[pl.ds(row, HALF), columns], target, r.w_full.at[slot])
-
-    for act, wanted in ((await_room, lambda i: (i < last) & (offset + i >= slots)), (fetch, lambda i: i < last)):
-        for i in blocks:
-            pl.when(wanted(i))(functools.partial(act, i))
+    stage: Stage
+    w: Any
+    first: jax.Array
+    last: jax.Array
 
 
-def _read_ahead(plan: _Plan, w: Any) -> None:
-    """This program's share of a weight into the L2 cache: nobody waits for it."""
-    rows, columns = w.shape
-    wide = math.gcd(columns, 256)  # the copy engine's longest row
-    across = columns // wide
-    total = (rows // HALF) * across
-    program, programs = lax.axis_index("program"), jnp.int32(plan.blocks.programs)
+def _share(plan: _Plan, stage: Stage, w: Any) -> _Share:
+    program = lax.axis_index("program")
+    return _Share(stage, w, plan.first(stage, program), plan.first(stage, program + 1))
 
-    @pl.loop(lax.div(program * total, programs), lax.div((program + 1) * total, programs))
-    def _(i: jax.Array) -> None:
-        row, column = lax.div(i, jnp.int32(across)) * HALF, lax.rem(i, jnp.int32(across)) * wide
-        plgpu.async_prefetch(w.at[pl.ds(row, HALF), pl.ds(column, wide)])
+
+def _half_block(plan: _Plan, share: _Share, i: jax.Array, half: int) -> Any:
+    stage, steps, depth = share.stage, jnp.int32(plan.steps(share.stage)), plan.blocks.depth
+    tile, columns = lax.div(i, steps), pl.ds(lax.rem(i, steps) * depth, depth)
+    row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
+    return share.w.at[pl.ds(row, HALF), columns]
+
+
+def _prefetch(plan: _Plan, share: _Share, i: jax.Array) -> None:
+    for half in range(2):
+        plgpu.async_prefetch(_half_block(plan, share, i, half))
 
 
 def _fetch_activations(plan: _Plan, r: _Refs) -> None:
