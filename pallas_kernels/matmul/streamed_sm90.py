@@ -69,7 +69,9 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """How a chain is cut up: what every warp of every program works out for itself."""
+
     M: int
     stages: tuple[Stage, ...]
     blocks: Blocks
@@ -88,14 +90,15 @@ class _Plan:
     def first(self, stage: Stage, program: jax.Array) -> jax.Array:
         return lax.div(program * self.total(stage), jnp.int32(self.blocks.programs))
 
+    def final(self, stage: Stage, tile: Any) -> Any:
+        """The program that has a tile's last block."""
+        return ((tile + 1) * (self.steps(stage) * self.blocks.programs) - 1) // self.total(stage)
+
     def pieces(self, stage: Stage) -> int:
         """The most programs that share a tile."""
         P, steps, total = self.blocks.programs, self.steps(stage), self.total(stage)
-        most = 1
-        for tile in range(stage.tiles):
-            begin, end = tile * steps, (tile + 1) * steps - 1
-            most = max(most, ((end + 1) * P - 1) // total - ((begin + 1) * P - 1) // total + 1)
-        return most
+        begins = [((tile * steps + 1) * P - 1) // total for tile in range(stage.tiles)]
+        return max(self.final(stage, tile) - begin + 1 for tile, begin in enumerate(begins))
 
 
 def padded(M: int) -> int:
@@ -160,7 +163,7 @@ def chain(
     """
     M = inputs[0].shape[0]
     refuse(M, stages, blocks)
-    plan = _Plan(
+    plan = Plan(
         padded(M), stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None
     )
     outs: list[Any] = []
@@ -263,7 +266,7 @@ class _Refs:
     y_full: Any
 
 
-def _scratch(plan: _Plan) -> tuple[Any, ...]:
+def _scratch(plan: Plan) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform
     swizzle: Any = plgpu.SwizzleTransform
     transforms = (tiling((8, 64)), swizzle(128))
@@ -280,7 +283,7 @@ def _scratch(plan: _Plan) -> tuple[Any, ...]:
     )
 
 
-def _barriers(plan: _Plan) -> tuple[Any, ...]:
+def _barriers(plan: Plan) -> tuple[Any, ...]:
     def barrier(count: int, arrivals: int = 1) -> Any:
         return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
 
@@ -293,14 +296,14 @@ def _barriers(plan: _Plan) -> tuple[Any, ...]:
 # The memory warpgroup.
 
 
-def _memory(plan: _Plan, r: _Refs) -> None:
+def _memory(plan: Plan, r: _Refs) -> None:
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
         pl.when(warp == 0)(lambda: _fetch_weights(plan, r))
         pl.when(warp == 1)(lambda: _fetch_activations(plan, r))
 
 
-def _fetch_weights(plan: _Plan, r: _Refs) -> None:
+def _fetch_weights(plan: Plan, r: _Refs) -> None:
     """Blocks into shared memory as there is room, and the ones `reach` further on into the L2 cache."""
     slots, reach = jnp.int32(plan.blocks.slots), plan.blocks.reach
     shares = [_share(plan, stage, w) for stage, w in zip(plan.stages, r.weights, strict=True)]
@@ -342,24 +345,24 @@ class _Share:
     last: jax.Array
 
 
-def _share(plan: _Plan, stage: Stage, w: Any) -> _Share:
+def _share(plan: Plan, stage: Stage, w: Any) -> _Share:
     program = lax.axis_index("program")
     return _Share(stage, w, plan.first(stage, program), plan.first(stage, program + 1))
 
 
-def _half_block(plan: _Plan, share: _Share, i: jax.Array, half: int) -> Any:
+def _half_block(plan: Plan, share: _Share, i: jax.Array, half: int) -> Any:
     stage, steps, depth = share.stage, jnp.int32(plan.steps(share.stage)), plan.blocks.depth
     tile, columns = lax.div(i, steps), pl.ds(lax.rem(i, steps) * depth, depth)
     row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
     return share.w.at[pl.ds(row, HALF), columns]
 
 
-def _prefetch(plan: _Plan, share: _Share, i: jax.Array) -> None:
+def _prefetch(plan: Plan, share: _Share, i: jax.Array) -> None:
     for half in range(2):
         plgpu.async_prefetch(_half_block(plan, share, i, half))
 
 
-def _fetch_activations(plan: _Plan, r: _Refs) -> None:
+def _fetch_activations(plan: Plan, r: _Refs) -> None:
     program = lax.axis_index("program")
     slots, depth = plan.blocks.x_slots, plan.blocks.depth
     if plan.pdl:
@@ -413,7 +416,7 @@ class _Run:
     scale: jax.Array | None  # f32[M]
 
 
-def _compute(plan: _Plan, r: _Refs) -> None:
+def _compute(plan: Plan, r: _Refs) -> None:
     if plan.pdl:
         plgpu.griddepcontrol_wait()
     program = lax.axis_index("program")
@@ -429,7 +432,7 @@ def _compute(plan: _Plan, r: _Refs) -> None:
         tiles_before += stage.tiles
 
 
-def _segment(plan: _Plan, r: _Refs, run: _Run, program: jax.Array, tile: jax.Array) -> None:
+def _segment(plan: Plan, r: _Refs, run: _Run, program: jax.Array, tile: jax.Array) -> None:
     """This program's part of a tile: the whole, the first piece (which it completes) or a later one (handed over)."""
     steps = plan.steps(run.stage)
     begin = jnp.maximum(tile * steps, run.first)
@@ -449,7 +452,7 @@ def _segment(plan: _Plan, r: _Refs, run: _Run, program: jax.Array, tile: jax.Arr
     pl.when(mine)(lambda: _finish(plan, r, run, tile, program, acc, flag))
 
 
-def _fetch_residual(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
+def _fetch_residual(plan: Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
     source = r.residuals[run.number]
     assert run.stage.residual is not None
     if run.stage.residual < 0:
@@ -461,7 +464,7 @@ def _fetch_residual(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
         plgpu.copy_gmem_to_smem(source.at[pl.ds(0, plan.M), part], r.y_smem.at[half], r.y_full.at[0])
 
 
-def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax.Array:
+def _accumulate(plan: Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax.Array:
     """The product of `count` blocks that come `done` blocks after this program's first one: f32[128, M]."""
     b = plan.blocks
 
@@ -487,11 +490,12 @@ def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax
     return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((ROWS, plan.M), jnp.float32))
 
 
-def _finish(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array, acc: jax.Array, flag: Any) -> None:
+def _finish(plan: Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array, acc: jax.Array, flag: Any) -> None:
     """Add the other pieces of a tile, do what follows, hand the result on."""
     stage = run.stage
-    P, steps, total = plan.blocks.programs, plan.steps(stage), plan.total(stage)
-    others = lax.div((tile + 1) * (steps * P) - 1, jnp.int32(total)) - program
+    others = (
+        lax.div((tile + 1) * (plan.steps(stage) * plan.blocks.programs) - 1, jnp.int32(plan.total(stage))) - program
+    )
     if plan.pieces(stage) > 1:
         plgpu.semaphore_wait(flag, others, decrement=False, memory_scope="gpu")
     if stage.residual is not None:
@@ -515,7 +519,7 @@ def _finish(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Arra
 
 
 def _finish_rows(
-    plan: _Plan,
+    plan: Plan,
     r: _Refs,
     run: _Run,
     tile: jax.Array,
@@ -558,13 +562,13 @@ def _column(ref: Any, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(values, shape, [0])
 
 
-def _await(plan: _Plan, r: _Refs, number: int) -> None:
+def _await(plan: Plan, r: _Refs, number: int) -> None:
     if plan.interpret:  # the same thread made it
         return
     plgpu.semaphore_wait(r.done.at[number], plan.stages[number].tiles, decrement=False, memory_scope="gpu")
 
 
-def _scale(plan: _Plan, r: _Refs, stage: Stage) -> jax.Array:
+def _scale(plan: Plan, r: _Refs, stage: Stage) -> jax.Array:
     """1 / rms of each row, from the sums of squares of the tiles of the stage that made it."""
     assert stage.scaled_by is not None
     _await(plan, r, stage.scaled_by)
