@@ -37,6 +37,7 @@ PLATFORM_DEFAULTS = {
     "gpu": {"page_size": 64, "max_num_seqs": 256, "token_budget": 8192, "growth": 2, "dtype": "bfloat16"},
 }
 SMALLEST_TOKEN_BUCKET = 32
+DETERMINISTIC_BUDGET = 256  # tokens of every step: few enough that weights, not products, take the time
 
 Check = Callable[[str, Any], Any]
 
@@ -142,6 +143,7 @@ class CacheConfig:
     num_pages: int | None = _knob(None, _integer(1, 2**31 - 1, optional=True), "num_gpu_blocks_override")  # None: fit
     memory_fraction: float = _knob(0.9, _fraction, "gpu_memory_utilization")  # of the device, weights included
     prefix_cache: bool = _knob(True, _flag, "enable_prefix_caching")
+    prefix_index: str = _knob("hashed", _choice("hashed", "radix"))  # how cached pages are found again
     cpu_cache_bytes: int = _knob(512 * 2**20, _integer(2**10, 2**50))  # when the device is a CPU
 
     def __post_init__(self) -> None:
@@ -155,7 +157,10 @@ class SchedulerConfig:
     max_num_seqs: int = _knob(AUTO, _integer(1, 4096, auto=True))
     token_budget: int = _knob(AUTO, _integer(1, 2**20, auto=True), "max_num_batched_tokens")
     max_prefill_chunk: int | None = _knob(None, _integer(1, 2**20, optional=True), "long_prefill_token_threshold")
-    policy: str = _knob("fcfs", _choice("fcfs", "priority"), "scheduling_policy")
+    policy: str = _knob("fcfs", _choice("fcfs", "priority", "longest_prefix"), "scheduling_policy")
+    overlap: bool = _knob(True, _flag, "async_scheduling")  # launch the next step before the last one is read
+    # One executable computes every step, so that a token's bits depend on nothing but the tokens before it.
+    deterministic: bool = _knob(False, _flag)
 
     def __post_init__(self) -> None:
         _check_fields(self, "scheduler.")
@@ -347,8 +352,14 @@ def resolve(config: EngineConfig, model_context_length: int, platform: str) -> E
             "so that every running sequence can decode in one step"
         )
     seqs = seqs or min(defaults["max_num_seqs"], budget or defaults["max_num_seqs"])
-    budget = budget or max(defaults["token_budget"], seqs)
+    one_shape = config.scheduler.deterministic
+    budget = budget or max(DETERMINISTIC_BUDGET if one_shape else defaults["token_budget"], seqs)
     growth = defaults["growth"]
+    decode, tokens = config.compile.decode_buckets, config.compile.token_buckets
+    if one_shape:
+        if (decode or (seqs,)) != (seqs,) or (tokens or (budget,)) != (budget,):
+            raise ConfigError("scheduler.deterministic = true: leave compile.decode_buckets and token_buckets to it")
+        decode, tokens = (seqs,), (budget,)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -360,10 +371,8 @@ def resolve(config: EngineConfig, model_context_length: int, platform: str) -> E
         scheduler=dataclasses.replace(config.scheduler, max_num_seqs=seqs, token_budget=budget),
         compile=dataclasses.replace(
             config.compile,
-            decode_buckets=_buckets("decode_buckets", config.compile.decode_buckets, seqs, 1, growth),
-            token_buckets=_buckets(
-                "token_buckets", config.compile.token_buckets, budget, SMALLEST_TOKEN_BUCKET, growth
-            ),
+            decode_buckets=_buckets("decode_buckets", decode, seqs, 1, growth),
+            token_buckets=_buckets("token_buckets", tokens, budget, SMALLEST_TOKEN_BUCKET, growth),
         ),
     )
 

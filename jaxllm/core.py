@@ -237,13 +237,16 @@ class Sequence:
     """One token stream. `tokens` is the truth; pages hold the keys and values of the first `num_computed`.
 
     The scheduler moves `num_computed` toward `len(tokens)`; when they meet, one more token is sampled. That one
-    rule is prefill, chunked prefill, decode, recompute after preemption and verification alike.
+    rule is prefill, chunked prefill, decode, recompute after preemption and verification alike. Steps on their way to
+    the device and back count ahead of it: `num_scheduled` tokens will be computed, `num_pending` more will be known.
     """
 
     request: Request
     index: int = 0  # which of the request's n
     tokens: list[int] = field(default_factory=list)  # prompt, then everything generated
     num_computed: int = 0
+    num_scheduled: int = 0  # tokens computed once every step in flight has come back
+    num_pending: int = 0  # tokens that steps in flight sample: on the device already, unknown here
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     pages: list[int] = field(default_factory=list)
     row: int | None = None  # place in the runner's per-row state while admitted
@@ -280,12 +283,16 @@ class Sequence:
 
 
 class ScheduledRow(NamedTuple):
-    """One sequence's share of a step: compute tokens [start, start + count); sample if that reaches the end."""
+    """One sequence's share of a step: compute tokens [start, start + count); sample if that reaches the end.
+
+    A token at or beyond len(sequence.tokens) was sampled by the step before: the device knows it, the host does not.
+    """
 
     sequence: Sequence
     start: int
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple.count, which nobody wants of a row
     sample: bool
+    turn: int = 0  # the sequence's num_preempted when this was decided: a later one voids what the row computed
 
 
 @dataclass(frozen=True)

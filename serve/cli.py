@@ -20,6 +20,7 @@ import typer
 from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
+from serve.commands.bench import add_commands as add_bench_commands
 from serve.commands.serve import command as serve_command
 
 if TYPE_CHECKING:
@@ -194,6 +195,21 @@ def demo(model: Model = None, config: Config = None, settings: Settings = None) 
 
 
 @app.command()
+def build(
+    out: Annotated[Path, typer.Argument(help="Folder to fill; ship it with the model.")],
+    model: Model = None,
+    config: Config = None,
+    settings: Settings = None,
+) -> None:
+    """Compile every executable a model needs into a folder: a start with --set cache_dir=FOLDER finds them there."""
+    given = _settings(settings) | {"cache_dir": str(out)}
+    chosen = load(config, model=model, **given)
+    from jaxllm.engine.startup import build as compile_into
+
+    typer.echo(f"{compile_into(chosen)}\nuse it with: --set cache_dir={out}")
+
+
+@app.command()
 def env(
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -206,6 +222,7 @@ def env(
 
 
 app.command("serve")(serve_command)
+add_bench_commands(app, lambda model, config, settings: open_llm(model, config, settings))
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

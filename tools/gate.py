@@ -39,7 +39,16 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
 REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
-OURS = ("paged_", "decode_chain")  # how the names of our kernels begin
+OURS = (  # how the names of our kernels begin
+    "paged_",
+    "decode_chain",
+    "grouped_",
+    "route",
+    "quant_",
+    "sampl",
+    "flash_",
+    "all_reduce",
+)
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 
@@ -143,10 +152,37 @@ def decode_chain_cases() -> Iterator[Case]:
             yield Case("mosaic_sm90", f"D{D} rows {T} last", last, arrays[:6], allowance)
 
 
+def grouped_matmul_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import mosaic_sm90
+
+    D, F, E = 2048, 768, 128
+    for N, tiles in ((8, 8), (32, 112), (16, 200), (64, 300), (128, 640)):
+        for gated in (True, False):
+            K, rows = (D, 2 * F) if gated else (F, D)
+            product = functools.partial(mosaic_sm90.tiles_matmul, gated=gated)
+            x = _array((1 if gated and N in (8, 32) else tiles, N, K), jnp.bfloat16)
+            arrays = x, _array((E, rows, K), jnp.bfloat16), _i32(tiles), _i32(1)
+            yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N}", product, arrays)
+
+
+def route_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import router
+
+    for T, E, k in ((1, 128, 8), (64, 60, 4), (32, 8, 2)):
+        route = functools.partial(router.route, k=k, norm_topk=True)
+        yield Case("triton", f"{T} tokens, {k} of {E}", route, (_array((T, E), jnp.float32),))
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
     "decode_chain": decode_chain_cases,
+    "grouped_matmul": grouped_matmul_cases,
+    "grouped_matmul.route": route_cases,
 }
 
 

@@ -1,4 +1,7 @@
-"""The engine: requests go in, tokens come out. schedule -> run -> commit is all it does.
+"""The engine: requests go in, tokens come out. schedule -> launch -> collect -> commit is all it does.
+
+It runs one step ahead: while a step is on the device, the next one is scheduled and launched behind it, and only then
+is the first one's result read. So the host's work costs the device nothing, and news come one step late.
 
 Composes a scheduler (decides), a runner (computes) and a tokenizer (checks and encodes requests). One thread owns it.
 Knows nothing of text assembly, streams, HTTP or meshes.
@@ -7,10 +10,11 @@ Knows nothing of text assembly, streams, HTTP or meshes.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +38,23 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 
 
+class StepOnDevice(Protocol):
+    """A step that was launched."""
+
+    waits: bool  # for `choose`: a token mask follows from the step before
+
+    @property
+    def ready(self) -> bool: ...
+
+
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests give it one without a device."""
 
-    def run(self, plan: StepPlan) -> list[RowResult]: ...
+    def launch(self, plan: StepPlan) -> StepOnDevice: ...
+
+    def choose(self, launched: Any) -> None: ...
+
+    def collect(self, launched: Any) -> list[RowResult]: ...
 
     def hidden_states(self, token_ids: SequenceOf[int], start: int, pages: SequenceOf[int]) -> NDArray[np.float32]: ...
 
@@ -52,6 +69,8 @@ class Engine:
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     intake: Intake = field(init=False)
+    _in_flight: tuple[StepPlan, StepOnDevice] | None = None
+    _busy_s: float | None = None  # when the device was last seen to work, while there is work for it
 
     def __post_init__(self) -> None:
         self.intake = Intake(
@@ -65,10 +84,47 @@ class Engine:
         )
 
     def step(self) -> list[TokenOutput]:
-        """One turn: decide, compute, account. Returns what each scheduled sequence learned."""
+        """One turn: launch the next step, then account for the one before. Returns what its sequences learned."""
+        before, self._in_flight = self._in_flight, None  # a step that raises takes the one before with it
+        self._look(before)
         plan = self.scheduler.schedule()
-        results = self.runner.run(plan) if plan is not None else []
+        after = None
+        if plan is not None:
+            after = plan, self.runner.launch(plan)
+            self._measure_gap(before)
+        outputs = self._account(before)
+        if after is not None and after[1].waits:
+            self.runner.choose(after[1])
+        self._in_flight = after
+        if after is not None and not self.config.scheduler.overlap:
+            outputs += self.drain()
+        self._look(self._in_flight)
+        self._busy_s = self._busy_s if self.has_work else None
+        return outputs
+
+    def drain(self) -> list[TokenOutput]:
+        """Account for the step in flight and launch none: before anything that must find the engine at rest."""
+        before, self._in_flight = self._in_flight, None
+        return self._account(before) if before is not None else []
+
+    def _account(self, step: tuple[StepPlan, StepOnDevice] | None) -> list[TokenOutput]:
+        if step is None:
+            return self.scheduler.commit(None, [])
+        plan, launched = step
+        results = self.runner.collect(launched)
+        self._busy_s = time.perf_counter()
         return self.scheduler.commit(plan, results)
+
+    def _look(self, step: tuple[StepPlan, StepOnDevice] | None) -> None:
+        if step is not None and not step[1].ready:
+            self._busy_s = time.perf_counter()
+
+    def _measure_gap(self, before: tuple[StepPlan, StepOnDevice] | None) -> None:
+        """The device has waited for the host since, at the earliest, it was last seen to work."""
+        now = time.perf_counter()
+        if self._busy_s is not None and (before is None or before[1].ready):
+            self.scheduler.metrics.exposed_host_s += now - self._busy_s
+        self._busy_s = now
 
     def add(self, request: Request) -> list[Sequence]:
         """Queue the request's n sequences; RequestError if they can never run, and then nothing is queued."""
@@ -104,7 +160,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work  # a step in flight that nobody is left to hear of is no work
 
     def check(self) -> None:
         """Every page and row is accounted for."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from jaxllm.config import ConfigError
 from jaxllm.core import RowResult, SampledToken, StepPlan
-from jaxllm.engine.engine import StepRunner
+from jaxllm.engine.engine import StepOnDevice, StepRunner
 
 NUMERICAL = "numerical_error: the model's logits for this sequence are not finite"
 HOST = "internal_error: choosing this sequence's token failed"
@@ -51,6 +51,22 @@ def _parse(text: str) -> Fault:
 
 
 @dataclass
+class FaultyStep:
+    """A launched step and what is to go wrong with it."""
+
+    inner: StepOnDevice
+    due: list[Fault]
+
+    @property
+    def waits(self) -> bool:
+        return self.inner.waits
+
+    @property
+    def ready(self) -> bool:
+        return self.inner.ready
+
+
+@dataclass
 class FaultyRunner:
     """A runner with faults; satisfies StepRunner."""
 
@@ -58,7 +74,7 @@ class FaultyRunner:
     faults: tuple[Fault, ...]
     step: int = field(default=0, init=False)
 
-    def run(self, plan: StepPlan) -> list[RowResult]:
+    def launch(self, plan: StepPlan) -> FaultyStep:
         self.step += 1
         due = [fault for fault in self.faults if fault.step == self.step]
         for fault in self.faults:
@@ -69,8 +85,14 @@ class FaultyRunner:
                 time.sleep(fault.value)
             if fault.kind == "exit":
                 os._exit(int(fault.value))
-        results = self.inner.run(plan)
-        for fault in due:
+        return FaultyStep(self.inner.launch(plan), due)
+
+    def choose(self, launched: FaultyStep) -> None:
+        self.inner.choose(launched.inner)
+
+    def collect(self, launched: FaultyStep) -> list[RowResult]:
+        results = self.inner.collect(launched.inner)
+        for fault in launched.due:
             if fault.kind in ("nan_row", "host_row") and fault.value < len(results):
                 row = int(fault.value)
                 error = NUMERICAL if fault.kind == "nan_row" else HOST

@@ -119,8 +119,8 @@ class EngineLoop:
             self._admit_prepared()
         if self._jobs:
             self._advance(*self._jobs.popleft())
-        if self.engine.has_work and not self.progress.paused:
-            self._step()
+        if self.engine.has_work:
+            self._step(self.engine.drain if self.progress.paused else self.engine.step)
         self.measure()
 
     # ---- commands ----
@@ -216,9 +216,9 @@ class EngineLoop:
 
     # ---- steps ----
 
-    def _step(self) -> None:
+    def _step(self, step: Callable[[], list[TokenOutput]]) -> None:
         try:
-            outputs = self.engine.step()
+            outputs = step()
         except Exception:
             self._recover()
             return

@@ -1,7 +1,8 @@
 """How many KV pages fit: bytes of weights, workspace and pages against the device's limit, before pages exist.
 
-In: the config, the cache geometry, the bytes the weights hold. Out: a MemoryPlan that prints its own sum. Knows nothing
-of sequences. The workspace is an upper estimate from shapes (activations of the largest step and the sampler's logits).
+In: the config, the cache geometry, the bytes of weights and workspace. Out: a MemoryPlan that prints its own sum. Knows
+nothing of sequences. The workspace is first an upper estimate from shapes, checked against what the compiled
+executables say they need before any page is allocated.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class MemoryPlan:
     page_bytes: int
     num_pages: int
     page_size: int
+    measured_bytes: int = 0  # of the workspace, what the compiled executables ask for
 
     @property
     def cache_bytes(self) -> int:
@@ -39,28 +41,44 @@ class MemoryPlan:
         rows = [("weights", self.weights_bytes), ("workspace", self.workspace_bytes), ("KV pages", self.cache_bytes)]
         lines = [f"  {name:10s} {size / GIB:8.2f} GiB" for name, size in rows]
         limit = "no limit named" if self.limit_bytes is None else f"{self.limit_bytes / GIB:.2f} GiB usable"
+        if self.measured_bytes:
+            lines[1] += f"  (the executables need {self.measured_bytes / GIB:.2f})"
         tokens = self.num_pages * self.page_size
         return "\n".join([f"memory ({limit}):", *lines, f"  {self.num_pages} pages = {tokens:,} tokens"])
 
 
-def workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """Activations of the widest layer at the token budget, and the sampler's f32 logits with its temporaries."""
+def logits_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """The logits that the steps of each decode bucket keep, and the rows' counts."""
+    rows = sum(config.compile.decode_buckets)
+    counts = (config.scheduler.max_num_seqs + 1) * model.vocab_size * np.dtype(np.uint16).itemsize
+    return rows * model.vocab_size * np.dtype(np.float32).itemsize + counts
+
+
+def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Activations of the widest layer at the token budget, the logits, and the sampler's temporaries."""
     itemsize = np.dtype(np.float32).itemsize
-    widest = 4 * model.d_model + 2 * model.d_ff + 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    ffn = 2 * model.d_ff
+    if model.experts is not None:  # each choice of a token has an input, a hidden layer and an output of its own
+        ffn = max(ffn, 2 * model.experts.per_token * (model.d_model + model.experts.d_ff))
+    widest = 4 * model.d_model + ffn + 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     activations = config.scheduler.token_budget * widest * itemsize
-    logits = 8 * config.scheduler.max_num_seqs * model.vocab_size * itemsize
-    return activations + logits
+    sampler = 6 * config.scheduler.max_num_seqs * model.vocab_size * itemsize
+    return activations + sampler + logits_bytes(config, model)
 
 
 def plan_memory(
-    config: EngineConfig, model: ModelConfig, spec: KVCacheSpec, weights_bytes: int, device: Device
+    config: EngineConfig,
+    model: ModelConfig,
+    spec: KVCacheSpec,
+    weights_bytes: int,
+    workspace: int,
+    device: Device,
 ) -> MemoryPlan:
     """`spec.num_pages` is ignored: it is what this decides, unless config.cache.num_pages pins it."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     limit = int(stats["bytes_limit"] * config.cache.memory_fraction) if stats else None
     width = -(-config.model.max_model_len // spec.page_size)
     useful = config.scheduler.max_num_seqs * width  # more can never be held at one time
-    workspace = workspace_bytes(config, model)
     room = config.cache.cpu_cache_bytes if limit is None else limit - weights_bytes - workspace
     pages = config.cache.num_pages or min(useful, room // spec.bytes_per_page)
     plan = MemoryPlan(limit, weights_bytes, workspace, spec.bytes_per_page, pages, spec.page_size)

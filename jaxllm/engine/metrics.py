@@ -22,6 +22,8 @@ class Metrics:
     prefix_hit_tokens: int = 0
     evicted_pages: int = 0
     preemptions: int = 0
+    compiles_after_ready: int = 0  # anything but 0 is a defect
+    exposed_host_s: float = 0.0  # upper bound on the time the device waited for the host between steps in a row
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     # Gauges: the state after the last step.
     running: int = 0

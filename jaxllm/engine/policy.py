@@ -25,7 +25,12 @@ def priority(sequence: Sequence, arrival: int) -> Key:
     return sequence.request.priority, arrival
 
 
-POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
+def longest_prefix(sequence: Sequence, arrival: int) -> Key:
+    """First come, first served, except that the scheduler admits those first whose prefix is cached the longest."""
+    return (arrival,)
+
+
+POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority, "longest_prefix": longest_prefix}
 
 
 class SequenceQueue:

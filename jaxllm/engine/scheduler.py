@@ -13,10 +13,14 @@ toward the second, and where they meet one more token is sampled. Rules:
   preemption when a decode finds no page, the last running sequence by policy gives up its pages and waits again. Its
              tokens stay, and recomputing them emits nothing. The first by policy is never preempted for another, so
              something always finishes.
+  overlap    a step may be scheduled while the one before it is still on the device: a sequence then counts as having
+             what that step computes and samples. A sequence that turns out to have ended is ignored at commit, and
+             one that was preempted keeps its token and nothing else.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -34,7 +38,9 @@ from jaxllm.core import (
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.prefix import PrefixIndex
 from jaxllm.engine.metrics import Metrics
-from jaxllm.engine.policy import Key, Policy, SequenceQueue, fcfs
+from jaxllm.engine.policy import Key, Policy, SequenceQueue, fcfs, longest_prefix
+
+LOOK_AHEAD, PATIENCE = 16, 32  # of admission by longest prefix: see Scheduler._next_waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,7 @@ class Scheduler:
         self._policy = policy
         self._max_chunk = config.max_prefill_chunk or config.token_budget
         self._num_added = 0
+        self._passed_over = 0  # admissions since the first in line was the one admitted
         self._entries: dict[Sequence, _Entry] = {}  # every unfinished sequence
         self._requests: dict[str, list[Sequence]] = {}
         self._running, self._waiting = SequenceQueue(), SequenceQueue()
@@ -195,14 +202,16 @@ class Scheduler:
                 self.finish(sequence, FinishReason.ERROR)
                 outputs.append(TokenOutput(sequence, None, finish_reason=FinishReason.ERROR, error=sampled.error))
                 continue
-            sequence.num_computed = row.start + row.count
-            if sequence.num_computed % page_size < row.count:
-                self.cache.insert(sequence)
+            if row.turn == sequence.num_preempted:  # else its pages are gone, and it will compute this again
+                sequence.num_computed = row.start + row.count
+                if sequence.num_computed % page_size < row.count:
+                    self.cache.insert(sequence)
             prompt_logprobs = self._new_prompt_logprobs(row, entry, result) if result.prompt_logprobs else ()
             if row.sample:
                 if sampled is None:
                     raise ValueError(f"no sampled token for sequence {sequence.id}, which has computed all its tokens")
                 sequence.tokens.append(sampled.token_id)
+                sequence.num_pending -= 1
                 metrics.generated_tokens += 1
                 if self._held:
                     self._release_siblings(sequence.request.id)
@@ -230,11 +239,13 @@ class Scheduler:
             assert len(set(sequence.pages)) == len(sequence.pages), f"{sequence.id} holds a page twice"
             for page in sequence.pages:
                 holders[page] = holders.get(page, 0) + 1
-            assert 0 <= sequence.num_computed < len(sequence.tokens) < self._entries[sequence].max_len
-            assert sequence.num_computed <= len(sequence.pages) * self.config.page_size, "computed tokens lack a page"
+            length = len(sequence.tokens)
+            assert 0 <= sequence.num_computed < length < self._entries[sequence].max_len
+            assert sequence.num_computed <= sequence.num_scheduled < length + sequence.num_pending + 1
+            assert sequence.num_scheduled <= len(sequence.pages) * self.config.page_size, "computed tokens lack a page"
         held = [sequence for siblings in self._held.values() for sequence in siblings]
         for sequence in [*self._waiting, *held]:
-            idle = sequence.row is None and not sequence.pages and sequence.num_computed == 0
+            idle = sequence.row is None and not sequence.pages and not sequence.num_computed + sequence.num_scheduled
             assert idle, f"{sequence.id} waits and holds something"
         assert sorted(rows) == list(range(self.config.max_num_seqs)), "rows are lost or used twice"
         assert len(holders) == self.pool.num_held, f"{self.pool.num_held - len(holders)} pages leaked"
@@ -254,22 +265,29 @@ class Scheduler:
 
         Preemption takes the last of them, which is never one that was looked at before.
         """
-        page_size, running, prefills = self.config.page_size, self._running, []
+        page_size, running, entries, prefills = self.config.page_size, self._running, self._entries, []
         place = 0
         while place < len(running):
             sequence = running[place]
             place += 1
-            length, start = len(sequence.tokens), sequence.num_computed
+            length, start = len(sequence.tokens) + sequence.num_pending, sequence.num_scheduled
             if length - start > 1:
                 prefills.append(sequence)
+            elif sequence.num_pending and length >= entries[sequence].max_len:
+                continue  # the token in flight is its last
             elif length <= len(sequence.pages) * page_size or self._grow(sequence, preempted):
-                rows.append(ScheduledRow(sequence, start, 1, True))
+                rows.append(ScheduledRow(sequence, start, 1, True, sequence.num_preempted))
+                sequence.num_scheduled = length
+                sequence.num_pending += 1
         return prefills
 
     def _schedule_chunk(self, rows: list[ScheduledRow], sequence: Sequence, budget: int) -> int:
-        length, start = len(sequence.tokens), sequence.num_computed
+        length, start = len(sequence.tokens) + sequence.num_pending, sequence.num_scheduled
         count = min(length - start, budget, self._max_chunk)
-        rows.append(ScheduledRow(sequence, start, count, start + count == length))
+        samples = start + count == length
+        rows.append(ScheduledRow(sequence, start, count, samples, sequence.num_preempted))
+        sequence.num_scheduled = start + count
+        sequence.num_pending += samples
         return count
 
     def _admit(self, rows: list[ScheduledRow], budget: int) -> list[Sequence]:
@@ -278,7 +296,9 @@ class Scheduler:
             return admitted
         spare = sum(map(self._can_grow, self._running))
         while budget and self._waiting and self._free_rows:
-            sequence = self._waiting[0]
+            sequence = self._next_waiting()
+            if sequence.num_pending:  # just preempted: what it waits with is not known yet
+                break
             entry = self._entries[sequence]
             pages = self._match(sequence, entry)
             wanted = self.pool.pages_for(len(sequence.tokens))
@@ -289,11 +309,12 @@ class Scheduler:
                     break
                 self._fail(sequence, f"its {len(sequence.tokens)} tokens need {wanted} pages, {left + wanted} are left")
                 continue
+            self._passed_over = 0 if sequence is self._waiting[0] else self._passed_over + 1
             self._waiting.remove(entry.key)
             self._running.push(entry.key, sequence)
             self.cache.acquire(sequence, pages)
             sequence.pages = pages + self._take(wanted - len(pages))
-            sequence.num_computed = len(pages) * self.config.page_size
+            sequence.num_computed = sequence.num_scheduled = len(pages) * self.config.page_size
             sequence.row = self._free_rows.pop()
             if not entry.admitted:
                 entry.admitted = True
@@ -303,6 +324,17 @@ class Scheduler:
             budget -= self._schedule_chunk(rows, sequence, budget)
             admitted.append(sequence)
         return admitted
+
+    def _next_waiting(self) -> Sequence:
+        """The first by policy; under longest_prefix, of the first LOOK_AHEAD the one that finds the most of itself.
+
+        The first in line is passed over at most PATIENCE times.
+        """
+        first = self._waiting[0]
+        if self._policy is not longest_prefix or self._passed_over >= PATIENCE:
+            return first
+        candidates = itertools.islice(self._waiting, LOOK_AHEAD)
+        return max(candidates, key=lambda one: len(self._match(one, self._entries[one])))  # the first of the best
 
     def _match(self, sequence: Sequence, entry: _Entry) -> list[int]:
         # Log-probabilities of prompt tokens come from computing them: what is cached has none.
@@ -341,7 +373,7 @@ class Scheduler:
         while not (self.pool.num_free or self.pool.num_cached):
             victim = self._running[-1]
             if victim is sequence and len(self._running) == 1:
-                self._fail(sequence, f"no page is left for token {len(sequence.tokens)}")
+                self._fail(sequence, f"no page is left for token {len(sequence.tokens) + sequence.num_pending}")
                 return False
             self._preempt(victim)
             preempted.append(victim)
@@ -354,7 +386,7 @@ class Scheduler:
         key = self._entries[sequence].key
         self._running.remove(key)
         self._vacate(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_scheduled = 0
         sequence.num_preempted += 1
         self._waiting.push(key, sequence)
         self.metrics.preemptions += 1

@@ -18,18 +18,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import EngineConfig, model_directory, resolve
+from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.memory import MemoryPlan, plan_memory
+from jaxllm.engine.memory import MemoryPlan, estimate_workspace_bytes, logits_bytes, plan_memory
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
-from jaxllm.graph.compile import Executables, Ladder, compile_all, use_cache
-from jaxllm.graph.kv_cache import Device, KVCache, KVCacheSpec, allocate
+from jaxllm.graph.compile import Executables, Ladder, compile_all
+from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
+from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
@@ -38,6 +40,7 @@ from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 
 
@@ -48,17 +51,19 @@ class StartReport:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: MemoryPlan | None = None
     executables: int = 0
+    compile_cache: CacheReport = field(default_factory=CacheReport)
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        return f"ready in {sum(self.seconds.values()):.1f} s ({phases}); {self.executables} executables\n{self.memory}"
+        total = f"ready in {sum(self.seconds.values()):.1f} s ({phases})"
+        return f"{total}; {self.executables} executables; cache: {self.compile_cache}\n{self.memory}"
 
 
 @contextmanager
 def _timed(report: StartReport, phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    report.seconds[phase] = time.perf_counter() - start
+    report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - start
     log.info("%s: %.2f s", phase, report.seconds[phase])
 
 
@@ -79,6 +84,7 @@ def start(
         named = tokenizer.eos_token_ids if tokenizer is not None else ()
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
+    _plan(config, model_config, _shapes(config, model_config, device), device)  # DoesNotFitError before it is loaded
     with _timed(report, "weights"):
         params = _params(config, model_config, directory, device, tell)
     runner = _runner(config, model_config, params, device, report, tell)
@@ -90,8 +96,8 @@ def start(
         max_model_len=config.model.max_model_len,
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
-    prefixes = PrefixCache(pool) if config.cache.prefix_cache else NoPrefixCache()
-    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy])
+    prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
+    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
     log.info("%s", report)
     grammars = _grammars(directory, model_config)
     return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
@@ -122,6 +128,25 @@ def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, de
     return jax.block_until_ready(params)
 
 
+def _shapes(config: EngineConfig, model_config: ModelConfig, device: Device) -> Params:
+    """The parameters' shapes where they will lie."""
+    _, shapes = abstract(model_config, jnp.dtype(config.model.dtype))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def _plan(
+    config: EngineConfig, model_config: ModelConfig, params: Params, device: Device, workspace: int | None = None
+) -> tuple[MemoryPlan, KVCacheSpec]:
+    dtype, page_size = jnp.dtype(config.model.dtype), config.cache.page_size
+    spec = KVCacheSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, page_size, 0, dtype)
+    weights_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    if workspace is None:
+        workspace = estimate_workspace_bytes(config, model_config)
+    plan = plan_memory(config, model_config, spec, weights_bytes, workspace, device)
+    return plan, spec.with_pages(plan.num_pages)
+
+
 def _runner(
     config: EngineConfig,
     model_config: ModelConfig,
@@ -130,34 +155,80 @@ def _runner(
     report: StartReport,
     tell: Progress,
 ) -> Runner:
-    page_size, rows = config.cache.page_size, config.scheduler.max_num_seqs
-    dtype = jnp.dtype(config.model.dtype)
-    spec = KVCacheSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, page_size, 0, dtype)
-    weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    report.memory = plan_memory(config, model_config, spec, weights_bytes, device)
+    executables, ladder, spec = _compile(config, model_config, params, device, report, tell)
     with _timed(report, "cache"):
-        kv = allocate(spec.with_pages(report.memory.num_pages), device)
+        kv = allocate(spec, device)
+        rows = config.scheduler.max_num_seqs
         sharding = jax.sharding.SingleDeviceSharding(device)
         counts = jnp.zeros((rows + 1, model_config.vocab_size), jnp.uint16, device=sharding)
-    with _timed(report, "compile"):
-        executables, ladder = _compile(config, model_config, params, kv, counts, tell)
-        report.executables = len(executables.table)
     runner = Runner(params, kv, counts, executables, ladder, model_config.vocab_size)
     with _timed(report, "warm-up"):
         runner.warm_up()
+    if config.compile.directory is not None and report.compile_cache.usable:
+        seal(config.compile.directory)
     return runner
 
 
 def _compile(
-    config: EngineConfig, model_config: ModelConfig, params: Params, kv: KVCache, counts: jax.Array, tell: Progress
-) -> tuple[Executables, Ladder]:
+    config: EngineConfig,
+    model_config: ModelConfig,
+    params: Params,
+    device: Device,
+    report: StartReport,
+    tell: Progress,
+) -> tuple[Executables, Ladder, KVCacheSpec]:
+    """Every executable, and the cache they are compiled for. Allocates nothing: shapes are enough."""
     if config.compile.directory is not None:
-        use_cache(config.compile.directory)
-    width = -(-config.model.max_model_len // config.cache.page_size)
-    ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
+        with _timed(report, "compile cache"):
+            report.compile_cache = open_cache(config.compile.directory)
+    page_size = config.cache.page_size
+    ladder = Ladder(
+        config.compile.decode_buckets,
+        config.compile.token_buckets,
+        -(-config.model.max_model_len // page_size),
+        config.scheduler.deterministic,
+    )
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    counts = jax.ShapeDtypeStruct(
+        (config.scheduler.max_num_seqs + 1, model_config.vocab_size), jnp.uint16, sharding=sharding
+    )
     graphdef, _ = abstract(model_config, jnp.dtype(config.model.dtype))
-    reference = config.compile.kernels == "reference"
-    graph = Graph(graphdef, model_config, config.cache.page_size, kv[0][0].shape[0], reference)
     threads = config.compile.threads or os.cpu_count() or 1
-    tell_compile = lambda done, total: tell("compile", done / total)  # noqa: E731
-    return compile_all(graph, ladder, params, kv, counts, threads=threads, progress=tell_compile), ladder
+    workspace: int | None = None
+    while True:
+        report.memory, spec = _plan(config, model_config, params, device, workspace)
+        reference = config.compile.kernels == "reference"
+        graph = Graph(graphdef, model_config, page_size, spec.num_pages, reference)
+        with _timed(report, "compile"):
+            executables = compile_all(
+                graph,
+                ladder,
+                params,
+                spec.shapes(sharding),
+                counts,
+                threads=threads,
+                progress=lambda done, total: tell("compile", done / total),
+            )
+        report.executables = len(executables.table)
+        measured = executables.temporary_bytes + logits_bytes(config, model_config)
+        report.memory = dataclasses.replace(report.memory, measured_bytes=measured)
+        if report.memory.limit_bytes is None or measured <= report.memory.workspace_bytes:
+            return executables, ladder, spec
+        log.info("the executables need %d bytes of workspace: fewer pages, compiled again", measured)
+        workspace = measured
+
+
+def build(config: EngineConfig, *, device: Device = None, progress: Progress | None = None) -> StartReport:
+    """Fill config.compile.directory with all that `start` would compile; reads no weights, allocates nothing."""
+    report = StartReport()
+    with _timed(report, "devices"):
+        device = device or jax.devices()[0]
+    model_config = ModelConfig.from_directory(model_directory(config.model.path))
+    config = resolve(config, model_config.context_length, device.platform)
+    if config.compile.directory is None:
+        raise ConfigError("compile.cache_dir: must name the folder to build")
+    params = _shapes(config, model_config, device)
+    _compile(config, model_config, params, device, report, progress or (lambda phase, share: None))
+    if report.compile_cache.usable:
+        seal(config.compile.directory)
+    return report

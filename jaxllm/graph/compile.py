@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every step executable, the persistent compile cache, and a count of compilations.
+"""Ahead-of-time compilation of every step executable, and a count of compilations.
 
 In: a Graph, the parameters' and state's shapes, and the bucket ladder. Out: Executables, a table from static shapes to
 compiled functions. Knows nothing of sequences. A compiled function refuses other shapes, so a missing bucket is an
@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,14 +50,6 @@ def compile_counter() -> CompileCounter:
     return CompileCounter()
 
 
-def use_cache(directory: Path) -> None:
-    """Keep compiled executables in `directory` across processes; entries of any compile time are worth it here."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 @dataclass(frozen=True)
 class Ladder:
     """The padded static shapes of a serving process."""
@@ -66,6 +57,11 @@ class Ladder:
     decode_rows: tuple[int, ...]  # ascending; the last is max_num_seqs
     mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
     width: int  # pages a row
+    one_shape: bool = False  # every step takes the one mixed shape, decodes too: bits then depend on no bucket
+
+    def of(self, rows: int, tokens: int, *, decode: bool) -> StepShape:
+        """The shape of a step with so many rows and tokens; `decode`: one token a row."""
+        return self.decode(rows) if decode and not self.one_shape else self.mixed(tokens)
 
     def decode(self, rows: int) -> StepShape:
         bucket = next(b for b in self.decode_rows if b >= rows)
@@ -76,7 +72,8 @@ class Ladder:
         return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
 
     def shapes(self) -> list[StepShape]:
-        return [self.decode(b) for b in self.decode_rows] + [self.mixed(t) for t in self.mixed_tokens]
+        decode = [] if self.one_shape else [self.decode(b) for b in self.decode_rows]
+        return decode + [self.mixed(t) for t in self.mixed_tokens]
 
 
 @dataclass
@@ -87,14 +84,35 @@ class Executables:
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def forward(self, shape: StepShape) -> jax.stages.Compiled:
-        return self.table["forward", shape]
+    @property
+    def temporary_bytes(self) -> int:
+        """What the hungriest executable allocates while it runs, beside its arguments and results."""
+        return max((analysis.temp_size_in_bytes for analysis in self._memory()), default=0)
+
+    def _memory(self) -> Iterable[Any]:
+        for executable in self.table.values():
+            analysis = executable.memory_analysis()
+            if analysis is not None:
+                yield analysis
+
+    def step(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["step", shape]
+
+    def feed(self, shape: StepShape) -> jax.stages.Compiled:
+        return self.table["feed", shape]
+
+    def fetch(self, rows: int) -> jax.stages.Compiled:
+        return self.table["fetch", rows]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
     def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
         return self.table["prompt_logprobs", tokens]
+
+    def texts(self) -> list[str]:
+        """Each compiled module as XLA prints it, with the scope of every instruction."""
+        return [text for program in self.table.values() if (text := program.as_text())]
 
     @property
     def set_counts(self) -> jax.stages.Compiled:
@@ -106,34 +124,35 @@ def _abstract(tree: Any) -> Any:
 
 
 def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
-    """Everything the request path runs."""
+    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
     vocab = graph.config.vocab_size
 
-    def spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def spec(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def hidden(rows: int) -> jax.ShapeDtypeStruct:
-        return spec(jax.tree.leaves(params)[0].dtype, rows, graph.config.d_model)
-
+    last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        function = functools.partial(steps.forward, graph, shape)
-        jitted = jax.jit(function, donate_argnums=(1,))
-        yield ("forward", shape), jitted, (params, kv, spec(jnp.int32, shape.packed_size))
+        # keep_unused: the results' memory comes in only to be written over.
+        jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
+        results = steps.Results(spec(jnp.int32, shape.rows), spec(jnp.float32, shape.rows, vocab))
+        packed = spec(jnp.int32, shape.packed_size)
+        yield ("step", shape), jitted, (params, kv, last_tokens, results, packed)
+        yield ("feed", shape), jax.jit(steps.feed, donate_argnums=(0,), keep_unused=True), (packed, packed)
+    for rows in ladder.decode_rows:
+        yield ("fetch", rows), jax.jit(steps.fetch), (spec(jnp.int32, rows),)
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = params, counts, hidden(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
-        for mode in SampleMode:
-            yield (
-                ("sample", rows, mode),
-                jax.jit(functools.partial(steps.sample, graph, mode), donate_argnums=(1,)),
-                args,
-            )
+        args = counts, last_tokens, spec(jnp.float32, rows, vocab), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        for mode in steps.SAMPLER_MODES:
+            jitted = jax.jit(functools.partial(steps.sample, mode), donate_argnums=(0, 1))
+            yield ("sample", rows, mode), jitted, args
     for tokens in ladder.mixed_tokens:
         jitted = jax.jit(functools.partial(steps.prompt_logprobs, graph))
-        yield ("prompt_logprobs", tokens), jitted, (params, hidden(tokens), spec(jnp.int32, tokens))
+        hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
+        yield ("prompt_logprobs", tokens), jitted, (params, hidden, spec(jnp.int32, tokens))
     scalar = spec(jnp.int32)
     args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
     yield ("set_counts",), jax.jit(sampling.set_counts, donate_argnums=(0,)), args

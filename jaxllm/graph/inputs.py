@@ -31,7 +31,7 @@ class StepShape:
 
     @property
     def packed_size(self) -> int:
-        return self.tokens + self.rows + self.rows * self.width + (0 if self.decode else self.rows + 1)
+        return self.tokens + 2 * self.rows + self.rows * self.width + (0 if self.decode else self.rows + 1)
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +43,7 @@ class StepInputs:
     positions: Int[Array, " T"]  # of each token in its own sequence; 0 for padding
     slots: Int[Array, " T"]  # page * page_size + offset; the first slot past the pool for padding: dropped
     kv_lens: Int[Array, " R"]  # with this step's tokens
+    state_rows: Int[Array, " R"]  # place in the per-row state of rows that sample; the scratch row for the others
     page_table: Int[Array, "R W"]
     query_starts: Int[Array, " R+1"] | None  # None: one query a row
 
@@ -57,18 +58,24 @@ def pack(
     token_ids: Sequence[int],
     query_lens: Sequence[int],
     kv_lens: Sequence[int],
-    pages: Sequence[Sequence[int]],
+    state_rows: Sequence[int],
+    page_table: np.ndarray,
+    scratch_row: int,
 ) -> np.ndarray:
-    """One int32 array holding a step: flat token ids, and per row its query count, key count and pages."""
+    """One int32 array holding a step: flat token ids, and per row its key count, state row, pages and query count.
+
+    A token id -1 - r stands for the token that state row r sampled last. `page_table` is [rows, W].
+    """
     rows = len(kv_lens)
     packed = np.zeros(shape.packed_size, np.int32)
     packed[: len(token_ids)] = token_ids
     at = shape.tokens
     packed[at : at + rows] = kv_lens
     at += shape.rows
-    table = packed[at : at + shape.rows * shape.width].reshape(shape.rows, shape.width)
-    for r, row_pages in enumerate(pages):
-        table[r, : len(row_pages)] = row_pages
+    packed[at : at + rows] = state_rows
+    packed[at + rows : at + shape.rows] = scratch_row
+    at += shape.rows
+    packed[at : at + rows * shape.width] = page_table.reshape(-1)
     if not shape.decode:
         starts = packed[at + shape.rows * shape.width :]
         np.cumsum(query_lens, out=starts[1 : rows + 1])
@@ -76,10 +83,15 @@ def pack(
     return packed
 
 
-def unpack(shape: StepShape, packed: Int[Array, " n"], *, page_size: int, num_pages: int) -> StepInputs:
-    """The inverse of `pack`, in the trace: slices, then positions, rows and slots by arithmetic."""
+def unpack(
+    shape: StepShape, packed: Int[Array, " n"], last_tokens: Int[Array, " S1"], *, page_size: int, num_pages: int
+) -> StepInputs:
+    """The inverse of `pack`, in the trace: slices, then tokens, positions, rows and slots by arithmetic."""
     at = shape.tokens
     token_ids, kv_lens = packed[:at], packed[at : at + shape.rows]
+    token_ids = jnp.where(token_ids < 0, last_tokens[jnp.maximum(-1 - token_ids, 0)], token_ids)
+    at += shape.rows
+    state_rows = packed[at : at + shape.rows]
     at += shape.rows
     table = packed[at : at + shape.rows * shape.width].reshape(shape.rows, shape.width)
     if shape.decode:
@@ -96,7 +108,7 @@ def unpack(shape: StepShape, packed: Int[Array, " n"], *, page_size: int, num_pa
     positions = jnp.where(live, positions, 0)
     slots = table[row, positions // page_size] * page_size + positions % page_size
     slots = jnp.where(live, slots, num_pages * page_size)
-    return StepInputs(token_ids, positions, slots, kv_lens, table, starts)
+    return StepInputs(token_ids, positions, slots, kv_lens, state_rows, table, starts)
 
 
 class SampleRow(NamedTuple):

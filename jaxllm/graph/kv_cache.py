@@ -37,6 +37,11 @@ class KVCacheSpec:
     def with_pages(self, num_pages: int) -> KVCacheSpec:
         return dataclasses.replace(self, num_pages=num_pages)
 
+    def shapes(self, sharding: jax.sharding.Sharding) -> list[Any]:
+        """What `allocate` gives, before it exists."""
+        leaf = jax.ShapeDtypeStruct(self.page_shape, self.dtype, sharding=sharding)
+        return [(leaf, leaf)] * self.num_layers
+
     @property
     def page_shape(self) -> tuple[int, int, int, int]:
         return self.num_pages, self.num_kv_heads, self.page_size, self.head_dim

@@ -69,9 +69,13 @@ def sample(
     counts: UInt[Array, "S1 V"],
     *,
     num_logprobs: int,
+    truncates: bool = True,
     implementation: str | None = None,
 ) -> Sampled:
-    """Draw one token a row and add it to the row's counts; a bad row adds nothing."""
+    """Draw one token a row and add it to the row's counts; a bad row adds nothing.
+
+    `truncates` false: no row asks for top_k, top_p or min_p.
+    """
     adjusted = _adjusted(logits, inputs, counts[inputs.row])
     bad = ~(jnp.isfinite(logits).all(axis=1) & jnp.isfinite(adjusted.max(axis=1)))
     token = api.sample(
@@ -81,6 +85,7 @@ def sample(
         inputs.top_k,
         inputs.top_p,
         inputs.min_p,
+        truncates=truncates,
         implementation=implementation,
     )
     logprob, rank, top_ids, top_logprobs = token_logprobs(logits, token, num_logprobs)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
@@ -37,18 +37,21 @@ LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
 class SampleMode(enum.StrEnum):
-    """What the sampler of a step computes; the batch's most demanding row decides."""
+    """What the batch's most demanding row asks of the sampler. GREEDY is part of every step."""
 
     GREEDY = "greedy"
-    SAMPLE = "sample"
+    RANDOM = "random"  # temperature, masks, biases and penalties
+    SAMPLE = "sample"  # and top_k, top_p, min_p
     LOGPROBS = "logprobs"
 
 
+SAMPLER_MODES = tuple(mode for mode in SampleMode if mode is not SampleMode.GREEDY)  # an executable of its own each
+
+
 class Sampled(NamedTuple):
-    """One entry a row. `bad` marks rows whose logits held NaN or infinity: their token means nothing."""
+    """One entry a row. Token -1: the row's logits held NaN or infinity."""
 
     token_ids: Int[Array, " B"]
-    bad: Bool[Array, " B"]
     logprobs: Float[Array, " B"] | None = None
     ranks: Int[Array, " B"] | None = None
     top_ids: Int[Array, "B n"] | None = None
@@ -63,9 +66,8 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
-    reference_attention: bool = (
-        False  # pin the jnp attention and single products: to tell a kernel's fault from the model's
-    )
+    reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
+    chained: bool = False  # one kernel from attention to attention: batch-invariant, not yet faster than XLA's products
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
@@ -93,45 +95,86 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
     return attend
 
 
-def forward(
-    graph: Graph, shape: StepShape, params: Params, kv: KVCache, packed: Int[Array, " n"]
-) -> tuple[Float[Array, "T D"], Float[Array, "R D"], KVCache]:
-    """One pass over the step's tokens: hidden states of all of them, and of each row's last one."""
-    inputs = unpack(shape, packed, page_size=graph.page_size, num_pages=graph.num_pages)
+class Results(NamedTuple):
+    """What a step writes for whoever samples from it or reads it."""
+
+    token_ids: Int[Array, " R"]  # greedy; -1: the row's logits held NaN or infinity
+    logits: Float[Array, "R V"]  # of each row's last token
+
+
+class Stepped(NamedTuple):
+    """What a step leaves: what it was given, updated in place, and the hidden states of every token."""
+
+    kv: KVCache
+    last_tokens: Int[Array, " S1"]
+    results: Results
+    hidden: Float[Array, "T D"] | None  # None after a decode step
+
+
+# A step is one CUDA graph, recorded anew whenever the address of anything it reads or writes has changed. So what comes
+# from the host is copied to one place first (feed), and what goes there is copied from one place (fetch).
+
+
+def feed(place: Int[Array, " n"], packed: Int[Array, " n"]) -> Int[Array, " n"]:
+    """The inputs, at the address of `place`, which is donated."""
+    return place.at[:].set(packed)
+
+
+def fetch(token_ids: Int[Array, " R"]) -> Int[Array, " R"]:
+    """A copy that the next step does not write over."""
+    return jnp.copy(token_ids)
+
+
+def step(
+    graph: Graph,
+    shape: StepShape,
+    params: Params,
+    kv: KVCache,
+    last_tokens: Int[Array, " S1"],
+    results: Results,
+    packed: Int[Array, " n"],
+) -> Stepped:
+    """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
+
+    `results` is the memory of an earlier step's: donated, so that the new ones come to the same address.
+    """
+    del results
+    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
-    onward = plainly if graph.reference_attention else _onward
-    hidden = graph.model(params)(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv), onward)
+    model = graph.model(params)
+    onward = _onward if graph.chained else plainly
+    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv), onward)
     last = inputs.last_token
-    return hidden, hidden if last is None else hidden[last], kv
+    logits = model.logits(hidden if last is None else hidden[last])
+    tokens, bad = sampling.greedy(logits)
+    last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
+    return Stepped(kv, last_tokens, Results(jnp.where(bad, -1, tokens), logits), None if shape.decode else hidden)
 
 
 def sample(
-    graph: Graph,
     mode: SampleMode,
-    params: Params,
     counts: UInt[Array, "S1 V"],
-    last: Float[Array, "B D"],
+    last_tokens: Int[Array, " S1"],
+    logits: Float[Array, "B V"],
     packed: Int[Array, "B columns"],
     bias_ids: Int[Array, "B Nb"],
     bias: Float[Array, "B Nb"],
     mask: UInt[Array, "B Vw"],
-) -> tuple[Sampled, UInt[Array, "S1 V"]]:
-    """Each row's next token from its last hidden state."""
-    logits = graph.model(params).logits(last)
-    if mode is SampleMode.GREEDY:
-        tokens, bad = sampling.greedy(logits)
-        return Sampled(tokens, bad), counts
+) -> tuple[Sampled, UInt[Array, "S1 V"], Int[Array, " S1"]]:
+    """Each row's next token as its request asks for it, in place of the step's greedy one."""
     columns = unpack_samples(packed)
     as_key = jnp.stack([columns.pop("key0"), columns.pop("key1")], axis=1)
     keys = jax.lax.bitcast_convert_type(as_key, jnp.uint32)
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
     top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
-        logits, inputs, counts, num_logprobs=top
+        logits, inputs, counts, num_logprobs=top, truncates=mode is not SampleMode.RANDOM
     )
-    if mode is SampleMode.SAMPLE:
-        return Sampled(tokens, bad), counts
-    return Sampled(tokens, bad, logprob, rank, top_ids, top_logprobs), counts
+    last_tokens = last_tokens.at[inputs.row].set(tokens)
+    tokens = jnp.where(bad, -1, tokens)
+    if mode is not SampleMode.LOGPROBS:
+        return Sampled(tokens), counts, last_tokens
+    return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
 
 
 def prompt_logprobs(

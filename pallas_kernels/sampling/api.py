@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch, imported, register
+from pallas_kernels.sampling.reference import sample_from_all
 
 register("sampling", "reference", imported("pallas_kernels.sampling.reference:sample"))
 
@@ -23,6 +24,7 @@ def sample(
     top_p: jax.Array,  # f32[B]
     min_p: jax.Array,  # f32[B]
     *,
+    truncates: bool = True,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> jax.Array:
@@ -36,6 +38,7 @@ def sample(
     The draw is argmax of logits / temperature + Gumbel noise over the kept tokens. Token v's noise is
     -log(-log(1 - u)), u = (b + 1/2) / 2^32, where b xors the two words of Threefry-2x32 of the block (0, v) under the
     row's key, as jax.random.bits does: every implementation draws the same token, up to rounding.
+    `truncates` false: the caller knows that top_k, top_p and min_p are off in every row.
     A row needs one finite logit, and neither NaN nor +inf; otherwise its token is in range and means nothing.
     """
     if logits.ndim != 2 or 0 in logits.shape or logits.dtype != jnp.float32:
@@ -52,5 +55,7 @@ def sample(
         if array.shape != (B,) or array.dtype != dtype:
             wanted = f"{jnp.dtype(dtype).name}[B] = {jnp.dtype(dtype).name}[{B}]"
             raise ValueError(f"{name} must be {wanted}, got {array.dtype}{list(array.shape)}")
+    if not truncates:  # element-wise but for one reduction, which XLA fuses: nothing for a kernel to gain
+        return sample_from_all(logits, keys, temperature)
     run = dispatch("sampling", implementation=implementation, platform=platform)
     return run(logits, keys, temperature, top_k, top_p, min_p)

@@ -26,10 +26,8 @@ def sample(
     min_p: jax.Array,  # f32[B]
 ) -> jax.Array:
     """See api.sample."""
-    highest = logits.max(axis=1, keepdims=True)
     greedy = temperature == 0
-    # Subtracting first keeps the quotient finite at any temperature; the most likely token stays at exactly 0.
-    scaled = (logits - highest) / jnp.where(greedy, 1.0, temperature)[:, None]
+    scaled = _scaled(logits, temperature)
     weights = jnp.exp(scaled)  # relative to the most likely token's
     order = jnp.where(weights >= min_p[:, None], ordered_bits(logits), jnp.uint32(0))
     limited = (top_k > 0) & (top_k < logits.shape[1]) & ~greedy
@@ -44,9 +42,24 @@ def sample(
         lambda: jnp.where(nucleus, _nucleus_edge(order, weights, threshold, top_p), threshold),
         lambda: threshold,
     )
-    noise = jnp.where(greedy[:, None], 0.0, gumbel(keys, logits.shape[1]))
     survives = order >= jnp.maximum(threshold, 1)[:, None]
-    return first_argmax(jnp.where(survives, jnp.where(greedy[:, None], logits, scaled) + noise, -jnp.inf))
+    return first_argmax(jnp.where(survives, _noisy(logits, scaled, keys, greedy), -jnp.inf))
+
+
+def sample_from_all(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
+    """`sample` where no row asks for top_k, top_p or min_p: one pass, the same token."""
+    return first_argmax(_noisy(logits, _scaled(logits, temperature), keys, temperature == 0))
+
+
+def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    # Subtracting first keeps the quotient finite at any temperature; the most likely token stays at exactly 0.
+    highest = logits.max(axis=1, keepdims=True)
+    return (logits - highest) / jnp.where(temperature == 0, 1.0, temperature)[:, None]
+
+
+def _noisy(logits: jax.Array, scaled: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
+    noise = jnp.where(greedy[:, None], 0.0, gumbel(keys, logits.shape[1]))
+    return jnp.where(greedy[:, None], logits, scaled) + noise
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ fake_runner), made printable, so that a stream that was disturbed in any way sho
 import hashlib
 import json
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import tokenizers
@@ -80,22 +81,45 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
+@dataclass
+class SpokenStep:
+    rows: tuple
+    masks: list
+    results: list
+    waits: bool
+    ready = True
+
+
 class SpeakingRunner:
     """FakeRunner with printable tokens, log-probabilities, hidden states and a pace."""
 
     def __init__(self, inner, step_s=0.0):
         self.inner, self.step_s = inner, step_s
 
-    def run(self, plan):
+    def launch(self, plan):
+        masks = [TokenMask(row.sequence, VOCAB) if row.sample else None for row in plan.rows]
+        waits = any(m and m.follows_tokens and r.sequence.num_pending > 1 for r, m in zip(plan.rows, masks))
+        step = SpokenStep(plan.rows, masks, self.inner.launch(plan).results, waits)
+        if not waits:
+            self.choose(step)
+        return step
+
+    def choose(self, step):
+        for i, (row, mask) in enumerate(zip(step.rows, step.masks)):
+            if row.sample and not row.sequence.finished:
+                step.results[i] = result = self._speak(row, mask, step.results[i])
+                self.inner.last[row.sequence.row] = result.sampled.token_id
+
+    def collect(self, step):
         if self.step_s:
             time.sleep(self.step_s)
-        return [self._speak(row, result) for row, result in zip(plan.rows, self.inner.run(plan), strict=True)]
+        return step.results
 
-    def _speak(self, row, result):
+    def _speak(self, row, mask, result):
         sampled, params = result.sampled, row.sequence.request.params
-        if sampled is None or sampled.error:
+        if sampled.error:
             return result
-        mask = TokenMask(row.sequence, VOCAB).bits()
+        mask = mask.bits()
         token = FIRST + sampled.token_id
         if mask is not None:
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))

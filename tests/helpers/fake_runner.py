@@ -8,10 +8,12 @@ tokens, and nothing else does: not the row, the step, the chunk nor what else is
 
 import hashlib
 from array import array
+from dataclasses import dataclass
 
 from jaxllm.core import RowResult, SampledToken, ScheduledRow, Sequence, StepPlan, TokenLogprobs, TokenOutput
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.scheduler import Limits, Scheduler
 
@@ -44,6 +46,13 @@ def expected_tokens(prompt, count: int, *, index: int = 0, vocab: int = 1000) ->
     return output
 
 
+@dataclass
+class FakeStep:
+    results: list[RowResult]
+    waits = False
+    ready = True
+
+
 class FakeRunner:
     """`scripts` maps a request id to the tokens its sequences emit instead of the computed ones (None = computed);
     `errors` holds (request id, number of the output token) pairs that fail."""
@@ -54,26 +63,41 @@ class FakeRunner:
         self.scripts: dict[str, list[int | None]] = {}
         self.errors: set[tuple[str, int]] = set()
         self.rows: dict[int, Sequence] = {}  # per-row device state: whose it is
+        self.last: dict[int | None, int] = {}  # per-row device state: what it sampled last
         self.num_computed_tokens = 0
 
-    def run(self, plan: StepPlan) -> list[RowResult]:
+    def launch(self, plan: StepPlan) -> "FakeStep":
+        """Like a device, it has computed the step before anybody asks, with what the host knew at launch."""
         for sequence in plan.admitted:
             assert sequence.row is not None
             assert 0 <= sequence.row < self.max_num_seqs
             self.rows[sequence.row] = sequence
         assert len({row.sequence.row for row in plan.rows}) == len(plan.rows)
-        return [self._row(row) for row in plan.rows]
+        return FakeStep([self._row(row) for row in plan.rows])
+
+    def choose(self, launched: "FakeStep") -> None:
+        raise AssertionError("no step of this runner waits")
+
+    def collect(self, launched: "FakeStep") -> list[RowResult]:
+        return launched.results
+
+    def run(self, plan: StepPlan) -> list[RowResult]:
+        return self.collect(self.launch(plan))
 
     def _row(self, row: ScheduledRow) -> RowResult:
         sequence, end = row.sequence, row.start + row.count
+        tokens = sequence.tokens[:end]
+        if len(tokens) < end:  # the host does not know yet what this row sampled last
+            tokens.append(self.last[sequence.row])
         assert row.count > 0
-        assert row.start == sequence.num_computed
-        assert row.sample == (end == len(sequence.tokens))
+        assert len(tokens) == end
+        assert end == sequence.num_scheduled
+        assert row.sample == (end == len(sequence.tokens) + sequence.num_pending - row.sample)
         assert self.rows[sequence.row] is sequence, "row state was never initialised for this sequence"
         slots = [sequence.pages[p // self.page_size] * self.page_size + p % self.page_size for p in range(end)]
         previous = self.memory[slots[row.start - 1]] if row.start else UNWRITTEN
         for position in range(row.start, end):
-            previous = self.memory[slots[position]] = written(sequence.tokens[position], previous)
+            previous = self.memory[slots[position]] = written(tokens[position], previous)
         self.num_computed_tokens += row.count
         values = array("Q", (self.memory[slot] for slot in slots))
         assert UNWRITTEN not in values, "the sequence reads a slot that was never written"
@@ -81,11 +105,15 @@ class FakeRunner:
 
     def _sample(self, row: ScheduledRow, values: array) -> SampledToken:
         sequence = row.sequence
-        if (sequence.request.id, sequence.num_output) in self.errors:
+        place = sequence.num_output + sequence.num_pending - 1
+        self.last[sequence.row] = 0
+        if (sequence.request.id, place) in self.errors:
             return SampledToken(-1, error="injected fault")
         script = self.scripts.get(sequence.request.id, [])
-        scripted = script[sequence.num_output] if sequence.num_output < len(script) else None
-        return SampledToken(next_token(values, sequence.index, self.vocab) if scripted is None else scripted)
+        scripted = script[place] if place < len(script) else None
+        token = next_token(values, sequence.index, self.vocab) if scripted is None else scripted
+        self.last[sequence.row] = token
+        return SampledToken(token)
 
     def _prompt_logprobs(self, row: ScheduledRow) -> tuple[TokenLogprobs, ...]:
         if row.sequence.request.params.prompt_logprobs is None:
@@ -107,10 +135,14 @@ class Host:
         max_model_len: int = 200,
         max_prefill_chunk: int | None = None,
         caching: bool = True,
+        radix: bool = False,
         policy: str = "fcfs",
+        overlap: bool = False,
     ) -> None:
+        self.overlap = overlap
+        self.in_flight: tuple[StepPlan, FakeStep] | None = None
         self.pool = PagePool(num_pages, page_size)
-        self.cache = PrefixCache(self.pool) if caching else NoPrefixCache()
+        self.cache = (RadixCache if radix else PrefixCache)(self.pool) if caching else NoPrefixCache()
         limits = Limits(
             token_budget=token_budget,
             max_num_seqs=max_num_seqs,
@@ -131,10 +163,12 @@ class Host:
         return sequences
 
     def step(self) -> list[TokenOutput]:
+        """With `overlap`, the step before is read after this one was launched, as the engine does."""
         plan = self.scheduler.schedule()
         self.scheduler.check()
-        results = self.runner.run(plan) if plan else []
-        outputs = self.scheduler.commit(plan, results)
+        launched = (plan, self.runner.launch(plan)) if plan else None
+        due, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
+        outputs = self.scheduler.commit(*((due[0], self.runner.collect(due[1])) if due else (None, [])))
         self.scheduler.check()
         self.plans.append(plan)
         self.outputs += outputs

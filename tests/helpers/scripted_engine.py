@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from helpers.fake_runner import FakeStep
+
 from jaxllm.config import load, resolve
 from jaxllm.core import RowResult, SampledToken, SamplingParams, Sequence, StepPlan, TokenLogprobs
 from jaxllm.engine.cache.hashed import PrefixCache
@@ -28,18 +30,25 @@ class ScriptedRunner:
         self.say = say
         self.steps = 0
 
-    def run(self, plan: StepPlan) -> list[RowResult]:
+    def launch(self, plan: StepPlan) -> FakeStep:
         self.steps += 1
-        return [
-            RowResult(self._sample(row.sequence) if row.sample else None, _prompt_logprobs(row)) for row in plan.rows
-        ]
+        return FakeStep(
+            [RowResult(self._sample(row.sequence) if row.sample else None, _prompt_logprobs(row)) for row in plan.rows]
+        )
+
+    def choose(self, launched: FakeStep) -> None:
+        raise AssertionError("no step of this runner waits")
+
+    def collect(self, launched: FakeStep) -> list[RowResult]:
+        return launched.results
 
     def _sample(self, sequence: Sequence) -> SampledToken:
-        token = self.say(sequence)[sequence.num_output]
+        answers, place = self.say(sequence), sequence.num_output + sequence.num_pending - 1
+        token = answers[min(place, len(answers) - 1)]  # one step ahead: past an end that the host has not seen
         if isinstance(token, str):
             return SampledToken(-1, error=token)
         wanted = sequence.request.params.logprobs is not None
-        return SampledToken(token, _logprobs(token, sequence.num_output) if wanted else None)
+        return SampledToken(token, _logprobs(token, place) if wanted else None)
 
 
 def _logprobs(token: int, place: int) -> TokenLogprobs:

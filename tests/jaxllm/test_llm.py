@@ -176,7 +176,7 @@ def test_an_interruption_takes_every_request_back(llm, monkeypatch):
     def interrupted(plan):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["one", "two"])
     llm.engine.check()
@@ -274,7 +274,7 @@ def test_an_abort_ends_the_stream_with_an_aborted_delta(llm):
 
 
 def test_an_abort_from_a_streams_consumer_reaches_a_waiting_stream(llm):
-    first, second = llm.stream("one", request_id="first"), llm.stream("two", request_id="second")
+    first, second = llm.stream("three", request_id="first"), llm.stream("one", request_id="second")
     next(first), next(second)
     for _ in second:
         llm.abort("first")

@@ -34,7 +34,7 @@ def test_the_model_sees_everything_said_so_far(tokenizer):
     prompts = []
 
     def say(sequence):
-        if sequence.num_output == 0:
+        if sequence.num_output + sequence.num_pending == 1:
             prompts.append(tokenizer.decode(sequence.request.prompt_token_ids, skip_special_tokens=False))
         return saying(tokenizer, "fine")(sequence)
 

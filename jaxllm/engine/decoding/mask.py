@@ -92,6 +92,17 @@ class TokenMask:
         return both
 
     @property
+    def restricts(self) -> bool:
+        """Whether this mask can ever forbid a token."""
+        return self._early is not None or self._base is not None or self.follows_tokens
+
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether the next token's mask depends on tokens generated before it, or on how many there are."""
+        early = self._early is not self._base and self._sequence.num_output < self._min_tokens
+        return early or self._matcher is not None or bool(self._words)
+
+    @property
     def why_nothing(self) -> str:
         """What to tell the user when no token is allowed."""
         failed = self._matcher.error if self._matcher is not None else None

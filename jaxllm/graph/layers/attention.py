@@ -39,10 +39,12 @@ class Attention(nnx.Module):
             parameter((2, config.head_dim), (None, "head_dim"), dtype, rngs, "ones") if config.qk_norm else None
         )
 
+    @jax.named_scope("attention")
     def project(self, x: Float[Array, "... D"]) -> Float[Array, "... R"]:
         """Queries, keys and values of normed hidden states, merged, before norms and rotation."""
         return linear(x, self.qkv[...], None if self.qkv_bias is None else self.qkv_bias[...])
 
+    @jax.named_scope("attention")
     def mix(
         self, qkv: Float[Array, "... R"], layer: int, rotations: Rotations, attend: Attend
     ) -> Float[Array, "... NH"]:
@@ -58,5 +60,6 @@ class Attention(nnx.Module):
             q, k = rms_norm(q, norms[0], config.norm_eps), rms_norm(k, norms[1], config.norm_eps)
         return attend(layer, rotate(q, *rotations), rotate(k, *rotations), v).reshape(*lead, q_rows)
 
+    @jax.named_scope("attention")
     def output(self, mixed: Float[Array, "... NH"]) -> Float[Array, "... D"]:
         return linear(mixed, self.o[...], None if self.o_bias is None else self.o_bias[...])

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.graph.layers.attention import Attend, Attention
 from jaxllm.graph.layers.linear import project
 from jaxllm.graph.layers.mlp import MLP
+from jaxllm.graph.layers.moe import MoE
 from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.layers.rope import rotations
@@ -35,11 +36,12 @@ Params = dict[Any, Any]  # nested plain dict; keys are attribute names and layer
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual. Leaves: norms [2, D], attention, mlp."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         self.norm_eps = config.norm_eps
         self.norms = parameter((2, config.d_model), (None, "embed"), dtype, rngs, "ones")
         self.attention = Attention(config, dtype, rngs)
-        self.mlp = MLP(config, dtype, rngs)
+        experts = config.experts if config.sparse_layers[layer] else None
+        self.mlp = MLP(config, dtype, rngs) if experts is None else MoE(config, experts, dtype, rngs)
 
     def enter(self, x: Float[Array, "... D"]) -> Float[Array, "... R"]:
         """Everything before attention: queries, keys and values."""
@@ -73,7 +75,7 @@ class Decoder(nnx.Module):
         self.config = config
         table = (config.vocab_size, config.d_model)
         self.embed = parameter(table, ("vocab", "embed"), dtype, rngs)
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, layer, dtype, rngs) for layer in range(config.num_layers)])
         self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones")
         self.head = None if config.tie_embeddings else parameter(table, ("vocab", "embed"), dtype, rngs)
 
@@ -94,6 +96,7 @@ class Decoder(nnx.Module):
             x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return project(hidden, (self.embed if self.head is None else self.head)[...])
 

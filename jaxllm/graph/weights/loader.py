@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
-from jaxllm.graph.models.decoder import Params
-from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, parts
+from jaxllm.graph.models.decoder import Params, abstract
+from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, leaves, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,6 +55,7 @@ def load(
     """The parameters of `config`, cast to `dtype`, on `device`. Raises WeightsError."""
     found = check(Path(directory), config)
     total = sum(tensor.end - tensor.begin for _, _, tensor in found)
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract(config)[1])}
     params: Params = {}
     done = 0
     for path, group in itertools.groupby(found, key=lambda entry: entry[0].path):
@@ -67,16 +68,15 @@ def load(
         for key in path[:-1]:
             node = node.setdefault(key, {})
         # Waiting here bounds what is in flight, in staging memory and on the device, to one leaf.
-        node[path[-1]] = jax.block_until_ready(_join(tuple(arrays), path[-1] in ("norms", "qk_norms"), dtype))
+        node[path[-1]] = jax.block_until_ready(_join(tuple(arrays), shapes[path], dtype))
         if progress is not None:
             progress(done, total)
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("vectors", "dtype"))
-def _join(arrays: tuple[jax.Array, ...], vectors: bool, dtype: DTypeLike) -> jax.Array:
-    cast = [array.astype(dtype) for array in arrays]
-    return jnp.stack(cast) if vectors else jnp.concatenate(cast)
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _join(arrays: tuple[jax.Array, ...], shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jnp.concatenate([array.astype(dtype) for array in arrays]).reshape(shape)
 
 
 def check(directory: Path, config: ModelConfig) -> list[tuple[Part, TensorFile, Tensor]]:

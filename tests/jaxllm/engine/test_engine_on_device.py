@@ -125,6 +125,16 @@ def test_a_prompt_gives_the_same_tokens_in_chunks_of_any_size(build, chunk):
     assert tokens(run(chunked, requests)) == whole
 
 
+def test_a_step_launched_ahead_of_the_last_ones_result_changes_no_token(build):
+    rng = random.Random(8)
+    requests = [(prompt(rng.randrange(1, 60), salt=i), params) for i, params in enumerate(everything() * 3)]
+    requests += [(prompt(25, salt=50 + i), greedy(40)) for i in range(6)]  # 40 pages are too few: some are preempted
+    behind, ahead = build(num_pages=40, async_scheduling=False), build(num_pages=40)
+    preempted = ahead.scheduler.metrics.preemptions
+    assert tokens(run(ahead, requests)) == tokens(run(behind, requests))
+    assert ahead.scheduler.metrics.preemptions > preempted
+
+
 def test_a_prefix_hit_gives_the_tokens_of_a_miss(build):
     engine = build(num_pages=256)
     shared = prompt(40, salt=3)
@@ -151,13 +161,17 @@ def test_nothing_compiles_after_ready_whatever_a_client_asks_for(build):
     engine = build(num_pages=64)
     counter = compile_counter()
     run(engine, [(prompt(3), greedy(2))])  # the process's first use of helpers outside the step graphs
-    before = counter.compiles
-    rng = random.Random(5)
-    for _ in range(6):
-        kinds = everything()
-        rng.shuffle(kinds)
-        run(engine, [(prompt(rng.randrange(1, 90), salt=rng.random()), params) for params in kinds])
+    before, metrics = counter.compiles, engine.scheduler.metrics
+    rng, kinds = random.Random(5), everything()
+    lengths = [rng.randrange(1, 90) for _ in range(1000)]
+    asked = [(prompt(length, salt=rng.randrange(50)), rng.choice(kinds)) for length in lengths]
+    sequences = [engine.add(engine.make_request(ids, params))[0] for ids, params in asked]
+    while engine.has_work:
+        engine.step()
+    engine.check()
+    assert all(sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for sequence in sequences)
     assert counter.compiles == before
+    assert metrics.compiles_after_ready == before - engine.runner._compiles_when_ready
     jax.jit(lambda x: x * 3)(np.float32(1))  # the counter has teeth
     assert counter.compiles == before + 1
 
@@ -240,3 +254,48 @@ def test_abort_frees_everything_and_the_others_go_on(build):
         engine.step()
     assert tuple(kept.output_token_ids) == alone[0]
     assert engine.scheduler.pool.num_held == 0
+
+
+def logprobs_of(engine, requests, order=None):
+    """Each request's tokens and the bits of their log-probabilities; `order`: in which they are added, one a step."""
+    made = [engine.make_request(ids, params) for ids, params in requests]
+    sequences, found = {}, {}
+    waiting = list(order if order is not None else range(len(made)))
+    while waiting or engine.has_work:
+        if waiting and (order is not None or not sequences):
+            for place in waiting if order is None else waiting[:1]:
+                sequences[engine.add(made[place])[0]] = place
+            waiting = [] if order is None else waiting[1:]
+        for output in engine.step():
+            if output.logprobs is not None:
+                found.setdefault(sequences[output.sequence], []).append(
+                    (output.token_id, np.float32(output.logprobs.logprob).tobytes())
+                )
+    return [found[place] for place in range(len(made))]
+
+
+def crowd():
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=4, ignore_eos=True, logprobs=1)
+    return [(prompt(9 + 5 * i, salt=80 + i), params) for i in range(7)]
+
+
+def test_in_deterministic_mode_logprobs_have_the_same_bits_whatever_the_batch_and_the_schedule(build):
+    fixed = dict(deterministic=True, decode_buckets=(), token_buckets=(), dtype="bfloat16")
+    requests = crowd()
+    engine = build(num_pages=256, **fixed)
+    alone = [logprobs_of(engine, [one])[0] for one in requests]  # misses; every later prompt is a hit
+    assert logprobs_of(engine, requests) == alone
+    assert logprobs_of(engine, requests, order=[3, 0, 6, 1, 5, 2, 4]) == alone
+    chunked = build(num_pages=256, max_prefill_chunk=7, enable_prefix_caching=False, **fixed)
+    assert logprobs_of(chunked, requests) == alone
+    tight = build(num_pages=26, **fixed)
+    assert logprobs_of(tight, requests) == alone
+    assert tight.scheduler.metrics.preemptions > 0
+
+
+def test_without_deterministic_mode_some_bits_follow_the_batch(build):
+    """The test above has teeth: the same comparison fails where buckets choose the executable."""
+    free = build(num_pages=256, dtype="bfloat16", decode_buckets=(1, 8), token_buckets=(16, 64))
+    requests = crowd()
+    alone = [logprobs_of(free, [one])[0] for one in requests]
+    assert logprobs_of(free, requests) != alone

@@ -40,7 +40,7 @@ def add(engine, name, **params):
 
 def test_a_request_is_answered_token_by_token_and_leaves_nothing():
     script, loop, engine = run()
-    script.turns = [[add(engine, "a")], [], [], []]
+    script.turns = [[add(engine, "a")], [], [], [], []]
     loop.run()
     assert isinstance(script.events[0], Ready)
     assert [one.finish_reason for one in script.news("a")] == [None, None, "length"]
@@ -53,7 +53,19 @@ def test_others_go_on_while_a_grammar_compiles_and_it_can_be_aborted_meanwhile()
     slow: Future = Future()
     engine.prepare = lambda request: slow if request.id in ("slow", "gone") else None
     slow_one, gone, quick = (add(engine, name) for name in ("slow", "gone", "quick"))
-    script.turns = [[slow_one, gone, quick], [Abort("gone")], [], [], lambda: slow.set_result(None), [], [], [], []]
+    script.turns = [
+        [slow_one, gone, quick],
+        [Abort("gone")],
+        [],
+        [],
+        [],
+        lambda: slow.set_result(None),
+        [],
+        [],
+        [],
+        [],
+        [],
+    ]
     loop.run()
     order = [one.request_id for event in script.events if isinstance(event, Step) for one in event.news]
     assert order == ["quick"] * 3 + ["slow"] * 3
@@ -66,7 +78,7 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone(error):
     failed: Future = Future()
     failed.set_exception(error)
     engine.prepare = lambda request: failed if request.id == "bad" else None
-    script.turns = [[add(engine, "bad"), add(engine, "good")], [], [], [], []]
+    script.turns = [[add(engine, "bad"), add(engine, "good")], [], [], [], [], []]
     loop.run()
     code = "invalid_request/prompt: " if isinstance(error, RequestError) else "internal_error: "
     assert [one.error.startswith(code) for one in script.news("bad")] == [True]

@@ -1,8 +1,10 @@
 import pytest
+from helpers.fake_runner import Host
 from helpers.requests import request
 
 from jaxllm.core import Sequence
 from jaxllm.engine.policy import SequenceQueue, fcfs, priority
+from jaxllm.engine.scheduler import PATIENCE
 
 
 def queued(policy, priorities):
@@ -37,3 +39,29 @@ def test_removing_what_is_not_queued_is_an_error():
     with pytest.raises(KeyError):
         queue.remove((2,))
     assert len(queue) == 1
+
+
+def longest_prefix_host(**settings):
+    host = Host(policy="longest_prefix", max_num_seqs=1, num_pages=200, max_model_len=100, **settings)
+    host.add(request(id="seed", prompt=range(40), max_tokens=1))
+    host.run()
+    return host
+
+
+@pytest.mark.parametrize("radix", [False, True])
+def test_the_waiting_sequence_that_finds_the_most_of_itself_goes_first(radix):
+    host = longest_prefix_host(radix=radix)
+    for name, prompt in (("cold", range(500, 540)), ("half", [*range(20), 7]), ("whole", [*range(40), 7])):
+        host.add(request(id=name, prompt=prompt, max_tokens=1))
+    host.run()
+    assert [sequence.request.id for sequence in host.finished] == ["seed", "whole", "half", "cold"]
+
+
+def test_a_sequence_that_finds_nothing_is_not_passed_over_for_ever():
+    host = longest_prefix_host()
+    host.add(request(id="cold", prompt=range(500, 540), max_tokens=1))
+    for number in range(PATIENCE + 10):
+        host.add(request(id=f"warm {number}", prompt=[*range(40), number], max_tokens=1))
+    host.run()
+    order = [sequence.request.id for sequence in host.finished]
+    assert order.index("cold") == PATIENCE + 1

@@ -24,13 +24,15 @@ EXECUTED = {"rules": 0, "preemptions": 0, "hits": 0, "evictions": 0}
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         caching=st.booleans(),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        radix=st.booleans(),
+        policy=st.sampled_from(["fcfs", "priority", "longest_prefix"]),
         num_pages=st.integers(8, 13),
         rows=st.integers(2, 6),
         budget=st.integers(6, 20),
         chunk=st.sampled_from([None, 1, 3, 6]),
+        overlap=st.booleans(),
     )
-    def start(self, caching, policy, num_pages, rows, budget, chunk):
+    def start(self, caching, radix, policy, num_pages, rows, budget, chunk, overlap):
         self.host = Host(
             num_pages=num_pages,
             page_size=PAGE_SIZE,
@@ -39,7 +41,9 @@ class EngineMachine(RuleBasedStateMachine):
             max_model_len=30,
             max_prefill_chunk=chunk,
             caching=caching,
+            radix=radix,
             policy=policy,
+            overlap=overlap,
         )
         self.number = 0
         self.sequences = []
@@ -129,7 +133,7 @@ class EngineMachine(RuleBasedStateMachine):
 def test_ten_thousand_random_operations_keep_the_books_and_the_tokens_right():
     EXECUTED.update(dict.fromkeys(EXECUTED, 0))
     plan = settings(
-        max_examples=130,
+        max_examples=145,
         stateful_step_count=100,
         deadline=None,
         derandomize=True,

@@ -5,16 +5,26 @@ import numpy as np
 
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples, unpack, unpack_samples
 
-PAGE, PAGES = 4, 32
+PAGE, PAGES, SCRATCH = 4, 32, 9
+LAST = jnp.arange(100, 110, dtype=jnp.int32)  # what each state row sampled last
 
 
 def test_a_mixed_step_gives_every_token_its_position_and_slot():
     shape = StepShape(tokens=12, rows=4, width=3, decode=False)
     # Row 0: tokens 5..8 of a sequence in pages 7, 2, 9; row 1: its first token, in page 4; row 2: token 3, page 30.
-    packed = pack(shape, [50, 51, 52, 53, 60, 70], [4, 1, 1], [9, 1, 4], [[7, 2, 9], [4], [30]])
-    inputs = unpack(shape, jnp.asarray(packed), page_size=PAGE, num_pages=PAGES)
+    packed = pack(
+        shape,
+        [50, 51, -1 - 6, 53, 60, 70],  # the third is what state row 6 sampled last
+        [4, 1, 1],
+        [9, 1, 4],
+        [6, SCRATCH, 2],
+        np.array([[7, 2, 9], [4, 0, 0], [30, 0, 0]], np.int32),
+        SCRATCH,
+    )
+    inputs = unpack(shape, jnp.asarray(packed), LAST, page_size=PAGE, num_pages=PAGES)
     dropped = PAGE * PAGES
-    assert inputs.token_ids[:6].tolist() == [50, 51, 52, 53, 60, 70]
+    assert inputs.token_ids[:6].tolist() == [50, 51, 106, 53, 60, 70]
+    assert inputs.state_rows.tolist() == [6, SCRATCH, 2, SCRATCH]
     assert inputs.positions.tolist() == [5, 6, 7, 8, 0, 3, *[0] * 6]
     assert inputs.slots.tolist() == [2 * 4 + 1, 2 * 4 + 2, 2 * 4 + 3, 9 * 4, 4 * 4, 30 * 4 + 3, *[dropped] * 6]
     assert inputs.kv_lens.tolist() == [9, 1, 4, 0]
@@ -24,8 +34,10 @@ def test_a_mixed_step_gives_every_token_its_position_and_slot():
 
 def test_a_decode_step_has_one_token_a_row_and_drops_padding():
     shape = StepShape(tokens=4, rows=4, width=2, decode=True)
-    packed = pack(shape, [11, 12], [1, 1], [6, 1], [[3, 5], [8]])
-    inputs = unpack(shape, jnp.asarray(packed), page_size=PAGE, num_pages=PAGES)
+    packed = pack(shape, [11, -1], [1, 1], [6, 1], [3, 0], np.array([[3, 5], [8, 0]], np.int32), SCRATCH)
+    inputs = unpack(shape, jnp.asarray(packed), LAST, page_size=PAGE, num_pages=PAGES)
+    assert inputs.token_ids.tolist() == [11, 100, 0, 0]
+    assert inputs.state_rows.tolist() == [3, 0, SCRATCH, SCRATCH]
     assert inputs.positions.tolist() == [5, 0, 0, 0]
     assert inputs.slots.tolist() == [5 * 4 + 1, 8 * 4, PAGE * PAGES, PAGE * PAGES]
     assert inputs.query_starts is None

@@ -4,6 +4,7 @@ from helpers.requests import request
 from jaxllm.core import Sequence
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
+from jaxllm.engine.cache.radix import RadixCache
 
 SIZE = 4
 
@@ -13,9 +14,9 @@ def pool():
     return PagePool(16, SIZE)
 
 
-@pytest.fixture
-def cache(pool):
-    return PrefixCache(pool)
+@pytest.fixture(params=[PrefixCache, RadixCache], ids=["hashed", "radix"])
+def cache(pool, request):
+    return request.param(pool)
 
 
 def admit(cache, pool, tokens, salt=""):
@@ -179,6 +180,7 @@ def test_tokens_found_and_not_found_are_counted_once_a_sequence(cache, pool):
     assert (cache.stats.hit_tokens, cache.stats.miss_tokens) == (8, 12)
 
 
+@pytest.mark.parametrize("cache", [PrefixCache], indirect=True, ids=["hashed"])
 def test_each_full_page_is_hashed_once(cache, pool, monkeypatch):
     sequence, _ = admit(cache, pool, range(5))
     packed = []
@@ -201,3 +203,33 @@ def test_without_a_cache_nothing_is_found_and_nothing_kept(pool):
     assert hits(cache, range(9)) == 0
     assert pool.num_free == 16
     assert not cache.enabled
+
+
+def test_what_hangs_below_an_evicted_page_goes_with_it(pool):
+    cache = RadixCache(pool)
+    first, _ = admit(cache, pool, range(9))
+    # Computed side by side: its second page hangs below the first one's pages, and is held by it alone.
+    second = Sequence(request(prompt=range(13)))
+    cache.acquire(second, [])
+    second.pages = pool.allocate(4)
+    second.num_computed = 13
+    cache.insert(second)
+    leave(cache, pool, first)
+    assert pool.num_cached == 2
+    assert cache.evict(1) >= 1  # the page released longest ago, and what only it leads to
+    cache.check()
+    pool.check()
+    assert hits(cache, range(13)) <= 1
+    leave(cache, pool, second)
+    cache.evict(16)
+    assert pool.num_free == pool.num_pages
+
+
+@pytest.mark.parametrize("kind", [PrefixCache, RadixCache])
+def test_what_a_running_sequence_holds_is_pinned(pool, kind):
+    cache = kind(pool)
+    admit(cache, pool, range(9))
+    gone, _ = admit(cache, pool, [50, *range(8)])
+    leave(cache, pool, gone)
+    assert cache.evict(16) == 2
+    assert hits(cache, range(9)) == 2
