@@ -9,7 +9,6 @@ of three.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import sys
@@ -155,21 +154,21 @@ def tune() -> None:
         same_bits = {blocks: s for blocks, s in times.items() if blocks.depth == Blocks().depth}
         if same_bits:
             won = min(same_bits, key=lambda blocks: same_bits[blocks])
-            found[f"rows {M}"] = {"slots": won.slots, "x_slots": won.x_slots, "reach": won.reach}
+            found[f"rows {M}"] = {"slots": won.slots, "x_slots": won.x_slots}
     device = tuning.device_name()
     if device and found:
         path = tuning.save({"streamed_sm90": found}, device, "python -m benchmarks.chain tune")
         say(what="tuned", file=path.name, **found)
 
 
-def _choice(slots: int, x_slots: int, reach: int = 0, depth: int = 64) -> dict[str, int]:
-    return {"slots": slots, "x_slots": x_slots, "reach": reach, "depth": depth}
+def _choice(slots: int, x_slots: int, depth: int = 64) -> dict[str, int]:
+    return {"slots": slots, "x_slots": x_slots, "depth": depth}
 
 
 TUNED = {
-    8: [_choice(12, 12), _choice(12, 12, 16), _choice(12, 12, 32)],
-    32: [_choice(10, 10), _choice(10, 10, 16)],
-    128: [_choice(5, 5), _choice(5, 5, 16)],
+    8: [_choice(12, 8), _choice(12, 12), _choice(6, 6, 128)],
+    32: [_choice(10, 5), _choice(10, 10), _choice(9, 12)],
+    128: [_choice(6, 3), _choice(5, 5), _choice(5, 4)],
 }
 
 
@@ -220,12 +219,10 @@ def report(what: str, shape: str, M: int, ws: Any, layer: Callable[..., Any]) ->
 def chains() -> None:
     for shape, (L, *dims) in SHAPES.items():
         ws = [layer_weights(i, *dims) for i in range(L)]
-        for M, reaches in ((8, (0, 8, 16, 32)), (32, (0, 16)), (128, (0,))):
-            for reach in reaches:
-                blocks = dataclasses.replace(blocks_for(M), reach=reach)
-                report(f"chain reach {reach}", shape, M, ws, functools.partial(chain_layer, blocks=blocks))
         for M in (8, 32, 128):
+            report("chain", shape, M, ws, functools.partial(chain_layer, blocks=blocks_for(M)))
             report("xla", shape, M, ws, plain_layer)
+        report("chain pdl", shape, 8, ws, functools.partial(chain_layer, blocks=blocks_for(8), pdl=True))
         del ws
 
 

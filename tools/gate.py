@@ -126,6 +126,16 @@ def paged_attention_decode_cases() -> Iterator[Case]:
     yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
 
 
+def matmul_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.matmul import mosaic_sm90
+
+    for rows in (8, 64, 128):
+        arrays = _array((rows, 4096), jnp.bfloat16), _array((6144, 4096), jnp.bfloat16)
+        yield Case("mosaic_sm90", f"4096 to 6144 rows {rows}", lambda x, w: mosaic_sm90.matmul(x, w, None), arrays)
+
+
 def decode_chain_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
@@ -181,6 +191,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
     "decode_chain": decode_chain_cases,
+    "matmul": matmul_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
 }

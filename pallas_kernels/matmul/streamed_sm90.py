@@ -65,7 +65,6 @@ class Blocks:
     programs: int = 132
     slots: int = 12  # weight blocks in flight
     x_slots: int = 12  # activation blocks in flight: they queue behind the weights, so as many
-    reach: int = 0  # weight blocks further on that are read into the L2 cache
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,6 @@ class Plan:
     blocks: Blocks
     eps: float
     interpret: bool
-    fence: bool
     pdl: bool
 
     def steps(self, stage: Stage) -> int:
@@ -153,19 +151,15 @@ def chain(
     eps: float = 1e-5,
     blocks: Blocks = Blocks(),
     interpret: Any = None,
-    fence: bool = True,
     pdl: bool = False,
-    ahead: jax.Array | None = None,
 ) -> list[tuple[jax.Array, ...]]:
     """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares).
 
-    `ahead` is the weight that will be read next, by another launch: its reads into the L2 cache begin at the end.
+    `pdl` lets this launch's weights come in while the launch before it ends; a stream of such launches is what gains.
     """
     M = inputs[0].shape[0]
     refuse(M, stages, blocks)
-    plan = Plan(
-        padded(M), stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None
-    )
+    plan = Plan(padded(M), stages, blocks, eps, interpret is not None, pdl and interpret is None)
     outs: list[Any] = []
     places: list[tuple[int, ...]] = []
     for stage in stages:
@@ -176,7 +170,7 @@ def chain(
         places.append(tuple(range(len(outs), len(outs) + len(mine))))
         outs += mine
     outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, plan.M), jnp.float32))  # pieces of shared tiles
-    extras = [each for each in (*norms, *biases, ahead) if each is not None]
+    extras = [each for each in (*norms, *biases) if each is not None]
     n_in, n_w = len(inputs), len(weights)
 
     def kernel(*refs: Any) -> None:
@@ -184,7 +178,6 @@ def chain(
         rest = list(refs[n_in + n_w : n_in + n_w + len(extras)])
         norm_refs = [None if each is None else rest.pop(0) for each in norms]
         bias_refs = [None if each is None else rest.pop(0) for each in biases]
-        ahead_ref = None if ahead is None else rest[0]
         out_refs = refs[n_in + n_w + len(extras) :]
         done = shared = None
         if not plan.interpret:  # get_global: the same for every program; scratch semaphores are each program's own
@@ -208,7 +201,6 @@ def chain(
                 handed=handed,
                 squares=squares,
                 pieces=out_refs[-1],
-                ahead=ahead_ref,
                 done=barriers[5] if plan.interpret else done,
                 shared=shared,
                 w_smem=scratch[0],
@@ -252,7 +244,6 @@ class _Refs:
     handed: Any
     squares: Any
     pieces: Any
-    ahead: Any
     done: Any
     shared: Any
     w_smem: Any
@@ -304,62 +295,30 @@ def _memory(plan: Plan, r: _Refs) -> None:
 
 
 def _fetch_weights(plan: Plan, r: _Refs) -> None:
-    """Blocks into shared memory as there is room, and the ones `reach` further on into the L2 cache."""
-    slots, reach = jnp.int32(plan.blocks.slots), plan.blocks.reach
-    shares = [_share(plan, stage, w) for stage, w in zip(plan.stages, r.weights, strict=True)]
-    after = None if r.ahead is None else _share(plan, Stage(0, r.ahead.shape[1], r.ahead.shape[0]), r.ahead)
+    program = lax.axis_index("program")
+    slots, depth = plan.blocks.slots, plan.blocks.depth
     before: Any = jnp.int32(0)
-    for share, following in zip(shares, [*shares[1:], after], strict=True):
+    for stage, w in zip(plan.stages, r.weights, strict=True):
+        first, last = plan.first(stage, program), plan.first(stage, program + 1)
+        steps = jnp.int32(plan.steps(stage))
 
         def block(
-            i: jax.Array, share: _Share = share, following: _Share | None = following, before: Any = before
+            i: jax.Array, stage: Stage = stage, w: Any = w, offset: Any = before - first, steps: Any = steps
         ) -> None:
-            done = before + (i - share.first)
-            slot = lax.rem(done, slots)
+            done = offset + i
+            slot = lax.rem(done, jnp.int32(slots))
             pl.when(done >= slots)(lambda: plgpu.barrier_wait(r.w_free.at[slot]))
+            tile, columns = lax.div(i, steps), pl.ds(lax.rem(i, steps) * depth, depth)
             for half in range(2):
+                row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
                 target = r.w_smem.at[slot, pl.ds(half * HALF, HALF)]
-                plgpu.copy_gmem_to_smem(_half_block(plan, share, i, half), target, r.w_full.at[slot])
-            if not reach:
-                return
-            pl.when(i + reach < share.last)(lambda: _prefetch(plan, share, i + reach))
-            if following is not None:
-                further = following.first + (i + reach - share.last)
-                wanted = (i + reach >= share.last) & (further < following.last)
-                pl.when(wanted)(lambda: _prefetch(plan, following, further))
+                plgpu.copy_gmem_to_smem(w.at[pl.ds(row, HALF), columns], target, r.w_full.at[slot])
 
-        pl.loop(share.first, share.last)(block)
-        before = before + (share.last - share.first)
+        pl.loop(first, last)(block)
+        before = before + (last - first)
     if plan.pdl:
         plgpu.griddepcontrol_launch_dependents()
-    _drain(before, r.w_free, plan.blocks.slots)
-
-
-@dataclass(frozen=True)
-class _Share:
-    """The blocks of a stage that are this program's."""
-
-    stage: Stage
-    w: Any
-    first: jax.Array
-    last: jax.Array
-
-
-def _share(plan: Plan, stage: Stage, w: Any) -> _Share:
-    program = lax.axis_index("program")
-    return _Share(stage, w, plan.first(stage, program), plan.first(stage, program + 1))
-
-
-def _half_block(plan: Plan, share: _Share, i: jax.Array, half: int) -> Any:
-    stage, steps, depth = share.stage, jnp.int32(plan.steps(share.stage)), plan.blocks.depth
-    tile, columns = lax.div(i, steps), pl.ds(lax.rem(i, steps) * depth, depth)
-    row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
-    return share.w.at[pl.ds(row, HALF), columns]
-
-
-def _prefetch(plan: Plan, share: _Share, i: jax.Array) -> None:
-    for half in range(2):
-        plgpu.async_prefetch(_half_block(plan, share, i, half))
+    _drain(before, r.w_free, slots)
 
 
 def _fetch_activations(plan: Plan, r: _Refs) -> None:
@@ -377,7 +336,7 @@ def _fetch_activations(plan: Plan, r: _Refs) -> None:
                 plgpu.barrier_wait(r.done[maker])
             else:
                 _await(plan, r, maker)
-            if plan.fence:
+            if not plan.interpret:
                 _async_proxy_fence()
 
         def block(i: jax.Array, x: Any = x, offset: Any = before - first, steps: Any = steps) -> None:
@@ -457,7 +416,7 @@ def _fetch_residual(plan: Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
     assert run.stage.residual is not None
     if run.stage.residual < 0:
         _await(plan, r, -1 - run.stage.residual)
-        if plan.fence:
+        if not plan.interpret:
             _async_proxy_fence()
     for half in range(2):
         part = pl.ds(tile * ROWS + half * HALF, HALF)
@@ -510,7 +469,7 @@ def _finish(plan: Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array
         if stage.normed is not None:
             plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[run.number].at[pl.ds(0, plan.M), here])
     plgpu.wait_smem_to_gmem(0)
-    if plan.fence:
+    if not plan.interpret:
         _async_proxy_fence()
     if plan.interpret:
         plgpu.barrier_arrive(r.done[run.number])

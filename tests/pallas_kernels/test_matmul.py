@@ -35,7 +35,7 @@ def test_wrong_shapes_raise_an_error_that_names_them():
 def test_every_piece_of_a_tile_is_added_by_the_program_that_begins_it(ins, outs):
     """The arithmetic between programs, which the interpreter cannot run: it has one program."""
     stage = Stage(0, ins, outs)
-    plan = Plan(8, (stage,), Blocks(), 1e-5, False, True, False)
+    plan = Plan(8, (stage,), Blocks(), 1e-5, interpret=False, pdl=False)
     steps, programs = plan.steps(stage), Blocks().programs
     firsts = [int(plan.first(stage, jnp.int32(program))) for program in range(programs + 1)]
     assert firsts[0] == 0
