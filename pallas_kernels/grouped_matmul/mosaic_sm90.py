@@ -125,7 +125,7 @@ def tiles_matmul(
     N = pl.cdiv(T, 8) * 8
     blocks = blocks or default_blocks(N, K)
     refuse(x, w, gated, blocks)
-    if interpret is not None:  # the copy engine fills up what is not there; its interpreter does not
+    if T > 8 or interpret is not None:  # up to 8 the copy engine fills up what is not there; its interpreter does not
         x = jnp.pad(x, ((0, 0), (0, N - T), (0, 0)))
     rows = w.shape[1] // 2 if gated else w.shape[1]
     stages = min(blocks.stages, _stages_that_fit(N, blocks))
