@@ -2,14 +2,15 @@
 
 In: one query a row (or a few, when a draft is verified), one layer's pages, page tables, lengths, already checked by
 api.py. Out: attention outputs.
-A row is cut at absolute key positions 0, SPLIT, 2 * SPLIT, ... and each split, for one kv head, is a unit of work. A
-fixed number of programs walks the units of all rows in order, each a contiguous share of them; its memory warpgroup runs
-ahead across units, one TMA copy a page. The compute warpgroup takes all keys of a split first: S^T = K q^T with 64 keys
-in the tall dimension of the tensor cores and the queries of a kv head in the narrow one, so nothing is wasted on padding
-and a split needs one softmax; then O^T = V^T P^T while values arrive.
+A row is cut at absolute key positions into splits (units.py). A program's memory warpgroup runs ahead across units, one
+TMA copy a page. Its compute warpgroup takes all keys of a split first: S^T = K q^T, with 64 keys in the tall dimension
+of the tensor cores and the queries of a kv head in the narrow one, so that little is wasted on padding and a split
+needs one softmax; then O^T = V^T P^T while values arrive.
 Splits of one row leave their sums in device memory; the program that holds a row's last split adds them in order. If
 some belong to earlier programs it does so at its end, after waiting for their count: it waits only for programs that
 started before it and never wait before they have counted.
+e4m3 pages: queries come as two e4m3 parts, which together hold bfloat16's 8 bits, so that keys need no conversion;
+values become float16, exactly, on their way to the second product, as the tensor cores transpose nothing narrower.
 Bits: a row's splits, the order of additions in a split and the order of splits depend on nothing but its own length.
 It does not know how pages are written.
 """
@@ -18,30 +19,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir import ir  # type: ignore[import-untyped]
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
+from pallas_kernels.paged_attention.units import BLOCK, SPLIT, Carry, Rows, Share, Unit, plan, walk
 
 LOG2E = math.log2(math.e)
-SPLIT = 512  # keys a split; a constant of the op, not a tuning knob: it decides bits
-BLOCK = 64  # keys a block: the tall dimension of WGMMA
-WARPS = 4
 COMPUTE, MEMORY = 0, 1  # warpgroups
-SMEM_BYTES = 226 * 1024  # of 227 KB; reductions and barriers take the rest
-_MASKED, _FLOOR = -1e30, -1e20  # a masked score lies far under the floor of the maximum: weight 0
+MOST_LANES = 32
+MOST_STAGES = 12
+SMEM_BYTES = 224 * 1024  # of 227 KB; reductions and barriers take the rest
 FOLDED = 4, 16  # splits of a row read at once, for few and for many
-FIELDS = 6  # of a program's entry in the plan
-type Carry = tuple[jax.Array, ...]
+LOW_PART = 16.0  # what the second part of narrow queries is multiplied by, to be as large as the first
+E4M3_MAX = 448.0
+_MASKED, _FLOOR = -1e30, -1e20  # a masked score lies far under the floor of the maximum: weight 0
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,17 @@ class Blocks:
 class _Shape:
     """What the kernel knows when it is compiled."""
 
-    B: int
-    K: int
+    rows: Rows
     H: int
     page_size: int
-    dtype: Any
-    queries: int  # a row
+    dtype: Any  # of queries and outputs
+    narrow: bool  # pages are e4m3
     group: int  # query heads a kv head
     heads_a_tile: int  # kv heads whose queries share a tile of lanes
     lanes: int  # queries of a tile: columns of the products
     scale: float
-    window: int | None
     soft_cap: float | None
     stages: int
-    programs: int
     max_splits: int
     early: bool
     interpret: bool
@@ -78,91 +74,59 @@ class _Shape:
     @property
     def columns(self) -> int:
         """Queries of one kv head of one row."""
-        return self.queries * self.group
+        return self.rows.queries * self.group
+
+    @property
+    def filled(self) -> bool:
+        """Tiles have no padding, and the heads' order in memory."""
+        return self.rows.queries == 1 and self.heads_a_tile * self.group == self.lanes
 
     @property
     def copies(self) -> int:
         """TMA copies a block."""
         return max(1, BLOCK // self.page_size)
 
+    @property
+    def fetchers(self) -> int:
+        """Warps that fetch. A slot of the ring is always the same warp's: a barrier's waiter has to see every phase."""
+        return next(warps for warps in (4, 3, 2, 1) if self.stages % warps == 0)
+
+    @property
+    def parts(self) -> int:
+        """Of a query."""
+        return 2 if self.narrow else 1
+
+    @property
+    def weight_dtype(self) -> Any:
+        return jnp.float16 if self.narrow else self.dtype
+
 
 @dataclass(frozen=True)
 class _Refs:
-    q: Any  # [B, K / heads_a_tile, lanes, H]
+    """Device memory, then shared memory, then barriers."""
+
+    q: Any  # [B, K / heads_a_tile, parts * lanes, H]
+    factor: Any  # f32[B, K / heads_a_tile, lanes], of scores, and f32[K], of values, with e4m3 pages
+    v_scale: Any
     k: Any  # [P, K, page_size, H]
     v: Any
     table: Any  # i32[B, W]
     lens: Any  # i32[B]
     plan: Any  # i32[programs, FIELDS]
     counters: Any  # i32[programs], 0 before and after
-    out: Any  # as q
+    out: Any  # [B, K / heads_a_tile, lanes, H]
     partial: Any  # f32[programs, 2, max_splits, H, lanes]
     stats: Any  # f32[programs, 2, max_splits, 2, lanes]
     ring: Any  # [stages, BLOCK, H]
-    q_smem: Any  # [2, lanes, H]
+    q_smem: Any  # [2, parts * lanes, H]
     scores: Any  # f32[SPLIT / BLOCK, BLOCK, lanes]
     weights: Any  # [SPLIT / BLOCK, lanes, BLOCK]
     out_smem: Any  # [lanes, H]
+    wide: Any  # f16[BLOCK, H], with e4m3 pages
     full: Any  # one a stage
     free: Any
     q_full: Any  # two
     q_free: Any
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One split of one row for one kv head, as scalars."""
-
-    row: jax.Array
-    head: jax.Array
-    split: jax.Array
-    kv_len: jax.Array
-
-    def keys(self, shape: _Shape) -> tuple[jax.Array, jax.Array]:
-        """First key, a multiple of BLOCK, and one past the last."""
-        begin = self.split * SPLIT
-        end = jnp.minimum(begin + SPLIT, self.kv_len)
-        if shape.window is not None:
-            begin = jnp.maximum(begin, lax.div(_lowest(shape, self.kv_len), jnp.int32(BLOCK)) * BLOCK)
-        return begin, end
-
-    def blocks(self, shape: _Shape) -> jax.Array:
-        begin, end = self.keys(shape)
-        return jnp.maximum(lax.div(end - begin + (BLOCK - 1), jnp.int32(BLOCK)), 0)
-
-
-def _lowest(shape: _Shape, kv_len: jax.Array) -> jax.Array:
-    """The first key any query of the row sees."""
-    if shape.window is None:
-        return jnp.zeros_like(kv_len)
-    return jnp.maximum(kv_len - (shape.queries - 1) - shape.window, 0)
-
-
-def _splits(kv_len: jax.Array, window: int | None, queries: int) -> tuple[jax.Array, jax.Array]:
-    """First live split of a row, and how many; one for length 0, whose output somebody must write."""
-    stop = lax.div(kv_len + (SPLIT - 1), jnp.int32(SPLIT))
-    if window is None:
-        return jnp.zeros_like(kv_len), jnp.maximum(stop, 1)
-    first = lax.div(jnp.maximum(kv_len - (queries - 1) - window, 0), jnp.int32(SPLIT))
-    return first, jnp.maximum(stop - first, 1)
-
-
-def plan(kv_lens: jax.Array, K: int, programs: int, window: int | None, queries: int) -> jax.Array:
-    """i32[programs, FIELDS]: each program's first row, head and split, its first unit, the next one's, and the total.
-
-    A small XLA computation of the lengths alone: the layers of a step share it.
-    """
-    first, splits = _splits(kv_lens, window, queries)
-    units = splits * K
-    ends = jnp.cumsum(units, dtype=jnp.int32)
-    total = ends[-1]
-    edges = (jnp.arange(programs + 1, dtype=jnp.int32) * total) // programs
-    start = edges[:-1]
-    row = jnp.minimum((ends[None, :] <= start[:, None]).sum(axis=1, dtype=jnp.int32), kv_lens.shape[0] - 1)
-    within = start - (ends - units)[row]
-    head = within // splits[row]
-    split = within - head * splits[row] + first[row]
-    return jnp.stack([row, head, split, start, edges[1:], jnp.full_like(row, total)], axis=1)
 
 
 def paged_attention_decode(
@@ -171,36 +135,13 @@ def paged_attention_decode(
     v_pages: jax.Array,
     page_table: jax.Array,  # i32[B, W]
     kv_lens: jax.Array,  # i32[B]
-    *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    blocks: Blocks | None = None,
-    counters: Any = None,
-    interpret: Any = None,
+    **options: Any,
 ) -> jax.Array:
-    """One query a row, at position kv_lens - 1. Rows of length 0 come out 0."""
-    verify = functools.partial(verify_attention, scale=scale, window=window, soft_cap=soft_cap, counters=counters)
-    return verify(q[:, None], k_pages, v_pages, page_table, kv_lens, blocks=blocks, interpret=interpret)[:, 0]
+    """One query a row, at position kv_lens - 1. Rows of length 0 come out 0. Options as verify's."""
+    return verify(q[:, None], k_pages, v_pages, page_table, kv_lens, **options)[:, 0]
 
 
-def refuse(q: jax.Array, k_pages: jax.Array) -> None:
-    """NotImplementedError for what this implementation does not do. q is [B, queries, N, H]."""
-    queries, N, H = q.shape[1:]
-    K, page_size = k_pages.shape[1:3]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"WGMMA takes bfloat16 or float16 queries here, got {q.dtype}")
-    if k_pages.dtype != q.dtype:
-        raise NotImplementedError(f"pages must be {q.dtype} like the queries, got {k_pages.dtype}")
-    if H not in (64, 128, 256):
-        raise NotImplementedError(f"head dim must be 64, 128 or 256 for 128-byte swizzles, got {H}")
-    if page_size % 8 or (BLOCK % page_size and page_size % BLOCK):
-        raise NotImplementedError(f"page size must divide {BLOCK} or be a multiple of it, got {page_size}")
-    if queries * (N // K) > 32:
-        raise NotImplementedError(f"{queries} queries of {N // K} heads a kv head: at most 32 together")
-
-
-def verify_attention(
+def verify(
     q: jax.Array,  # [B, queries, N, H]
     k_pages: jax.Array,  # [P, K, page_size, H]
     v_pages: jax.Array,
@@ -210,65 +151,112 @@ def verify_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,  # f32[K], with e4m3 pages
+    v_scale: jax.Array | None = None,
+    counters: Any = None,  # i32[programs] of zeros, as a ref: saves making them; zeros afterwards
     blocks: Blocks | None = None,
-    counters: Any = None,
     interpret: Any = None,
 ) -> jax.Array:
     """The last `queries` queries of each row, whose keys are all in the pages; each has the bits of a decode step."""
-    refuse(q, k_pages)
+    refuse(q, k_pages, k_scale, v_scale)
     B, queries, N, H = q.shape
     P, K, page_size = k_pages.shape[:3]
     group = N // K
     packed = queries == 1 and 8 % group == 0 and N % 8 == 0
-    heads_a_tile = 8 // group if packed else 1
     lanes = 8 if packed else pl.cdiv(queries * group, 8) * 8
+    narrow = k_pages.dtype != q.dtype
     blocks = blocks or tuning.choose("paged_attention.decode/mosaic_sm90", f"H{H}", Blocks())
-    splits = pl.cdiv(page_table.shape[1] * page_size, SPLIT)
-    if window is not None:
-        splits = min(splits, pl.cdiv(window + queries - 2, SPLIT) + 1)
-    stages = blocks.stages or _stages(H, lanes)
+    rows = Rows(B, K, queries, window, blocks.programs)
     shape = _Shape(
-        B, K, H, page_size, q.dtype, queries, group, heads_a_tile, lanes, scale, window, soft_cap,
-        stages, blocks.programs, max(splits, 1), blocks.early, interpret is not None,
-    )  # fmt: skip
+        rows=rows,
+        H=H,
+        page_size=page_size,
+        dtype=q.dtype,
+        narrow=narrow,
+        group=group,
+        heads_a_tile=8 // group if packed else 1,
+        lanes=lanes,
+        scale=scale,
+        soft_cap=soft_cap,
+        stages=blocks.stages or _stages(H, lanes, narrow),
+        max_splits=rows.most_splits(page_table.shape[1] * page_size),
+        early=blocks.early,
+        interpret=interpret is not None,
+    )
     # An operand of the copy engine must start at 256 bytes; any arithmetic makes a slice an array of its own.
     page_table = jnp.clip(page_table, 0, P - 1)
-    tiles = _tiled(q, shape)
+    tiles, scales = _tiled(q, shape), (None, None)
+    if k_scale is not None:
+        tiles, factor = _parts(tiles, k_scale, shape)
+        scales = factor, v_scale
     counters = jnp.zeros((blocks.programs,), jnp.int32) if counters is None else counters
-    work = plan(kv_lens, K, blocks.programs, window, queries)
-    out = _call(shape, tiles, k_pages, v_pages, page_table, kv_lens, work, counters, interpret)
-    return _untiled(out, q.shape, shape)
+    arrays = tiles, *scales, k_pages, v_pages, page_table, kv_lens, plan(kv_lens, rows), counters
+    return _untiled(_call(shape, arrays, interpret), q.shape, shape)
 
 
-def _stages(H: int, lanes: int) -> int:
+def refuse(q: jax.Array, k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    """NotImplementedError for what this implementation does not do. q is [B, queries, N, H]."""
+    queries, N, H = q.shape[1:]
+    K, page_size = k_pages.shape[1:3]
+    narrow = k_pages.dtype == jnp.float8_e4m3fn
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"WGMMA takes bfloat16 or float16 queries here, got {q.dtype}")
+    if k_pages.dtype != q.dtype and not narrow:
+        raise NotImplementedError(f"pages must be {q.dtype} like the queries or float8_e4m3fn, got {k_pages.dtype}")
+    if narrow != (k_scale is not None) or narrow != (v_scale is not None):
+        raise NotImplementedError("k_scale and v_scale go together, with float8_e4m3fn pages")
+    if H not in (64, 128, 256):
+        raise NotImplementedError(f"head dim must be 64, 128 or 256 for whole swizzles, got {H}")
+    if page_size % 8 or (BLOCK % page_size and page_size % BLOCK):
+        raise NotImplementedError(f"page size must divide {BLOCK} or be a multiple of it, got {page_size}")
+    if queries * (N // K) > MOST_LANES:
+        raise NotImplementedError(f"{queries} queries of {N // K} heads a kv head: at most {MOST_LANES} together")
+
+
+def _stages(H: int, lanes: int, narrow: bool) -> int:
     """How many blocks fit beside queries, scores, weights and outputs."""
-    taken = 2 * 2 * lanes * H + SPLIT * lanes * (4 + 2) + 2 * lanes * H
-    return min(12, (SMEM_BYTES - 2048 - taken) // (2 * BLOCK * H))
+    taken = 2 * 2 * lanes * H + SPLIT * lanes * (4 + 2) + 2 * lanes * H + 2 * BLOCK * H * narrow
+    block = BLOCK * H * (1 if narrow else 2)
+    return min(MOST_STAGES * (2 if narrow else 1), (SMEM_BYTES - taken) // block)
 
 
 def _tiled(q: jax.Array, shape: _Shape) -> jax.Array:
     """[B, queries, N, H] -> [B, K / heads_a_tile, lanes, H]: a bitcast if the heads of a tile fill it."""
-    if shape.heads_a_tile * shape.columns == shape.lanes and shape.queries == 1:
-        return q.reshape(shape.B, -1, shape.lanes, shape.H)
-    apart = q.reshape(shape.B, shape.queries, shape.K, shape.group, shape.H).swapaxes(1, 2)
-    apart = apart.reshape(shape.B, shape.K, shape.columns, shape.H)
+    rows = shape.rows
+    if shape.filled:
+        return q.reshape(rows.B, -1, shape.lanes, shape.H)
+    apart = q.reshape(rows.B, rows.queries, rows.K, shape.group, shape.H).swapaxes(1, 2)
+    apart = apart.reshape(rows.B, rows.K, shape.columns, shape.H)
     return jnp.pad(apart, ((0, 0), (0, 0), (0, shape.lanes - shape.columns), (0, 0)))
 
 
 def _untiled(out: jax.Array, dims: tuple[int, ...], shape: _Shape) -> jax.Array:
-    if shape.heads_a_tile * shape.columns == shape.lanes and shape.queries == 1:
+    rows = shape.rows
+    if shape.filled:
         return out.reshape(dims)
-    apart = out[:, :, : shape.columns].reshape(shape.B, shape.K, shape.queries, shape.group, shape.H)
+    apart = out[:, :, : shape.columns].reshape(rows.B, rows.K, rows.queries, shape.group, shape.H)
     return apart.swapaxes(1, 2).reshape(dims)
 
 
-def _call(shape: _Shape, q: jax.Array, *arrays: Any) -> jax.Array:
-    *inputs, interpret = arrays
-    f32 = jnp.float32
+def _parts(tiles: jax.Array, k_scale: jax.Array, shape: _Shape) -> tuple[jax.Array, jax.Array]:
+    """Queries as the sum of two e4m3 parts, one above the other, and what makes their products scores."""
+    wide = tiles.astype(jnp.float32)
+    largest = jnp.abs(wide).max(axis=-1, keepdims=True)
+    unit = jnp.where(largest > 0, largest / E4M3_MAX, 1.0)
+    wide = wide / unit
+    first = wide.astype(jnp.float8_e4m3fn)
+    second = ((wide - first.astype(jnp.float32)) * LOW_PART).astype(jnp.float8_e4m3fn)
+    of_lane = jnp.repeat(k_scale.reshape(-1, shape.heads_a_tile), shape.lanes // shape.heads_a_tile, axis=1)
+    return jnp.concatenate([first, second], axis=2), unit[..., 0] * of_lane * shape.scale
+
+
+def _call(shape: _Shape, arrays: tuple[Any, ...], interpret: Any) -> jax.Array:
+    programs, f32 = shape.rows.programs, jnp.float32
+    tiles = arrays[0].shape[:2]
     results = [
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((shape.programs, 2, shape.max_splits, shape.H, shape.lanes), f32),
-        jax.ShapeDtypeStruct((shape.programs, 2, shape.max_splits, 2, shape.lanes), f32),
+        jax.ShapeDtypeStruct((*tiles, shape.lanes, shape.H), shape.dtype),
+        jax.ShapeDtypeStruct((programs, 2, shape.max_splits, shape.H, shape.lanes), f32),
+        jax.ShapeDtypeStruct((programs, 2, shape.max_splits, 2, shape.lanes), f32),
     ]
 
     def kernel(*refs: Any) -> None:
@@ -286,31 +274,34 @@ def _call(shape: _Shape, q: jax.Array, *arrays: Any) -> jax.Array:
     return plgpu.kernel(
         kernel,
         out_type=results,
-        grid=(shape.programs,),
+        grid=(programs,),
         grid_names=("program",),
         num_threads=2,
         thread_name="wg",
         kernel_name="paged_decode",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(q, *inputs)[0]
+    )(*arrays)[0]
 
 
 def _scratch(shape: _Shape) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform  # typed as abstract in 0.11
     swizzle: Any = plgpu.SwizzleTransform
-    transforms = (tiling((8, 64)), swizzle(128))
 
-    def smem(*dims: int) -> Any:
-        return plgpu.SMEM(dims, shape.dtype, transforms=transforms)
+    def smem(*dims: int, dtype: Any) -> Any:
+        bytes_ = min(128, dims[-1] * jnp.dtype(dtype).itemsize)
+        transforms = tiling((8, bytes_ // jnp.dtype(dtype).itemsize)), swizzle(bytes_)
+        return plgpu.SMEM(dims, dtype, transforms=transforms)
 
     blocks = SPLIT // BLOCK
+    pages = jnp.float8_e4m3fn if shape.narrow else shape.dtype
     return (
-        smem(shape.stages, BLOCK, shape.H),
-        smem(2, shape.lanes, shape.H),
+        smem(shape.stages, BLOCK, shape.H, dtype=pages),
+        smem(2, shape.parts * shape.lanes, shape.H, dtype=pages),
         plgpu.SMEM((blocks, BLOCK, shape.lanes), jnp.float32),
-        smem(blocks, shape.lanes, BLOCK),
+        smem(blocks, shape.lanes, BLOCK, dtype=shape.weight_dtype),
         plgpu.SMEM((shape.lanes, shape.H), shape.dtype),
+        smem(BLOCK, shape.H, dtype=jnp.float16) if shape.narrow else None,
     )
 
 
@@ -321,53 +312,15 @@ def _barriers(shape: _Shape) -> tuple[Any, ...]:
     return barrier(shape.stages, shape.copies), barrier(shape.stages), barrier(2), barrier(2)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """A program's share of the units."""
-
-    begin: jax.Array  # unit
-    end: jax.Array
-    total: jax.Array  # of all programs
-
-
-def _walk(
-    shape: _Shape, refs: _Refs, visit: Callable[[_Unit, _Share, jax.Array, jax.Array], None]
-) -> tuple[_Share, jax.Array]:
-    """Call visit(unit, share, how many units came before, how many blocks of keys came before) in order."""
-    program = lax.axis_index("program")
-    row, head, split, begin, end, total = (refs.plan[program, field] for field in range(FIELDS))
-    share = _Share(begin, end, total)
-
-    def one(step: jax.Array, carry: Carry) -> Carry:
-        row, head, split, kv_len, blocks = carry
-        following = refs.lens[jnp.minimum(row + 1, shape.B - 1)]  # fetched early: nothing waits for it
-        unit = _Unit(row, head, split, kv_len)
-        visit(unit, share, step, blocks)
-        first, splits = _splits(kv_len, shape.window, shape.queries)
-        next_head = split + 1 == first + splits
-        next_row = next_head & (head + 1 == shape.K)
-        then = jnp.where(next_row, following, kv_len)
-        return (
-            row + next_row.astype(jnp.int32),
-            jnp.where(next_row, 0, head + next_head.astype(jnp.int32)),
-            jnp.where(next_head, _splits(then, shape.window, shape.queries)[0], split + 1),
-            then,
-            blocks + unit.blocks(shape),
-        )
-
-    start = (row, head, split, refs.lens[row], jnp.int32(0))
-    return share, lax.fori_loop(0, end - begin, one, start)[-1]
-
-
 # The memory warpgroup.
 
 
 def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
-    """Every warp takes each fourth block of the stream: the keys of a unit, then its values, then the next unit's."""
+    """Warps take turns with the blocks of the stream: the keys of a unit, then its values, then the next unit's."""
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
-        for mine in range(WARPS):
+        for mine in range(shape.fetchers):
             pl.when(warp == mine)(functools.partial(_fetch, shape, refs, mine))
 
 
@@ -375,19 +328,20 @@ def _fetch(shape: _Shape, refs: _Refs, mine: int) -> None:
     stages = shape.stages
     size = min(shape.page_size, BLOCK)
 
-    def visit(unit: _Unit, share: _Share, step: jax.Array, before: jax.Array) -> None:
+    def visit(unit: Unit, share: Share, step: jax.Array, before: jax.Array) -> None:
         del share
-        begin, _ = unit.keys(shape)
-        count = unit.blocks(shape)
+        begin, _ = unit.keys(shape.rows)
+        count = unit.blocks(shape.rows)
         stream = 2 * before  # keys and values of the units before
-        skip = lax.rem(mine - stream, jnp.int32(WARPS))
-        start = jnp.where(skip < 0, skip + WARPS, skip)
+        fetchers = jnp.int32(shape.fetchers)
+        skip = lax.rem(mine - stream, fetchers)
+        start = jnp.where(skip < 0, skip + fetchers, skip)
         if mine == 0:
             _fetch_queries(shape, refs, unit, step)
 
-        @pl.loop(0, lax.div(2 * count - start + (WARPS - 1), jnp.int32(WARPS)))
+        @pl.loop(0, lax.div(2 * count - start + (fetchers - 1), fetchers))
         def _(turn: jax.Array) -> None:
-            place = start + turn * WARPS
+            place = start + turn * fetchers
             values = place >= count
             key = begin + jnp.where(values, place - count, place) * BLOCK
             pages = [_page_of(shape, refs, unit, key + copy * size) for copy in range(shape.copies)]
@@ -402,12 +356,12 @@ def _fetch(shape: _Shape, refs: _Refs, mine: int) -> None:
                         target = refs.ring.at[slot, pl.ds(copy * size, size)]
                         plgpu.copy_gmem_to_smem(source.at[page, unit.head, rows], target, refs.full.at[slot])
 
-    share, blocks = _walk(shape, refs, visit)
+    share, blocks = walk(shape.rows, refs.plan, refs.lens, visit)
     if shape.interpret:  # which wants every arrival waited for
         _drain(shape, refs, mine, share, blocks)
 
 
-def _drain(shape: _Shape, refs: _Refs, mine: int, share: _Share, blocks: jax.Array) -> None:
+def _drain(shape: _Shape, refs: _Refs, mine: int, share: Share, blocks: jax.Array) -> None:
     if mine == 0:
         units = share.end - share.begin
         for slot in range(2):
@@ -415,12 +369,12 @@ def _drain(shape: _Shape, refs: _Refs, mine: int, share: _Share, blocks: jax.Arr
 
     @pl.loop(jnp.maximum(2 * blocks - shape.stages, 0), 2 * blocks)
     def _(done: jax.Array) -> None:
-        @pl.when(lax.rem(done, jnp.int32(WARPS)) == mine)
+        @pl.when(lax.rem(done, jnp.int32(shape.fetchers)) == mine)
         def _() -> None:
             plgpu.barrier_wait(refs.free.at[lax.rem(done, jnp.int32(shape.stages))])
 
 
-def _fetch_queries(shape: _Shape, refs: _Refs, unit: _Unit, step: jax.Array) -> None:
+def _fetch_queries(shape: _Shape, refs: _Refs, unit: Unit, step: jax.Array) -> None:
     slot = lax.rem(step, jnp.int32(2))
     pl.when(step >= 2)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
     tile = lax.div(unit.head, jnp.int32(shape.heads_a_tile))
@@ -432,13 +386,13 @@ def _provably(value: jax.Array, multiple: int) -> jax.Array:
     return lax.div(value, jnp.int32(multiple)) * multiple
 
 
-def _page_of(shape: _Shape, refs: _Refs, unit: _Unit, key: jax.Array) -> tuple[jax.Array, Any]:
+def _page_of(shape: _Shape, refs: _Refs, unit: Unit, key: jax.Array) -> tuple[jax.Array, Any]:
     """Page and rows in it of one copy, whose first key is `key`.
 
     Before the window and past the row's keys stand the nearest visible page's.
     """
     size = min(shape.page_size, BLOCK)
-    visible = jnp.clip(key, _lowest(shape, unit.kv_len), unit.kv_len - 1)
+    visible = jnp.clip(key, shape.rows.lowest(unit.kv_len), unit.kv_len - 1)
     page = refs.table[unit.row, lax.div(visible, jnp.int32(shape.page_size))]
     first = _provably(lax.rem(key, jnp.int32(shape.page_size)), size) if shape.page_size > size else 0
     return page, pl.ds(first, size)
@@ -448,10 +402,10 @@ def _page_of(shape: _Shape, refs: _Refs, unit: _Unit, key: jax.Array) -> tuple[j
 
 
 def _compute_warpgroup(shape: _Shape, refs: _Refs) -> None:
-    def visit(unit: _Unit, share: _Share, step: jax.Array, before: jax.Array) -> None:
+    def visit(unit: Unit, share: Share, step: jax.Array, before: jax.Array) -> None:
         top, total = _weights(shape, refs, unit, step, 2 * before)
-        acc = _values(shape, refs, unit, 2 * before + unit.blocks(shape))
-        first, splits = _splits(unit.kv_len, shape.window, shape.queries)
+        acc = _values(shape, refs, unit, 2 * before + unit.blocks(shape.rows))
+        first, splits = shape.rows.splits(unit.kv_len)
 
         @pl.when(splits == 1)
         def _() -> None:
@@ -462,7 +416,7 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs) -> None:
             own = unit.split - first
             now = share.begin + step
             row_begin, row_last = now - own, now - own + splits - 1
-            holder = lax.div((row_last + 1) * shape.programs - 1, share.total)
+            holder = share.holder(row_last, shape.rows.programs)
             foreign = row_begin < share.begin
             here = lax.axis_index("program") == holder
             place = jnp.where(here & jnp.logical_not(foreign), 1, 0)
@@ -474,10 +428,10 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs) -> None:
                 lambda: _fold(shape, refs, unit.row, unit.head, 1, splits)
             )
 
-    share, _ = _walk(shape, refs, visit)
+    share, _ = walk(shape.rows, refs.plan, refs.lens, visit)
     program = lax.axis_index("program")
     row, head, split = (refs.plan[program, field] for field in range(3))
-    first, splits = _splits(refs.lens[row], shape.window, shape.queries)
+    first, splits = shape.rows.splits(refs.lens[row])
     missing = split - first
     ends_here = share.begin - missing + splits <= share.end
 
@@ -519,7 +473,7 @@ def _full(dims: tuple[int, ...], value: float) -> jax.Array:
     return plgpu.layout_cast(jnp.full(dims, value, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _product(shape: _Shape, dims: tuple[int, int], left: Any, right: Any) -> jax.Array:
+def _product(dims: tuple[int, int], left: Any, right: Any) -> jax.Array:
     def product(acc: Any) -> jax.Array:
         plgpu.wgmma(acc, left, right)
         return acc[...]
@@ -527,22 +481,24 @@ def _product(shape: _Shape, dims: tuple[int, int], left: Any, right: Any) -> jax
     return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(dims, jnp.float32))
 
 
-def _weights(
-    shape: _Shape, refs: _Refs, unit: _Unit, step: jax.Array, stream: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _weights(shape: _Shape, refs: _Refs, unit: Unit, step: jax.Array, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Leave the softmax weights of a split in shared memory; their maximum and sum a column."""
-    begin, _ = unit.keys(shape)
-    count = unit.blocks(shape)
+    begin, _ = unit.keys(shape.rows)
+    count = unit.blocks(shape.rows)
     dims = BLOCK, shape.lanes
     turn = lax.rem(step, jnp.int32(2))
     plgpu.barrier_wait(refs.q_full.at[turn])
+    factor = _factor(shape, refs, unit)
 
     def score(block: jax.Array, highest: jax.Array) -> jax.Array:
         slot = lax.rem(stream + block, jnp.int32(shape.stages))
         plgpu.barrier_wait(refs.full.at[slot])
-        scores = _product(shape, dims, refs.ring.at[slot], refs.q_smem.at[turn].transpose((1, 0)))
+        wide = BLOCK, shape.parts * shape.lanes
+        scores = _product(wide, refs.ring.at[slot], refs.q_smem.at[turn].transpose((1, 0)))
         plgpu.barrier_arrive(refs.free.at[slot])
-        scores = _visible(shape, unit, begin + block * BLOCK, scores)
+        if shape.narrow:
+            scores = scores[:, : shape.lanes] + scores[:, shape.lanes :] * (1 / LOW_PART)
+        scores = _visible(shape, unit, begin + block * BLOCK, scores, factor)
         refs.scores.at[block][...] = scores
         return jnp.maximum(highest, scores)
 
@@ -553,7 +509,7 @@ def _weights(
     def weigh(block: jax.Array, total: jax.Array) -> jax.Array:
         scores = plgpu.load(refs.scores.at[block], layout=plgpu.Layout.WGMMA)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(top, dims, [1]))
-        narrow = plgpu.layout_cast(weights.astype(shape.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        narrow = plgpu.layout_cast(weights.astype(shape.weight_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
         refs.weights.at[block].transpose((1, 0))[...] = narrow
         return total + weights
 
@@ -562,61 +518,99 @@ def _weights(
     return top, total.sum(axis=0)
 
 
-def _visible(shape: _Shape, unit: _Unit, first: jax.Array, scores: jax.Array) -> jax.Array:
-    """Scaled scores in base 2; hidden ones far below everything."""
-    factor = shape.scale * LOG2E
+def _factor(shape: _Shape, refs: _Refs, unit: Unit) -> Any:
+    """What makes products scores: a number, or one a column."""
+    if not shape.narrow:
+        return shape.scale
+    tile = lax.div(unit.head, jnp.int32(shape.heads_a_tile))
+    found = plgpu.load(refs.factor.at[unit.row, tile], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(found, (BLOCK, shape.lanes), [1])
+
+
+def _visible(shape: _Shape, unit: Unit, first: jax.Array, scores: jax.Array, factor: Any) -> jax.Array:
+    """Scores in base 2; hidden ones far below everything."""
+    factor = factor * LOG2E
     if shape.soft_cap is not None:
         cap = shape.soft_cap
-        scores = cap - 2.0 * cap / (jnp.exp2(scores * (2.0 * factor / cap)) + 1.0)
+        scores = cap - 2.0 * cap / (jnp.exp2(scores * (factor * (2.0 / cap))) + 1.0)
         factor = LOG2E
     layout = plgpu.Layout.WGMMA
     key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=layout) + first
-    last = unit.kv_len - shape.queries
-    if shape.queries == 1:
+    last = unit.kv_len - shape.rows.queries
+    if shape.rows.queries == 1:
         visible = key <= last
-        if shape.window is not None:
-            visible &= key > last - shape.window
+        if shape.rows.window is not None:
+            visible &= key > last - shape.rows.window
     else:
         column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=layout)
-        own = jnp.minimum(lax.div(column, jnp.int32(shape.group)), shape.queries - 1) + last
+        own = jnp.minimum(lax.div(column, jnp.int32(shape.group)), shape.rows.queries - 1) + last
         visible = key <= own
-        if shape.window is not None:
-            visible &= key > own - shape.window
+        if shape.rows.window is not None:
+            visible &= key > own - shape.rows.window
     return jnp.where(visible, scores * factor, _MASKED)
 
 
-def _values(shape: _Shape, refs: _Refs, unit: _Unit, stream: jax.Array) -> jax.Array:
+def _values(shape: _Shape, refs: _Refs, unit: Unit, stream: jax.Array) -> jax.Array:
     """Weighted sum of a split's values, transposed: f32[H, lanes]."""
-    begin, end = unit.keys(shape)
+    begin, _ = unit.keys(shape.rows)
     dims = shape.H, shape.lanes
 
     def one(block: jax.Array, acc: jax.Array) -> jax.Array:
         slot = lax.rem(stream + block, jnp.int32(shape.stages))
         plgpu.barrier_wait(refs.full.at[slot])
-        _clear(shape, refs, unit, begin + block * BLOCK, end, slot)
-        values = refs.ring.at[slot].transpose((1, 0))
-        acc += _product(shape, dims, values, refs.weights.at[block].transpose((1, 0)))
-        plgpu.barrier_arrive(refs.free.at[slot])
+        first = begin + block * BLOCK
+        values = refs.ring.at[slot]
+        if shape.narrow:
+            _widen(shape, refs, unit, first, values)
+            plgpu.barrier_arrive(refs.free.at[slot])
+            values = refs.wide
+        else:
+            pl.when(_has_hidden(shape, unit, first))(lambda: _clear(shape, unit, first, values))
+        acc += _product(dims, values.transpose((1, 0)), refs.weights.at[block].transpose((1, 0)))
+        if not shape.narrow:
+            plgpu.barrier_arrive(refs.free.at[slot])
         return acc
 
-    return lax.fori_loop(0, unit.blocks(shape), one, _full(dims, 0.0))
+    acc = lax.fori_loop(0, unit.blocks(shape.rows), one, _full(dims, 0.0))
+    return acc * refs.v_scale[unit.head] if shape.narrow else acc
 
 
-def _clear(shape: _Shape, refs: _Refs, unit: _Unit, first: jax.Array, end: jax.Array, slot: jax.Array) -> None:
-    """Zero the values that no query sees, which may be NaN: their weight is 0, and 0 * NaN is not."""
-    lowest = _lowest(shape, unit.kv_len)
-    partial = end < first + BLOCK
-    if shape.window is not None:
-        partial |= first < lowest
+def _has_hidden(shape: _Shape, unit: Unit, first: jax.Array) -> jax.Array:
+    """Whether a block holds values that no query sees, which may be NaN: their weight is 0, and 0 * NaN is not."""
+    hidden = unit.keys(shape.rows)[1] < first + BLOCK
+    if shape.rows.window is not None:
+        hidden |= first < shape.rows.lowest(unit.kv_len)
+    return hidden
 
-    @pl.when(partial)
+
+def _cleared(shape: _Shape, unit: Unit, first: jax.Array, values: jax.Array, layout: Any) -> jax.Array:
+    key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + first
+    held = (key < unit.kv_len) & (key >= shape.rows.lowest(unit.kv_len))
+    return jnp.where(held, values, jnp.zeros_like(values))
+
+
+def _clear(shape: _Shape, unit: Unit, first: jax.Array, values: Any) -> None:
+    """Zero the hidden values of a block."""
+    layout = plgpu.Layout.WGMMA
+    values[...] = _cleared(shape, unit, first, plgpu.load(values, layout=layout), layout)
+    plgpu.commit_smem()
+
+
+def _widen(shape: _Shape, refs: _Refs, unit: Unit, first: jax.Array, values: Any) -> None:
+    """e4m3 values of a block as float16, hidden ones as 0."""
+    layout = plgpu.Layout.SMEM_GMEM_COPY((BLOCK, shape.H), jnp.float16, 128)
+    wide = plgpu.load(values, layout=layout).astype(jnp.float16)
+    hidden = _has_hidden(shape, unit, first)
+
+    @pl.when(hidden)
     def _() -> None:
-        values = refs.ring.at[slot]
-        found = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-        key = plgpu.broadcasted_iota(jnp.int32, found.shape, 0, layout=plgpu.Layout.WGMMA) + first
-        held = (key < end) & (key >= lowest)
-        values[...] = jnp.where(held, found, jnp.zeros_like(found))
-        plgpu.commit_smem()
+        refs.wide[...] = _cleared(shape, unit, first, wide, layout)
+
+    @pl.when(jnp.logical_not(hidden))
+    def _() -> None:
+        refs.wide[...] = wide
+
+    plgpu.commit_smem()
 
 
 def _fold(shape: _Shape, refs: _Refs, row: jax.Array, head: jax.Array, place: int, splits: jax.Array) -> None:
