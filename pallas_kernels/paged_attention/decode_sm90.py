@@ -185,12 +185,11 @@ def verify(
     )
     # An operand of the copy engine must start at 256 bytes; any arithmetic makes a slice an array of its own.
     page_table = jnp.clip(page_table, 0, P - 1)
-    tiles, scales = _tiled(q, shape), (None, None)
+    tiles, factor = _tiled(q, shape), None
     if k_scale is not None:
         tiles, factor = _parts(tiles, k_scale, shape)
-        scales = factor, v_scale
     counters = jnp.zeros((blocks.programs,), jnp.int32) if counters is None else counters
-    arrays = tiles, *scales, k_pages, v_pages, page_table, kv_lens, plan(kv_lens, rows), counters
+    arrays = tiles, factor, v_scale, k_pages, v_pages, page_table, kv_lens, plan(kv_lens, rows), counters
     return _untiled(_call(shape, arrays, interpret), q.shape, shape)
 
 
@@ -330,7 +329,7 @@ def _fetch(shape: _Shape, refs: _Refs, mine: int) -> None:
 
     def visit(unit: Unit, share: Share, step: jax.Array, before: jax.Array) -> None:
         del share
-        begin, _ = unit.keys(shape.rows)
+        begin = unit.keys(shape.rows)[0]
         count = unit.blocks(shape.rows)
         stream = 2 * before  # keys and values of the units before
         fetchers = jnp.int32(shape.fetchers)
@@ -428,7 +427,7 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs) -> None:
                 lambda: _fold(shape, refs, unit.row, unit.head, 1, splits)
             )
 
-    share, _ = walk(shape.rows, refs.plan, refs.lens, visit)
+    share = walk(shape.rows, refs.plan, refs.lens, visit)[0]
     program = lax.axis_index("program")
     row, head, split = (refs.plan[program, field] for field in range(3))
     first, splits = shape.rows.splits(refs.lens[row])
@@ -445,28 +444,26 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs) -> None:
 
 def _count(shape: _Shape, refs: _Refs, holder: jax.Array) -> None:
     """One more split of the row that `holder` will finish lies in device memory."""
-    if shape.interpret:
-        return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def signal(_: Any, counter: Any) -> None:
         mgpu.utils.warpgroup_barrier()
         mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
 
-    signal(refs.counters.at[holder])
+    if not shape.interpret:
+        call: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(signal)
+        call(refs.counters.at[holder])
 
 
 def _await(shape: _Shape, refs: _Refs, program: jax.Array, missing: jax.Array) -> None:
     """Wait until the earlier programs' splits are there; leaves the counter at 0."""
-    if shape.interpret:
-        return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
     def wait(_: Any, counter: Any, value: Any) -> None:
         semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter))
         semaphore.wait(value.registers.item(), decrement=True, memory_scope="gpu")
 
-    wait(refs.counters.at[program], missing)
+    if not shape.interpret:
+        call: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))(wait)
+        call(refs.counters.at[program], missing)
 
 
 def _full(dims: tuple[int, ...], value: float) -> jax.Array:
@@ -615,6 +612,7 @@ def _widen(shape: _Shape, refs: _Refs, unit: Unit, first: jax.Array, values: Any
 
 def _fold(shape: _Shape, refs: _Refs, row: jax.Array, head: jax.Array, place: int, splits: jax.Array) -> None:
     """Add a row's splits in order; many are read at once, as each read waits for the second-level cache."""
+    plgpu.commit_smem()  # for its barrier: this program's sums are read by other threads than wrote them
     few = jnp.int32(FOLDED[0])
     pl.when(splits <= few)(lambda: _fold_by(shape, refs, row, head, place, splits, FOLDED[0]))
     if shape.max_splits > FOLDED[0]:

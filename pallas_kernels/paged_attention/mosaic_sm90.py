@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
-from pallas_kernels.paged_attention import triton
+from pallas_kernels.paged_attention import decode_sm90, triton
 from pallas_kernels.paged_attention.tiles import ALIGN, TILE, Tile, Visit, tile_list, walk
 
 LOG2E = math.log2(math.e)
@@ -150,18 +150,19 @@ def paged_attention(
         out, q = lax.optimization_barrier((out, q))
     first = query_starts[:-1]
     single = query_starts[1:] - first == 1
-    decoded = triton.paged_attention_decode(
-        q.at[first].get(mode="clip"),
-        k_pages,
-        v_pages,
-        page_table,
-        jnp.where(single, kv_lens, 0),
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        interpret=interpret is not None,
-    )
+    rows = q.at[first].get(mode="clip"), k_pages, v_pages, page_table, jnp.where(single, kv_lens, 0)
+    decoded = _decode(rows, interpret, scale=scale, window=window, soft_cap=soft_cap)
     return out.at[jnp.where(single, first, q.shape[0])].set(decoded, mode="drop")
+
+
+def _decode(rows: tuple[jax.Array, ...], interpret: Any, **options: Any) -> jax.Array:
+    """What a decode step runs."""
+    try:
+        decode_sm90.refuse(rows[0][:, None], rows[1], None, None)
+    except NotImplementedError:
+        return triton.paged_attention_decode(*rows, interpret=interpret is not None, **options)
+    blocks = decode_sm90.Blocks(programs=1) if interpret is not None else None
+    return decode_sm90.paged_attention_decode(*rows, blocks=blocks, interpret=interpret, **options)
 
 
 def tuning_key(H: int, page_size: int) -> str:
