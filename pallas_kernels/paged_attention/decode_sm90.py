@@ -33,11 +33,13 @@ from pallas_kernels import tuning
 from pallas_kernels.paged_attention.units import BLOCK, SPLIT, Carry, Rows, Share, Unit, plan, walk
 
 LOG2E = math.log2(math.e)
-COMPUTE, MEMORY = 0, 1  # warpgroups
+TEAMS = 2  # compute warpgroups; each takes every second block of a split. Decides bits
 MOST_LANES = 32
-MOST_STAGES = 12
-SMEM_BYTES = 224 * 1024  # of 227 KB; reductions and barriers take the rest
-FOLDED = 4, 16  # splits of a row read at once, for few and for many
+WARPS = 4  # a warpgroup
+MOST_STAGES = 6  # a team
+REDUCTION_BYTES = 2048  # of shared memory a team
+SMEM_BYTES = 220 * 1024  # of 227 KB; reductions and barriers take the rest
+FOLDED = 4, 8  # splits of a row read at once, for few and for many
 LOW_PART = 16.0  # what the second part of narrow queries is multiplied by, to be as large as the first
 E4M3_MAX = 448.0
 _MASKED, _FLOOR = -1e30, -1e20  # a masked score lies far under the floor of the maximum: weight 0
@@ -66,7 +68,7 @@ class _Shape:
     lanes: int  # queries of a tile: columns of the products
     scale: float
     soft_cap: float | None
-    stages: int
+    stages: int  # a team
     max_splits: int
     early: bool
     interpret: bool
@@ -88,8 +90,13 @@ class _Shape:
 
     @property
     def fetchers(self) -> int:
-        """Warps that fetch. A slot of the ring is always the same warp's: a barrier's waiter has to see every phase."""
-        return next(warps for warps in (4, 3, 2, 1) if self.stages % warps == 0)
+        """Warps that fetch for a team. A slot is always the same warp's: a barrier's waiter has to see every phase."""
+        return next(warps for warps in range(WARPS // TEAMS, 0, -1) if self.stages % warps == 0)
+
+    @property
+    def team_blocks(self) -> int:
+        """The most blocks of a split that a team has."""
+        return SPLIT // BLOCK // TEAMS
 
     @property
     def parts(self) -> int:
@@ -117,16 +124,20 @@ class _Refs:
     out: Any  # [B, K / heads_a_tile, lanes, H]
     partial: Any  # f32[programs, 2, max_splits, H, lanes]
     stats: Any  # f32[programs, 2, max_splits, 2, lanes]
-    ring: Any  # [stages, BLOCK, H]
+    ring: Any  # [TEAMS, stages, BLOCK, H]
     q_smem: Any  # [2, parts * lanes, H]
-    scores: Any  # f32[SPLIT / BLOCK, BLOCK, lanes]
-    weights: Any  # [SPLIT / BLOCK, lanes, BLOCK]
+    scores: Any  # f32[TEAMS, team_blocks, BLOCK, lanes]
+    weights: Any  # [TEAMS, team_blocks, lanes, BLOCK]
     out_smem: Any  # [lanes, H]
-    wide: Any  # f16[BLOCK, H], with e4m3 pages
-    full: Any  # one a stage
+    merged: Any  # f32[TEAMS - 1, H, lanes], and their f32[TEAMS - 1, 2, lanes]
+    merged_stats: Any
+    wide: Any  # f16[TEAMS, BLOCK, H], with e4m3 pages
+    full: Any  # one a team and stage
     free: Any
     q_full: Any  # two
     q_free: Any
+    merge_full: Any  # one a team but the first
+    merge_free: Any
 
 
 def paged_attention_decode(
@@ -214,8 +225,9 @@ def refuse(q: jax.Array, k_pages: jax.Array, k_scale: jax.Array | None, v_scale:
 
 def _stages(H: int, lanes: int, narrow: bool) -> int:
     """How many blocks fit beside queries, scores, weights and outputs."""
-    taken = 2 * 2 * lanes * H + SPLIT * lanes * (4 + 2) + 2 * lanes * H + 2 * BLOCK * H * narrow
-    block = BLOCK * H * (1 if narrow else 2)
+    taken = 2 * 2 * lanes * H + SPLIT * lanes * (4 + 2) + 2 * lanes * H + 4 * (TEAMS - 1) * H * lanes
+    taken += TEAMS * 2 * BLOCK * H * narrow
+    block = TEAMS * BLOCK * H * (1 if narrow else 2)
     return min(MOST_STAGES * (2 if narrow else 1), (SMEM_BYTES - taken) // block)
 
 
@@ -241,7 +253,8 @@ def _parts(tiles: jax.Array, k_scale: jax.Array, shape: _Shape) -> tuple[jax.Arr
     """Queries as the sum of two e4m3 parts, one above the other, and what makes their products scores."""
     wide = tiles.astype(jnp.float32)
     largest = jnp.abs(wide).max(axis=-1, keepdims=True)
-    unit = jnp.where(largest > 0, largest / E4M3_MAX, 1.0)
+    # A power of two, so that bfloat16's bits are all there.
+    unit = jnp.where(largest > 0, jnp.exp2(jnp.ceil(jnp.log2(largest / E4M3_MAX))), 1.0)
     wide = wide / unit
     first = wide.astype(jnp.float8_e4m3fn)
     second = ((wide - first.astype(jnp.float32)) * LOW_PART).astype(jnp.float8_e4m3fn)
@@ -265,8 +278,14 @@ def _call(shape: _Shape, arrays: tuple[Any, ...], interpret: Any) -> jax.Array:
             wg = lax.axis_index("wg")
             if shape.early and not shape.interpret:
                 plgpu.griddepcontrol_wait()
-            pl.when(wg == MEMORY)(lambda: _memory_warpgroup(shape, found))
-            pl.when(wg == COMPUTE)(lambda: _compute_warpgroup(shape, found))
+            pl.when(wg == TEAMS)(lambda: _memory_warpgroup(shape, found))
+            for team in range(TEAMS):
+                # Reductions across warps use the memory after what is allocated: this keeps the teams' apart.
+                def compute(_: Any, team: int = team) -> None:
+                    pl.when(wg == team)(lambda: _compute_warpgroup(shape, found, team))
+
+                apart = plgpu.SMEM((max(1, team) * REDUCTION_BYTES,), jnp.int8)
+                pl.run_scoped(compute, apart, collective_axes="wg")
 
         pl.run_scoped(body, _scratch(shape), _barriers(shape), collective_axes="wg")
 
@@ -275,11 +294,15 @@ def _call(shape: _Shape, arrays: tuple[Any, ...], interpret: Any) -> jax.Array:
         out_type=results,
         grid=(programs,),
         grid_names=("program",),
-        num_threads=2,
+        num_threads=TEAMS + 1,
         thread_name="wg",
         kernel_name="paged_decode",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=REDUCTION_BYTES,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
     )(*arrays)[0]
 
 
@@ -292,15 +315,16 @@ def _scratch(shape: _Shape) -> tuple[Any, ...]:
         transforms = tiling((8, bytes_ // jnp.dtype(dtype).itemsize)), swizzle(bytes_)
         return plgpu.SMEM(dims, dtype, transforms=transforms)
 
-    blocks = SPLIT // BLOCK
     pages = jnp.float8_e4m3fn if shape.narrow else shape.dtype
     return (
-        smem(shape.stages, BLOCK, shape.H, dtype=pages),
+        smem(TEAMS, shape.stages, BLOCK, shape.H, dtype=pages),
         smem(2, shape.parts * shape.lanes, shape.H, dtype=pages),
-        plgpu.SMEM((blocks, BLOCK, shape.lanes), jnp.float32),
-        smem(blocks, shape.lanes, BLOCK, dtype=shape.weight_dtype),
+        plgpu.SMEM((TEAMS, shape.team_blocks, BLOCK, shape.lanes), jnp.float32),
+        smem(TEAMS, shape.team_blocks, shape.lanes, BLOCK, dtype=shape.weight_dtype),
         plgpu.SMEM((shape.lanes, shape.H), shape.dtype),
-        smem(BLOCK, shape.H, dtype=jnp.float16) if shape.narrow else None,
+        plgpu.SMEM((TEAMS - 1, shape.H, shape.lanes), jnp.float32),
+        plgpu.SMEM((TEAMS - 1, 2, shape.lanes), jnp.float32),
+        smem(TEAMS, BLOCK, shape.H, dtype=jnp.float16) if shape.narrow else None,
     )
 
 
@@ -308,60 +332,63 @@ def _barriers(shape: _Shape) -> tuple[Any, ...]:
     def barrier(count: int, arrivals: int = 1) -> Any:
         return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
 
-    return barrier(shape.stages, shape.copies), barrier(shape.stages), barrier(2), barrier(2)
+    slots = TEAMS * shape.stages
+    teams = barrier(2), barrier(2, TEAMS), barrier(TEAMS - 1), barrier(TEAMS - 1)
+    return barrier(slots, shape.copies), barrier(slots), *teams
 
 
 # The memory warpgroup.
 
 
 def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
-    """Warps take turns with the blocks of the stream: the keys of a unit, then its values, then the next unit's."""
+    """A team's warps take turns with the blocks of its stream: a unit's keys, then its values, then the next unit's."""
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
-        for mine in range(shape.fetchers):
-            pl.when(warp == mine)(functools.partial(_fetch, shape, refs, mine))
+        for team in range(TEAMS):
+            for mine in range(shape.fetchers):
+                fetch = functools.partial(_fetch, shape, refs, team, mine)
+                pl.when(warp == team * (WARPS // TEAMS) + mine)(fetch)
 
 
-def _fetch(shape: _Shape, refs: _Refs, mine: int) -> None:
-    stages = shape.stages
+def _fetch(shape: _Shape, refs: _Refs, team: int, mine: int) -> None:
+    stages, fetchers = jnp.int32(shape.stages), jnp.int32(shape.fetchers)
     size = min(shape.page_size, BLOCK)
 
     def visit(unit: Unit, share: Share, step: jax.Array, before: jax.Array) -> None:
         del share
-        begin = unit.keys(shape.rows)[0]
-        count = unit.blocks(shape.rows)
+        begin, count = unit.blocks(shape.rows, team, TEAMS)
         stream = 2 * before  # keys and values of the units before
-        fetchers = jnp.int32(shape.fetchers)
         skip = lax.rem(mine - stream, fetchers)
         start = jnp.where(skip < 0, skip + fetchers, skip)
-        if mine == 0:
+        if team == mine == 0:
             _fetch_queries(shape, refs, unit, step)
 
         @pl.loop(0, lax.div(2 * count - start + (fetchers - 1), fetchers))
         def _(turn: jax.Array) -> None:
             place = start + turn * fetchers
             values = place >= count
-            key = begin + jnp.where(values, place - count, place) * BLOCK
+            key = begin + jnp.where(values, place - count, place) * (TEAMS * BLOCK)
             pages = [_page_of(shape, refs, unit, key + copy * size) for copy in range(shape.copies)]
             done = stream + place
-            slot = lax.rem(done, jnp.int32(stages))
-            pl.when(done >= stages)(lambda: plgpu.barrier_wait(refs.free.at[slot]))
+            slot = lax.rem(done, stages)
+            barrier = team * shape.stages + slot
+            pl.when(done >= stages)(lambda: plgpu.barrier_wait(refs.free.at[barrier]))
             for is_values, source in ((False, refs.k), (True, refs.v)):
 
                 @pl.when(values == is_values)
                 def _(source: Any = source) -> None:
                     for copy, (page, rows) in enumerate(pages):
-                        target = refs.ring.at[slot, pl.ds(copy * size, size)]
-                        plgpu.copy_gmem_to_smem(source.at[page, unit.head, rows], target, refs.full.at[slot])
+                        target = refs.ring.at[team, slot, pl.ds(copy * size, size)]
+                        plgpu.copy_gmem_to_smem(source.at[page, unit.head, rows], target, refs.full.at[barrier])
 
-    share, blocks = walk(shape.rows, refs.plan, refs.lens, visit)
+    share, blocks = walk(shape.rows, refs.plan, refs.lens, team, TEAMS, visit)
     if shape.interpret:  # which wants every arrival waited for
-        _drain(shape, refs, mine, share, blocks)
+        _drain(shape, refs, team, mine, share, blocks)
 
 
-def _drain(shape: _Shape, refs: _Refs, mine: int, share: Share, blocks: jax.Array) -> None:
-    if mine == 0:
+def _drain(shape: _Shape, refs: _Refs, team: int, mine: int, share: Share, blocks: jax.Array) -> None:
+    if team == mine == 0:
         units = share.end - share.begin
         for slot in range(2):
             pl.when(units > slot)(lambda slot=slot: plgpu.barrier_wait(refs.q_free.at[slot]))
@@ -370,7 +397,7 @@ def _drain(shape: _Shape, refs: _Refs, mine: int, share: Share, blocks: jax.Arra
     def _(done: jax.Array) -> None:
         @pl.when(lax.rem(done, jnp.int32(shape.fetchers)) == mine)
         def _() -> None:
-            plgpu.barrier_wait(refs.free.at[lax.rem(done, jnp.int32(shape.stages))])
+            plgpu.barrier_wait(refs.free.at[team * shape.stages + lax.rem(done, jnp.int32(shape.stages))])
 
 
 def _fetch_queries(shape: _Shape, refs: _Refs, unit: Unit, step: jax.Array) -> None:
@@ -400,34 +427,76 @@ def _page_of(shape: _Shape, refs: _Refs, unit: Unit, key: jax.Array) -> tuple[ja
 # The compute warpgroup.
 
 
-def _compute_warpgroup(shape: _Shape, refs: _Refs) -> None:
+def _compute_warpgroup(shape: _Shape, refs: _Refs, team: int) -> None:
     def visit(unit: Unit, share: Share, step: jax.Array, before: jax.Array) -> None:
-        top, total = _weights(shape, refs, unit, step, 2 * before)
-        acc = _values(shape, refs, unit, 2 * before + unit.blocks(shape.rows))
-        first, splits = shape.rows.splits(unit.kv_len)
+        found = _attend(shape, refs, team, unit, step, 2 * before)
+        if team > 0:
+            _hand_over(refs, team - 1, step, found)
+            return
+        for other in range(TEAMS - 1):
+            found = _take_over(shape, refs, other, found)
+        splits = shape.rows.splits(unit.kv_len)[1]
+        pl.when(splits == 1)(lambda: _store(shape, refs, unit.row, unit.head, found[0], found[2]))
+        pl.when(splits > 1)(lambda: _leave(shape, refs, unit, share, step, found))
 
-        @pl.when(splits == 1)
-        def _() -> None:
-            _store(shape, refs, unit.row, unit.head, acc, total)
+    share = walk(shape.rows, refs.plan, refs.lens, team, TEAMS, visit)[0]
+    if team == 0:
+        _finish(shape, refs, share)
+    elif shape.interpret:  # which wants every arrival waited for
+        pl.when(share.end > share.begin)(lambda: plgpu.barrier_wait(refs.merge_free.at[team - 1]))
 
-        @pl.when(splits > 1)
-        def _() -> None:
-            own = unit.split - first
-            now = share.begin + step
-            row_begin, row_last = now - own, now - own + splits - 1
-            holder = share.holder(row_last, shape.rows.programs)
-            foreign = row_begin < share.begin
-            here = lax.axis_index("program") == holder
-            place = jnp.where(here & jnp.logical_not(foreign), 1, 0)
-            refs.partial.at[holder, place, own][...] = acc
-            refs.stats.at[holder, place, own, 0][...] = top
-            refs.stats.at[holder, place, own, 1][...] = total
-            pl.when(jnp.logical_not(here))(lambda: _count(shape, refs, holder))
-            pl.when(here & jnp.logical_not(foreign) & (own + 1 == splits))(
-                lambda: _fold(shape, refs, unit.row, unit.head, 1, splits)
-            )
 
-    share = walk(shape.rows, refs.plan, refs.lens, visit)[0]
+def _hand_over(refs: _Refs, mine: int, step: jax.Array, found: Carry) -> None:
+    """A unit's sums to the first team."""
+    pl.when(step > 0)(lambda: plgpu.barrier_wait(refs.merge_free.at[mine]))
+    refs.merged.at[mine][...], refs.merged_stats.at[mine, 0][...], refs.merged_stats.at[mine, 1][...] = (
+        found[0],
+        found[1],
+        found[2],
+    )
+    plgpu.barrier_arrive(refs.merge_full.at[mine])
+
+
+def _take_over(shape: _Shape, refs: _Refs, other: int, found: Carry) -> Carry:
+    column = plgpu.Layout.WGMMA.reduce(0)
+    plgpu.barrier_wait(refs.merge_full.at[other])
+    acc = plgpu.load(refs.merged.at[other], layout=plgpu.Layout.WGMMA, optimized=False)
+    top = plgpu.load(refs.merged_stats.at[other, 0], layout=column, optimized=False)
+    total = plgpu.load(refs.merged_stats.at[other, 1], layout=column, optimized=False)
+    plgpu.barrier_arrive(refs.merge_free.at[other])
+    return _added(shape, found, (acc, top, total))
+
+
+def _added(shape: _Shape, one: Carry, other: Carry) -> Carry:
+    """Sums over two sets of keys, each with its maximum and total a column."""
+    dims = shape.H, shape.lanes
+    new = jnp.maximum(one[1], other[1])
+    old, its = jnp.exp2(one[1] - new), jnp.exp2(other[1] - new)
+    acc = one[0] * lax.broadcast_in_dim(old, dims, [1]) + other[0] * lax.broadcast_in_dim(its, dims, [1])
+    return acc, new, one[2] * old + other[2] * its
+
+
+def _leave(shape: _Shape, refs: _Refs, unit: Unit, share: Share, step: jax.Array, found: Carry) -> None:
+    """A split's sums in device memory; after a row's last, all of them added, if they are this program's."""
+    first, splits = shape.rows.splits(unit.kv_len)
+    own = unit.split - first
+    now = share.begin + step
+    row_begin, row_last = now - own, now - own + splits - 1
+    holder = share.holder(row_last, shape.rows.programs)
+    foreign = row_begin < share.begin
+    here = lax.axis_index("program") == holder
+    place = jnp.where(here & jnp.logical_not(foreign), 1, 0)
+    refs.partial.at[holder, place, own][...] = found[0]
+    refs.stats.at[holder, place, own, 0][...] = found[1]
+    refs.stats.at[holder, place, own, 1][...] = found[2]
+    pl.when(jnp.logical_not(here))(lambda: _count(shape, refs, holder))
+    pl.when(here & jnp.logical_not(foreign) & (own + 1 == splits))(
+        lambda: _fold(shape, refs, unit.row, unit.head, 1, splits)
+    )
+
+
+def _finish(shape: _Shape, refs: _Refs, share: Share) -> None:
+    """The row whose first splits are earlier programs', if it ends here."""
     program = lax.axis_index("program")
     row, head, split = (refs.plan[program, field] for field in range(3))
     first, splits = shape.rows.splits(refs.lens[row])
@@ -478,10 +547,18 @@ def _product(dims: tuple[int, int], left: Any, right: Any) -> jax.Array:
     return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(dims, jnp.float32))
 
 
-def _weights(shape: _Shape, refs: _Refs, unit: Unit, step: jax.Array, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Leave the softmax weights of a split in shared memory; their maximum and sum a column."""
-    begin, _ = unit.keys(shape.rows)
-    count = unit.blocks(shape.rows)
+def _attend(shape: _Shape, refs: _Refs, team: int, unit: Unit, step: jax.Array, stream: jax.Array) -> Carry:
+    """Sums over a team's blocks of a split, f32[H, lanes], and their maximum and total a column."""
+    top, total = _weights(shape, refs, team, unit, step, stream)
+    acc = _values(shape, refs, team, unit, stream + unit.blocks(shape.rows, team, TEAMS)[1])
+    return acc, top, total
+
+
+def _weights(
+    shape: _Shape, refs: _Refs, team: int, unit: Unit, step: jax.Array, stream: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Leave the softmax weights in shared memory; their maximum and sum a column."""
+    begin, count = unit.blocks(shape.rows, team, TEAMS)
     dims = BLOCK, shape.lanes
     turn = lax.rem(step, jnp.int32(2))
     plgpu.barrier_wait(refs.q_full.at[turn])
@@ -489,14 +566,14 @@ def _weights(shape: _Shape, refs: _Refs, unit: Unit, step: jax.Array, stream: ja
 
     def score(block: jax.Array, highest: jax.Array) -> jax.Array:
         slot = lax.rem(stream + block, jnp.int32(shape.stages))
-        plgpu.barrier_wait(refs.full.at[slot])
+        plgpu.barrier_wait(refs.full.at[team * shape.stages + slot])
         wide = BLOCK, shape.parts * shape.lanes
-        scores = _product(wide, refs.ring.at[slot], refs.q_smem.at[turn].transpose((1, 0)))
-        plgpu.barrier_arrive(refs.free.at[slot])
+        scores = _product(wide, refs.ring.at[team, slot], refs.q_smem.at[turn].transpose((1, 0)))
+        plgpu.barrier_arrive(refs.free.at[team * shape.stages + slot])
         if shape.narrow:
             scores = scores[:, : shape.lanes] + scores[:, shape.lanes :] * (1 / LOW_PART)
-        scores = _visible(shape, unit, begin + block * BLOCK, scores, factor)
-        refs.scores.at[block][...] = scores
+        scores = _visible(shape, unit, begin + block * (TEAMS * BLOCK), scores, factor)
+        refs.scores.at[team, block][...] = scores
         return jnp.maximum(highest, scores)
 
     highest = lax.fori_loop(0, count, score, _full(dims, _FLOOR))
@@ -504,10 +581,10 @@ def _weights(shape: _Shape, refs: _Refs, unit: Unit, step: jax.Array, stream: ja
     top = highest.max(axis=0)
 
     def weigh(block: jax.Array, total: jax.Array) -> jax.Array:
-        scores = plgpu.load(refs.scores.at[block], layout=plgpu.Layout.WGMMA)
+        scores = plgpu.load(refs.scores.at[team, block], layout=plgpu.Layout.WGMMA)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(top, dims, [1]))
         narrow = plgpu.layout_cast(weights.astype(shape.weight_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-        refs.weights.at[block].transpose((1, 0))[...] = narrow
+        refs.weights.at[team, block].transpose((1, 0))[...] = narrow
         return total + weights
 
     total = lax.fori_loop(0, count, weigh, _full(dims, 0.0))
@@ -547,28 +624,29 @@ def _visible(shape: _Shape, unit: Unit, first: jax.Array, scores: jax.Array, fac
     return jnp.where(visible, scores * factor, _MASKED)
 
 
-def _values(shape: _Shape, refs: _Refs, unit: Unit, stream: jax.Array) -> jax.Array:
-    """Weighted sum of a split's values, transposed: f32[H, lanes]."""
-    begin, _ = unit.keys(shape.rows)
+def _values(shape: _Shape, refs: _Refs, team: int, unit: Unit, stream: jax.Array) -> jax.Array:
+    """Weighted sum of values, transposed: f32[H, lanes]."""
+    begin, count = unit.blocks(shape.rows, team, TEAMS)
     dims = shape.H, shape.lanes
 
     def one(block: jax.Array, acc: jax.Array) -> jax.Array:
         slot = lax.rem(stream + block, jnp.int32(shape.stages))
-        plgpu.barrier_wait(refs.full.at[slot])
-        first = begin + block * BLOCK
-        values = refs.ring.at[slot]
+        barrier = team * shape.stages + slot
+        plgpu.barrier_wait(refs.full.at[barrier])
+        first = begin + block * (TEAMS * BLOCK)
+        values = refs.ring.at[team, slot]
         if shape.narrow:
-            _widen(shape, refs, unit, first, values)
-            plgpu.barrier_arrive(refs.free.at[slot])
-            values = refs.wide
+            _widen(shape, unit, first, values, refs.wide.at[team])
+            plgpu.barrier_arrive(refs.free.at[barrier])
+            values = refs.wide.at[team]
         else:
             pl.when(_has_hidden(shape, unit, first))(lambda: _clear(shape, unit, first, values))
-        acc += _product(dims, values.transpose((1, 0)), refs.weights.at[block].transpose((1, 0)))
+        acc += _product(dims, values.transpose((1, 0)), refs.weights.at[team, block].transpose((1, 0)))
         if not shape.narrow:
-            plgpu.barrier_arrive(refs.free.at[slot])
+            plgpu.barrier_arrive(refs.free.at[barrier])
         return acc
 
-    acc = lax.fori_loop(0, unit.blocks(shape.rows), one, _full(dims, 0.0))
+    acc = lax.fori_loop(0, count, one, _full(dims, 0.0))
     return acc * refs.v_scale[unit.head] if shape.narrow else acc
 
 
@@ -593,19 +671,19 @@ def _clear(shape: _Shape, unit: Unit, first: jax.Array, values: Any) -> None:
     plgpu.commit_smem()
 
 
-def _widen(shape: _Shape, refs: _Refs, unit: Unit, first: jax.Array, values: Any) -> None:
+def _widen(shape: _Shape, unit: Unit, first: jax.Array, values: Any, wide: Any) -> None:
     """e4m3 values of a block as float16, hidden ones as 0."""
     layout = plgpu.Layout.SMEM_GMEM_COPY((BLOCK, shape.H), jnp.float16, 128)
-    wide = plgpu.load(values, layout=layout).astype(jnp.float16)
+    found = plgpu.load(values, layout=layout).astype(jnp.float16)
     hidden = _has_hidden(shape, unit, first)
 
     @pl.when(hidden)
     def _() -> None:
-        refs.wide[...] = _cleared(shape, unit, first, wide, layout)
+        wide[...] = _cleared(shape, unit, first, found, layout)
 
     @pl.when(jnp.logical_not(hidden))
     def _() -> None:
-        refs.wide[...] = wide
+        wide[...] = found
 
     plgpu.commit_smem()
 
@@ -625,7 +703,7 @@ def _fold_by(
     program = lax.axis_index("program")
     dims, column = (shape.H, shape.lanes), plgpu.Layout.WGMMA.reduce(0)
 
-    def read(split: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def read(split: jax.Array) -> Carry:
         at = program, place, jnp.minimum(split, splits - 1)
         part = plgpu.load(refs.partial.at[at], layout=plgpu.Layout.WGMMA, optimized=False)
         top = plgpu.load(refs.stats.at[(*at, 0)], layout=column, optimized=False)
@@ -633,13 +711,8 @@ def _fold_by(
         return part, top + jnp.where(split < splits, 0.0, _MASKED), total
 
     def chunk(number: jax.Array, carry: Carry) -> Carry:
-        acc, top, total = carry
-        for part, its_top, its_total in [read(number * at_once + each) for each in range(at_once)]:
-            new = jnp.maximum(top, its_top)
-            old, its = jnp.exp2(top - new), jnp.exp2(its_top - new)
-            acc = acc * lax.broadcast_in_dim(old, dims, [1]) + part * lax.broadcast_in_dim(its, dims, [1])
-            top, total = new, total * old + its_total * its
-        return acc, top, total
+        parts = [read(number * at_once + each) for each in range(at_once)]
+        return functools.reduce(functools.partial(_added, shape), parts, carry)
 
     def column_full(value: float) -> jax.Array:
         return plgpu.layout_cast(jnp.full((shape.lanes,), value, jnp.float32), column)

@@ -70,9 +70,13 @@ class Unit:
             begin = jnp.maximum(begin, lax.div(rows.lowest(self.kv_len), jnp.int32(BLOCK)) * BLOCK)
         return begin, end
 
-    def blocks(self, rows: Rows) -> jax.Array:
+    def blocks(self, rows: Rows, team: int, teams: int) -> tuple[jax.Array, jax.Array]:
+        """A team's first key, and how many blocks it has: each `teams`-th, by absolute position."""
         begin, end = self.keys(rows)
-        return jnp.maximum(lax.div(end - begin + (BLOCK - 1), jnp.int32(BLOCK)), 0)
+        skip = lax.rem(lax.div(begin, jnp.int32(BLOCK)) + team, jnp.int32(teams))
+        skip = jnp.where(skip > 0, teams - skip, 0) if teams > 2 else skip
+        first, stride = begin + skip * BLOCK, teams * BLOCK
+        return first, jnp.maximum(lax.div(end - first + (stride - 1), jnp.int32(stride)), 0)
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,11 @@ def walk(
     rows: Rows,
     plan_ref: Any,  # i32[programs, FIELDS]
     lens_ref: Any,  # i32[B]
+    team: int,
+    teams: int,
     visit: Callable[[Unit, Share, jax.Array, jax.Array], None],
 ) -> tuple[Share, jax.Array]:
-    """Call visit(unit, share, how many units came before, how many blocks of keys came before) in order."""
+    """Call visit(unit, share, how many units came before, how many of the team's blocks came before) in order."""
     program = lax.axis_index("program")
     row, head, split, begin, end, total = (plan_ref[program, field] for field in range(FIELDS))
     share = Share(begin, end, total)
@@ -128,7 +134,7 @@ def walk(
             jnp.where(next_row, 0, head + next_head.astype(jnp.int32)),
             jnp.where(next_head, rows.splits(then)[0], split + 1),
             then,
-            blocks + unit.blocks(rows),
+            blocks + unit.blocks(rows, team, teams)[1],
         )
 
     start = (row, head, split, lens_ref[row], jnp.int32(0))
