@@ -115,6 +115,8 @@ class _Refs:
     q: Any  # [B, K / heads_a_tile, parts * lanes, H]
     factor: Any  # f32[B, K / heads_a_tile, lanes], of scores, and f32[K], of values, with e4m3 pages
     v_scale: Any
+    new_k: Any  # [B, K, H], if written
+    new_v: Any
     k: Any  # [P, K, page_size, H]
     v: Any
     table: Any  # i32[B, W]
@@ -152,10 +154,29 @@ def paged_attention_decode(
     return verify(q[:, None], k_pages, v_pages, page_table, kv_lens, **options)[:, 0]
 
 
-def verify(
-    q: jax.Array,  # [B, queries, N, H]
+def decode_write(
+    q: jax.Array,  # [B, N, H]
+    k: jax.Array,  # [B, K, H]
+    v: jax.Array,
     k_pages: jax.Array,  # [P, K, page_size, H]
     v_pages: jax.Array,
+    page_table: jax.Array,  # i32[B, W]
+    kv_lens: jax.Array,  # i32[B]
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As paged_attention_decode with each row's last key and value, which also go to their page in the same launch."""
+    if k_pages.dtype != q.dtype:
+        raise NotImplementedError("only pages as wide as the queries are written here")
+    pages = jax.new_ref(k_pages), jax.new_ref(v_pages)
+    new = k.astype(k_pages.dtype), v.astype(k_pages.dtype)
+    out = verify(q[:, None], *pages, page_table, kv_lens, new=new, **options)[:, 0]
+    return out, jax.freeze(pages[0]), jax.freeze(pages[1])
+
+
+def verify(
+    q: jax.Array,  # [B, queries, N, H]
+    k_pages: Any,  # [P, K, page_size, H]; a ref, if written
+    v_pages: Any,
     page_table: jax.Array,  # i32[B, W]
     kv_lens: jax.Array,  # i32[B]
     *,
@@ -164,6 +185,7 @@ def verify(
     soft_cap: float | None = None,
     k_scale: jax.Array | None = None,  # f32[K], with e4m3 pages
     v_scale: jax.Array | None = None,
+    new: tuple[jax.Array, jax.Array] | None = None,  # [B, K, H], of the last position
     counters: Any = None,  # i32[programs] of zeros, as a ref: saves making them; zeros afterwards
     blocks: Blocks | None = None,
     interpret: Any = None,
@@ -200,7 +222,18 @@ def verify(
     if k_scale is not None:
         tiles, factor = _parts(tiles, k_scale, shape)
     counters = jnp.zeros((blocks.programs,), jnp.int32) if counters is None else counters
-    arrays = tiles, factor, v_scale, k_pages, v_pages, page_table, kv_lens, plan(kv_lens, rows), counters
+    arrays = (
+        tiles,
+        factor,
+        v_scale,
+        *(new or (None, None)),
+        k_pages,
+        v_pages,
+        page_table,
+        kv_lens,
+        plan(kv_lens, rows),
+        counters,
+    )
     return _untiled(_call(shape, arrays, interpret), q.shape, shape)
 
 
@@ -568,11 +601,13 @@ def _weights(
         slot = lax.rem(stream + block, jnp.int32(shape.stages))
         plgpu.barrier_wait(refs.full.at[team * shape.stages + slot])
         wide = BLOCK, shape.parts * shape.lanes
-        scores = _product(wide, refs.ring.at[team, slot], refs.q_smem.at[turn].transpose((1, 0)))
+        keys, first = refs.ring.at[team, slot], begin + block * (TEAMS * BLOCK)
+        _patch(refs, unit, first, keys, refs.new_k, refs.k)
+        scores = _product(wide, keys, refs.q_smem.at[turn].transpose((1, 0)))
         plgpu.barrier_arrive(refs.free.at[team * shape.stages + slot])
         if shape.narrow:
             scores = scores[:, : shape.lanes] + scores[:, shape.lanes :] * (1 / LOW_PART)
-        scores = _visible(shape, unit, begin + block * (TEAMS * BLOCK), scores, factor)
+        scores = _visible(shape, unit, first, scores, factor)
         refs.scores.at[team, block][...] = scores
         return jnp.maximum(highest, scores)
 
@@ -641,6 +676,7 @@ def _values(shape: _Shape, refs: _Refs, team: int, unit: Unit, stream: jax.Array
             values = refs.wide.at[team]
         else:
             pl.when(_has_hidden(shape, unit, first))(lambda: _clear(shape, unit, first, values))
+            _patch(refs, unit, first, values, refs.new_v, refs.v)
         acc += _product(dims, values.transpose((1, 0)), refs.weights.at[team, block].transpose((1, 0)))
         if not shape.narrow:
             plgpu.barrier_arrive(refs.free.at[barrier])
@@ -648,6 +684,24 @@ def _values(shape: _Shape, refs: _Refs, team: int, unit: Unit, stream: jax.Array
 
     acc = lax.fori_loop(0, count, one, _full(dims, 0.0))
     return acc * refs.v_scale[unit.head] if shape.narrow else acc
+
+
+def _patch(refs: _Refs, unit: Unit, first: jax.Array, block: Any, new: Any, pages: Any) -> None:
+    """Put a row's newest key or value in its block, which came without it, and in its page."""
+    if new is None:
+        return
+    position = unit.kv_len - 1
+
+    @pl.when(position < first + BLOCK)
+    def _() -> None:
+        layout, page_size = plgpu.Layout.WGMMA, pages.shape[2]
+        it = plgpu.load(new.at[unit.row, unit.head], layout=layout.reduce(0), optimized=False)
+        found = plgpu.load(block, layout=layout)
+        key = plgpu.broadcasted_iota(jnp.int32, found.shape, 0, layout=layout) + first
+        block[...] = jnp.where(key == position, lax.broadcast_in_dim(it, found.shape, [1]), found)
+        plgpu.commit_smem()
+        page = refs.table[unit.row, lax.div(position, jnp.int32(page_size))]
+        pages.at[page, unit.head, lax.rem(position, jnp.int32(page_size))][...] = it
 
 
 def _has_hidden(shape: _Shape, unit: Unit, first: jax.Array) -> jax.Array:
