@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-gpu bench gate lock clean
+.PHONY: help demo test check test-gpu bench bench-kernels gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ test-gpu: ## kernels and engine on the GPU of this machine
 
 bench: ## decode, prefill and throughput of LLM on this machine's GPU
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/llm.py llama-3.1-8b
+
+bench-kernels: ## attention kernels on this machine's GPU: ours, XLA, cuDNN and JAX's, with the issue's bars
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.kernels --out benchmarks/results/kernels
 
 gate: ## compile every GPU kernel for sm_90a without a GPU; fails on spills (needs the CUDA wheels)
 	@PYTHONPATH=. $(GPU_PYTHON) tools/gate.py

@@ -38,7 +38,7 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
-REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
+REFERENCES = ("reference", "reference_wide", "apart")  # plain XLA: nothing of ours to compile
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 
@@ -139,9 +139,20 @@ def paged_attention_verify_cases() -> Iterator[Case]:
         )
 
 
+def paged_attention_decode_write_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.paged_attention import decode_sm90
+
+    q, *arrays = _paged(32, 32, 32, 8, 128, 16, 512, jnp.bfloat16)
+    new = _array((32, 8, 128), jnp.bfloat16)
+    yield Case("mosaic_sm90", "H128", functools.partial(decode_sm90.decode_write, scale=0.1), (q, new, new, *arrays))
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
+    "paged_attention.decode_write": paged_attention_decode_write_cases,
     "paged_attention.verify": paged_attention_verify_cases,
 }
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Kernel, dispatch, imported, register
+from pallas_kernels.page_write.api import page_write
 
 
 def _wide_reference() -> Kernel:
@@ -42,6 +43,10 @@ register(_VERIFY, "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:verify
 register(_VERIFY, "reference", imported(f"{_REFERENCE}:verify"))
 register("paged_attention", "reference", imported(f"{_REFERENCE}:paged_attention"), platforms=("cpu", "interpret"))
 register("paged_attention", "reference_wide", _wide_reference, platforms=("gpu",))
+_WRITE = "paged_attention.decode_write"
+register(_WRITE, "mosaic_sm90", imported(f"{_ROOM}.decode_sm90:decode_write"), platforms=("gpu",))
+register(_WRITE, "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:decode_write"), platforms=("interpret",))
+register(_WRITE, "apart", lambda: _write_then_decode)
 register(_DECODE, "reference", imported(f"{_REFERENCE}:paged_attention_decode"))
 
 
@@ -106,6 +111,51 @@ def paged_attention_decode(
         raise ValueError(f"q[B, N, H] {q.shape} and page_table[B, W] {page_table.shape} disagree on B")
     run = dispatch(_DECODE, implementation=implementation, platform=platform)
     return run(q, k_pages, v_pages, page_table, kv_lens, **_options(scale, window, soft_cap, k_scale, v_scale))
+
+
+def paged_attention_decode_write(
+    q: jax.Array,  # [B, N, H]
+    k: jax.Array,  # [B, K, H]
+    v: jax.Array,  # [B, K, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,  # [P, K, page_size, H]
+    page_table: jax.Array,  # i32[B, W]
+    kv_lens: jax.Array,  # i32[B]
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As paged_attention_decode, for pages that still lack each row's last key and value: k and v.
+
+    -> (out, k_pages, v_pages) with them at position kv_lens - 1 of the row, in place when the caller donates the pages.
+    """
+    _check("q[B, N, H]", q, k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
+    shape = (q.shape[0], *k_pages.shape[1::2])
+    if q.shape[0] != page_table.shape[0] or k.shape != shape or v.shape != shape:
+        raise ValueError(f"need k and v [B, K, H] = {list(shape)} and page_table[B, W]; got {k.shape}, {v.shape}")
+    run = dispatch(_WRITE, implementation=implementation, platform=platform)
+    return run(q, k, v, k_pages, v_pages, page_table, kv_lens, scale=scale, window=window, soft_cap=soft_cap)
+
+
+def _write_then_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    P, _, page_size, _ = k_pages.shape
+    position = jnp.maximum(kv_lens - 1, 0)
+    page = jnp.take_along_axis(page_table, (position // page_size)[:, None], axis=1)[:, 0]
+    slots = jnp.where(kv_lens > 0, page * page_size + position % page_size, P * page_size)
+    pages = page_write(k_pages, v_pages, k, v, slots)
+    return paged_attention_decode(q, *pages, page_table, kv_lens, **options), *pages
 
 
 def paged_attention_verify(

@@ -43,6 +43,12 @@ def verify(*arrays: jax.Array, **options: Any) -> jax.Array:
     return decode_sm90.verify(*arrays, blocks=decode_sm90.Blocks(programs=1), interpret=interpret, **options)
 
 
+def decode_write(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """decode_sm90.decode_write, likewise."""
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return decode_sm90.decode_write(*arrays, blocks=decode_sm90.Blocks(programs=1), interpret=interpret, **options)
+
+
 def decode_by(programs: int, *arrays: jax.Array, **options: Any) -> jax.Array:
     """decode_sm90.paged_attention_decode by several interpreted programs."""
     blocks, interpret = decode_sm90.Blocks(programs=programs), plgpu.InterpretGPUParams()

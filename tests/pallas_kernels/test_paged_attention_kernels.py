@@ -60,7 +60,7 @@ def test_decode_lowers_to_triton_on_a_machine_without_a_gpu(arrays, options):
 
 def decode_inputs(lengths, **changes):
     rows = tuple((1, length) for length in lengths)
-    spec = PagedAttentionSpec("rows", N=8, K=2, H=64, rows=rows, **changes)
+    spec = PagedAttentionSpec(**({"name": "rows", "N": 8, "K": 2, "H": 64, "rows": rows} | changes))
     return spec, spec.inputs()[:5]
 
 
@@ -116,6 +116,29 @@ def test_a_verified_query_has_the_bits_of_a_decode_step_at_its_position(changes)
     for place in range(3):
         step = bits(one(queries[:, place], k, v, table, lengths - np.int32(2 - place)))
         np.testing.assert_array_equal(many[:, place], step)
+
+
+def test_a_key_and_value_written_in_the_launch_are_read_by_it_and_lie_in_their_page():
+    spec, (q, k, v, table, lengths) = decode_inputs((70, 0, 1, 513, 64))
+    rng = np.random.default_rng(1)
+    new = [rng.standard_normal((5, 2, 64)).astype(q.dtype) for _ in range(2)]
+    before, after = [k.copy(), v.copy()], [k.copy(), v.copy()]
+    for row in np.flatnonzero(lengths):
+        place = table[row, (lengths[row] - 1) // 16], slice(None), (lengths[row] - 1) % 16
+        for pool in range(2):
+            before[pool][place] = np.nan
+            after[pool][place] = new[pool][row]
+    write, decode = (
+        (decode_sm90.decode_write, decode_sm90.paged_attention_decode)
+        if ON_GPU
+        else (interpreted.decode_write, interpreted.decode)
+    )
+    out, *pages = write(q, *new, *map(jnp.asarray, before), table, lengths, **spec.options)
+    for got, expected in zip(pages, after, strict=True):
+        np.testing.assert_array_equal(bits(got), bits(expected))
+    np.testing.assert_array_equal(bits(out), bits(decode(q, *after, table, lengths, **spec.options)))
+    if not ON_GPU:
+        assert not get_races().races_found
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
