@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.paged_attention import decode_sm90, mosaic_sm90, triton
 
 MOST_QUERIES = 1024  # T * N
+MOST_UNITS = 24  # rows * kv heads of a decode step
 PROGRAMS = 2
 
 
@@ -39,6 +40,9 @@ def decode(q: jax.Array, *arrays: jax.Array, **options: Any) -> jax.Array:
 
 def verify(*arrays: jax.Array, **options: Any) -> jax.Array:
     """decode_sm90.verify, likewise."""
+    q, k_pages = arrays[:2]
+    if q.shape[0] * k_pages.shape[1] > MOST_UNITS:
+        raise NotImplementedError(f"{q.shape[0]} rows of {k_pages.shape[1]} kv heads take the interpreter minutes")
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     return decode_sm90.verify(*arrays, blocks=decode_sm90.Blocks(programs=1), interpret=interpret, **options)
 
