@@ -31,7 +31,7 @@ from pallas_kernels.paged_attention import decode_warps
 from pallas_kernels.paged_attention.decode_warps import LOW_PART, REDUCTION_BYTES, TEAMS, Refs, Shape
 from pallas_kernels.paged_attention.units import BLOCK, SPLIT, Rows, plan
 
-MOST_LANES = 32
+MOST_LANES = 16
 MOST_STAGES = 6  # a team
 SMEM_BYTES = 220 * 1024  # of 227 KB; reductions and barriers take the rest
 E4M3_MAX = 448.0
@@ -154,6 +154,8 @@ def refuse(q: jax.Array, k_pages: jax.Array, k_scale: jax.Array | None, v_scale:
         raise NotImplementedError("k_scale and v_scale go together, with float8_e4m3fn pages")
     if H not in (64, 128, 256):
         raise NotImplementedError(f"head dim must be 64, 128 or 256 for whole swizzles, got {H}")
+    if narrow and H == 256:
+        raise NotImplementedError("e4m3 pages of head dim 256 need more registers than two compute warpgroups have")
     if page_size % 8 or (BLOCK % page_size and page_size % BLOCK):
         raise NotImplementedError(f"page size must divide {BLOCK} or be a multiple of it, got {page_size}")
     if queries * (N // K) > MOST_LANES:

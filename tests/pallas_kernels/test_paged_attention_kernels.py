@@ -300,7 +300,7 @@ def test_the_triton_decode_kernel_says_why_it_declines(q, pages, message):
         ({"pages": jnp.zeros((2, 2, 16, 64), jnp.float8_e4m3fn)}, "k_scale and v_scale go together"),
         ({"q": jnp.zeros((1, 1, 2, 96), jnp.bfloat16)}, "head dim must be 64, 128 or 256.*got 96"),
         ({"pages": jnp.zeros((2, 2, 12, 64), jnp.bfloat16)}, "page size must divide 64.*got 12"),
-        ({"q": jnp.zeros((1, 9, 8, 64), jnp.bfloat16)}, "9 queries of 4 heads a kv head: at most 32 together"),
+        ({"q": jnp.zeros((1, 9, 8, 64), jnp.bfloat16)}, "9 queries of 4 heads a kv head: at most 16 together"),
     ],
 )
 def test_the_decode_kernel_says_why_it_declines(changes, message):
