@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-mesh test-gpu test-ray test-clients test-api test-faults test-ui soak bench gate lock clean
+.PHONY: help demo test check test-kernels test-mesh test-gpu test-ray test-clients test-api test-faults test-ui soak bench bench-kernels gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +74,12 @@ test-ray: .venv/.dev ## two replicas on a Ray cluster of two nodes on this machi
 bench: ## decode, prefill and throughput of an 8B shape on this machine's GPU
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/shapes.py llama-3.1-8b build
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m serve.cli bench latency build/llama-3.1-8b --requests 256
+
+bench-kernels: ## attention kernels on this machine's GPU: ours, XLA, cuDNN and JAX's, with the issue's bars
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.kernels --out benchmarks/results/kernels
+
+test-kernels: .venv/.dev ## kernels that the interpreter takes minutes for
+	.venv/bin/python -m pytest -m kernels tests/pallas_kernels
 
 gate: ## compile every GPU kernel for sm_90a without a GPU; fails on spills (needs the CUDA wheels)
 	@PYTHONPATH=. $(GPU_PYTHON) tools/gate.py

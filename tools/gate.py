@@ -38,20 +38,16 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
-REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
+# Plain XLA: nothing of ours to compile; jax_triton compiles with the Triton of the machine it runs on.
+REFERENCES = ("reference", "reference_wide", "apart", "jax_triton")
 OURS = (  # how the names of our kernels begin
     "paged_",
     "decode_chain",
+    "matmul",
     "grouped_",
     "route",
     "quant_",
-    "sampl",
-    "flash_",
-    "all_reduce",
 )
-OURS = ("paged_", "quant_")  # how the kernels of our rooms are named
-# Plain XLA: nothing of ours to compile; jax_triton compiles with the Triton of the machine it runs on.
-REFERENCES = ("reference", "reference_wide", "jax_triton")
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 
@@ -113,20 +109,53 @@ def paged_attention_cases() -> Iterator[Case]:
 def paged_attention_decode_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
-    from pallas_kernels.paged_attention import triton
+    from pallas_kernels.paged_attention import decode_sm90, triton
+
+    def scaled(attend: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arrays: attend(*arrays[:-1], k_scale=arrays[-1], v_scale=arrays[-1])
+
+    narrow, scales = jnp.float8_e4m3fn, _array((8,), jnp.float32)
+    attend = functools.partial(decode_sm90.paged_attention_decode, scale=0.1)
+    for H, rows, pages, page_size in ((128, 32, 512, 16), (128, 32, 128, 64), (64, 8, 64, 128)):
+        arrays = _paged(rows, rows, 32, 8, H, page_size, pages, jnp.bfloat16)
+        yield Case("mosaic_sm90", f"H{H} B{rows} page {page_size}", attend, arrays)
+    arrays = _paged(32, 32, 16, 8, 256, 64, 128, jnp.bfloat16)
+    yield Case("mosaic_sm90", "H256 cap window", functools.partial(attend, soft_cap=50.0, window=4096), arrays)
+    for H in (64, 128):
+        arrays = _paged(32, 32, 32, 8, H, 64, 128, narrow)
+        yield Case("mosaic_sm90", f"H{H} e4m3 pages", scaled(attend), (*arrays, scales))
 
     attend = functools.partial(triton.paged_attention_decode, scale=0.1)
-    for H, rows, pages, page_size in ((128, 32, 128, 64), (128, 32, 512, 16), (128, 256, 512, 64), (64, 32, 128, 64)):
+    for H, rows, pages, page_size in ((128, 32, 512, 16), (128, 256, 512, 64), (64, 32, 128, 64)):
         arrays = _paged(rows, rows, 32, 8, H, page_size, pages, jnp.bfloat16)
         yield Case("triton", f"H{H} B{rows} page {page_size}", attend, arrays)
     arrays = _paged(32, 32, 16, 8, 256, 64, 128, jnp.bfloat16)
     yield Case("triton", "H256 cap window", functools.partial(attend, soft_cap=50.0, window=4096), arrays)
-    arrays = _paged(32, 32, 32, 8, 128, 64, 128, jnp.float8_e4m3fn)
+    arrays = _paged(32, 32, 32, 8, 128, 64, 128, narrow)
+    yield Case("triton", "H128 e4m3 pages", scaled(attend), (*arrays, scales))
 
-    def scaled(*arrays: Any) -> Any:
-        return attend(*arrays[:-1], k_scale=arrays[-1], v_scale=arrays[-1])
 
-    yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
+def paged_attention_verify_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.paged_attention import decode_sm90
+
+    q, *arrays = _paged(32, 32, 32, 8, 128, 16, 512, jnp.bfloat16)
+    for queries in (2, 4):
+        many = _array((32, queries, *q.shape[1:]), q.dtype)
+        yield Case(
+            "mosaic_sm90", f"{queries} queries", functools.partial(decode_sm90.verify, scale=0.1), (many, *arrays)
+        )
+
+
+def paged_attention_decode_write_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.paged_attention import decode_sm90
+
+    q, *arrays = _paged(32, 32, 32, 8, 128, 16, 512, jnp.bfloat16)
+    new = _array((32, 8, 128), jnp.bfloat16)
+    yield Case("mosaic_sm90", "H128", functools.partial(decode_sm90.decode_write, scale=0.1), (q, new, new, *arrays))
 
 
 def matmul_cases() -> Iterator[Case]:
@@ -219,6 +248,8 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
+    "paged_attention.decode_write": paged_attention_decode_write_cases,
+    "paged_attention.verify": paged_attention_verify_cases,
     "decode_chain": decode_chain_cases,
     "matmul": matmul_cases,
     "grouped_matmul": grouped_matmul_cases,

@@ -1,22 +1,25 @@
 """Attention over paged keys and values: argument checks, then the best implementation that accepts.
 
-In: arrays. Out: attention outputs, in the queries' dtype; softmax and accumulation are f32. Two ops, because a step is
-either one query a row (decode) or ragged (append; prefill and decode mixed).
+In: arrays. Out: attention outputs, in the queries' dtype; softmax and accumulation are f32. Three ops: one query a row
+(decode), the same few queries a row (verify), ragged (append; prefill and decode mixed).
 
 Page-table entries beyond a row's pages may hold any integer and memory beyond its tokens any bits, NaN included:
-neither reaches an output. With a window, pages wholly below it are never read. This module does not know layers,
-positions or requests; keys and values of the queries themselves must already be in the pages.
+neither reaches an output. Pages may be float8_e4m3fn with a scale a kv head. With a window, pages wholly below it are
+never read. This module does not know layers, positions or requests; keys and values of the queries themselves must
+already be in the pages.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Kernel, dispatch, imported, register
+from pallas_kernels.page_write.api import page_write
 
 
 def _wide_reference() -> Kernel:
@@ -29,13 +32,22 @@ _ROOM = "pallas_kernels.paged_attention"
 _REFERENCE = f"{_ROOM}.reference"
 register("paged_attention", "mosaic_sm90", imported(f"{_ROOM}.mosaic_sm90:paged_attention"), platforms=("gpu",))
 register("paged_attention", "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:ragged"), platforms=("interpret",))
-register("paged_attention.decode", "triton", imported(f"{_ROOM}.triton:paged_attention_decode"), platforms=("gpu",))
-register(
-    "paged_attention.decode", "triton_interpret", imported(f"{_ROOM}.interpreted:decode"), platforms=("interpret",)
-)
+_DECODE = "paged_attention.decode"
+register(_DECODE, "triton", imported(f"{_ROOM}.triton:paged_attention_decode"), platforms=("gpu",))
+register(_DECODE, "mosaic_sm90", imported(f"{_ROOM}.decode_sm90:paged_attention_decode"), platforms=("gpu",))
+register(_DECODE, "triton_interpret", imported(f"{_ROOM}.interpreted:triton_decode"), platforms=("interpret",))
+register(_DECODE, "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:decode"), platforms=("interpret",))
+_VERIFY = "paged_attention.verify"
+register(_VERIFY, "mosaic_sm90", imported(f"{_ROOM}.decode_sm90:verify"), platforms=("gpu",))
+register(_VERIFY, "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:verify"), platforms=("interpret",))
+register(_VERIFY, "reference", imported(f"{_REFERENCE}:verify"))
 register("paged_attention", "reference", imported(f"{_REFERENCE}:paged_attention"), platforms=("cpu", "interpret"))
 register("paged_attention", "reference_wide", _wide_reference, platforms=("gpu",))
-register("paged_attention.decode", "reference", imported(f"{_REFERENCE}:paged_attention_decode"))
+_WRITE = "paged_attention.decode_write"
+register(_WRITE, "mosaic_sm90", imported(f"{_ROOM}.decode_sm90:decode_write"), platforms=("gpu",))
+register(_WRITE, "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:decode_write"), platforms=("interpret",))
+register(_WRITE, "apart", lambda: _write_then_decode)
+register(_DECODE, "reference", imported(f"{_REFERENCE}:paged_attention_decode"))
 
 
 def paged_attention(
@@ -49,6 +61,8 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
+    v_scale: jax.Array | None = None,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> jax.Array:
@@ -57,9 +71,10 @@ def paged_attention(
     Row r owns q[query_starts[r] : query_starts[r + 1]]: the last queries of its kv_lens[r] keys. Its key j lies in page
     page_table[r, j // page_size] at j % page_size. Query i sees key j iff i - window < j <= i. Tokens at or after
     query_starts[R] are padding and come out 0; rows may be empty. Query head n reads kv head n // (N / K).
-    `soft_cap` c replaces each scaled score s by c * tanh(s / c).
+    `soft_cap` c replaces each scaled score s by c * tanh(s / c). Scaled pages mean page * scale[kv head].
     """
     _check("q[T, N, H]", q, k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
+    _check_scales(k_pages, k_scale, v_scale)
     R = page_table.shape[0]
     if query_starts.shape != (R + 1,) or query_starts.dtype != jnp.int32:
         raise ValueError(
@@ -67,7 +82,8 @@ def paged_attention(
             f"got {query_starts.dtype}{list(query_starts.shape)}"
         )
     run = dispatch("paged_attention", implementation=implementation, platform=platform)
-    return run(q, k_pages, v_pages, page_table, kv_lens, query_starts, scale=scale, window=window, soft_cap=soft_cap)
+    options = _options(scale, window, soft_cap, k_scale, v_scale)
+    return run(q, k_pages, v_pages, page_table, kv_lens, query_starts, **options)
 
 
 def paged_attention_decode(
@@ -80,6 +96,8 @@ def paged_attention_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
+    v_scale: jax.Array | None = None,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> jax.Array:
@@ -88,10 +106,104 @@ def paged_attention_decode(
     Everything else as in paged_attention.
     """
     _check("q[B, N, H]", q, k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
+    _check_scales(k_pages, k_scale, v_scale)
     if q.shape[0] != page_table.shape[0]:
         raise ValueError(f"q[B, N, H] {q.shape} and page_table[B, W] {page_table.shape} disagree on B")
-    run = dispatch("paged_attention.decode", implementation=implementation, platform=platform)
-    return run(q, k_pages, v_pages, page_table, kv_lens, scale=scale, window=window, soft_cap=soft_cap)
+    run = dispatch(_DECODE, implementation=implementation, platform=platform)
+    return run(q, k_pages, v_pages, page_table, kv_lens, **_options(scale, window, soft_cap, k_scale, v_scale))
+
+
+def paged_attention_decode_write(
+    q: jax.Array,  # [B, N, H]
+    k: jax.Array,  # [B, K, H]
+    v: jax.Array,  # [B, K, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,  # [P, K, page_size, H]
+    page_table: jax.Array,  # i32[B, W]
+    kv_lens: jax.Array,  # i32[B]
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As paged_attention_decode, for pages that still lack each row's last key and value: k and v.
+
+    -> (out, k_pages, v_pages) with them at position kv_lens - 1 of the row, in place when the caller donates the pages.
+    """
+    _check("q[B, N, H]", q, k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
+    shape = (q.shape[0], *k_pages.shape[1::2])
+    if q.shape[0] != page_table.shape[0] or k.shape != shape or v.shape != shape:
+        raise ValueError(f"need k and v [B, K, H] = {list(shape)} and page_table[B, W]; got {k.shape}, {v.shape}")
+    run = dispatch(_WRITE, implementation=implementation, platform=platform)
+    return run(q, k, v, k_pages, v_pages, page_table, kv_lens, scale=scale, window=window, soft_cap=soft_cap)
+
+
+def _write_then_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    P, _, page_size, _ = k_pages.shape
+    position = jnp.maximum(kv_lens - 1, 0)
+    page = jnp.take_along_axis(page_table, (position // page_size)[:, None], axis=1)[:, 0]
+    slots = jnp.where(kv_lens > 0, page * page_size + position % page_size, P * page_size)
+    pages = page_write(k_pages, v_pages, k, v, slots)
+    return paged_attention_decode(q, *pages, page_table, kv_lens, **options), *pages
+
+
+def paged_attention_verify(
+    q: jax.Array,  # [B, Q, N, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,  # [P, K, page_size, H]
+    page_table: jax.Array,  # i32[B, W]
+    kv_lens: jax.Array,  # i32[B]
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
+    v_scale: jax.Array | None = None,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> jax.Array:
+    """The last Q queries of each row, at positions kv_lens - Q .. kv_lens - 1 -> [B, Q, N, H].
+
+    A row with kv_lens 0 is padding and comes out 0; others have at least Q keys. Everything else as in
+    paged_attention; the Mosaic kernel gives each query the bits that a decode step at its position has.
+    """
+    if q.ndim != 4 or 0 in q.shape or q.shape[0] != page_table.shape[0]:
+        raise ValueError(f"need q[B, Q, N, H], not empty, and page_table[B, W]; got {q.shape}, {page_table.shape}")
+    _check("q[B, N, H]", q[:, 0], k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
+    _check_scales(k_pages, k_scale, v_scale)
+    run = dispatch(_VERIFY, implementation=implementation, platform=platform)
+    return run(q, k_pages, v_pages, page_table, kv_lens, **_options(scale, window, soft_cap, k_scale, v_scale))
+
+
+def _options(
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> dict[str, Any]:
+    plain: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    return plain if k_scale is None else plain | {"k_scale": k_scale, "v_scale": v_scale}
+
+
+def _check_scales(k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    narrow = k_pages.dtype == jnp.float8_e4m3fn
+    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if narrow != (given is not None):
+            raise ValueError(f"{name} goes with float8_e4m3fn pages and only with them; pages are {k_pages.dtype}")
+        if given is not None and (given.shape != k_pages.shape[1:2] or given.dtype != jnp.float32):
+            raise ValueError(f"{name} must be f32[K] = f32[{k_pages.shape[1]}], got {given.dtype}{list(given.shape)}")
 
 
 def _check(

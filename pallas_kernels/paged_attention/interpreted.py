@@ -13,9 +13,10 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import mosaic_sm90, triton
+from pallas_kernels.paged_attention import decode_sm90, mosaic_sm90, triton
 
 MOST_QUERIES = 1024  # T * N
+MOST_UNITS = 24  # rows * kv heads of a decode step
 PROGRAMS = 2
 
 
@@ -28,6 +29,36 @@ def ragged(q: jax.Array, *arrays: jax.Array, **options: Any) -> jax.Array:
     return mosaic_sm90.paged_attention(q, *arrays, blocks=blocks, interpret=interpret, **options)
 
 
-def decode(*arrays: jax.Array, **options: Any) -> jax.Array:
+def decode(q: jax.Array, *arrays: jax.Array, **options: Any) -> jax.Array:
+    """decode_sm90.paged_attention_decode by one interpreted program, with race detection.
+
+    Several programs would agree through counters, which the interpreter does not have; it runs them one after the
+    other, so that results are right (`decode_by`), but calls that a race.
+    """
+    return verify(q[:, None], *arrays, **options)[:, 0]
+
+
+def verify(*arrays: jax.Array, **options: Any) -> jax.Array:
+    """decode_sm90.verify, likewise."""
+    q, k_pages = arrays[:2]
+    if q.shape[0] * k_pages.shape[1] > MOST_UNITS:
+        raise NotImplementedError(f"{q.shape[0]} rows of {k_pages.shape[1]} kv heads take the interpreter minutes")
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return decode_sm90.verify(*arrays, blocks=decode_sm90.Blocks(programs=1), interpret=interpret, **options)
+
+
+def decode_write(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """decode_sm90.decode_write, likewise."""
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return decode_sm90.decode_write(*arrays, blocks=decode_sm90.Blocks(programs=1), interpret=interpret, **options)
+
+
+def decode_by(programs: int, *arrays: jax.Array, **options: Any) -> jax.Array:
+    """decode_sm90.paged_attention_decode by several interpreted programs."""
+    blocks, interpret = decode_sm90.Blocks(programs=programs), plgpu.InterpretGPUParams()
+    return decode_sm90.paged_attention_decode(*arrays, blocks=blocks, interpret=interpret, **options)
+
+
+def triton_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
     """triton.paged_attention_decode, interpreted."""
     return triton.paged_attention_decode(*arrays, interpret=True, **options)

@@ -150,17 +150,9 @@ def paged_attention(
         out, q = lax.optimization_barrier((out, q))
     first = query_starts[:-1]
     single = query_starts[1:] - first == 1
-    decoded = triton.paged_attention_decode(
-        q.at[first].get(mode="clip"),
-        k_pages,
-        v_pages,
-        page_table,
-        jnp.where(single, kv_lens, 0),
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        interpret=interpret is not None,
-    )
+    rows = q.at[first].get(mode="clip"), k_pages, v_pages, page_table, jnp.where(single, kv_lens, 0)
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "interpret": interpret is not None}
+    decoded = triton.paged_attention_decode(*rows, **options)
     return out.at[jnp.where(single, first, q.shape[0])].set(decoded, mode="drop")
 
 

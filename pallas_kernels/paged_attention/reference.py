@@ -11,6 +11,8 @@ This module does not know how pages are allocated or written.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -33,13 +35,40 @@ def paged_attention_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
     """One query a row, at position kv_lens - 1; see api.paged_attention_decode."""
     B, N, H = q.shape
     K = k_pages.shape[1]
     positions = jnp.broadcast_to(kv_lens[:, None] - 1, (B, N // K))
     grouped = q.reshape(B, K, N // K, H)
-    return _attend(grouped, positions, k_pages, v_pages, page_table, scale, window, soft_cap).reshape(B, N, H)
+    pages = _Pages(k_pages, v_pages, k_scale, v_scale)
+    return _attend(grouped, positions, pages, page_table, scale, window, soft_cap).reshape(B, N, H)
+
+
+def verify(
+    q: jax.Array,  # [B, Q, N, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,  # [P, K, page_size, H]
+    page_table: jax.Array,  # i32[B, W]
+    kv_lens: jax.Array,  # i32[B]
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> jax.Array:
+    """The last Q queries of each row; see api.paged_attention_verify."""
+    B, Q, N, H = q.shape
+    K = k_pages.shape[1]
+    own = kv_lens[:, None] - Q + jnp.arange(Q, dtype=jnp.int32)
+    positions = jnp.repeat(jnp.where(kv_lens[:, None] > 0, own, -1), N // K, axis=1)
+    grouped = q.reshape(B, Q, K, N // K, H).swapaxes(1, 2).reshape(B, K, Q * (N // K), H)
+    pages = _Pages(k_pages, v_pages, k_scale, v_scale)
+    out = _attend(grouped, positions, pages, page_table, scale, window, soft_cap)
+    return out.reshape(B, K, Q, N // K, H).swapaxes(1, 2).reshape(B, Q, N, H)
 
 
 def paged_attention(
@@ -53,6 +82,8 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     scores_at_once: int = SCORES_AT_ONCE,
 ) -> jax.Array:
     """Ragged rows; see api.paged_attention.
@@ -83,8 +114,7 @@ def paged_attention(
         attended = _attend(
             tiles.reshape(group, K, TILE_QUERIES * (N // K), H),
             jnp.repeat(positions, N // K, axis=1),
-            k_pages,
-            v_pages,
+            _Pages(k_pages, v_pages, k_scale, v_scale),
             page_table[row],
             scale,
             window,
@@ -104,6 +134,13 @@ def paged_attention(
     return jnp.where(live[:, None, None], out[place], jnp.zeros((), q.dtype))
 
 
+class _Pages(NamedTuple):
+    k: jax.Array  # [P, K, page_size, H]
+    v: jax.Array
+    k_scale: jax.Array | None  # f32[K]
+    v_scale: jax.Array | None
+
+
 def _owner(item: jax.Array, ends: jax.Array) -> jax.Array:
     """Which row holds each item, rows being consecutive and `ends` one past their last; the last row for the rest."""
     return jnp.minimum(jnp.searchsorted(ends, item, side="right"), ends.shape[0] - 1).astype(jnp.int32)
@@ -112,8 +149,7 @@ def _owner(item: jax.Array, ends: jax.Array) -> jax.Array:
 def _attend(
     q: jax.Array,  # [X, K, M, H]: X independent tiles of M query rows a kv head
     positions: jax.Array,  # i32[X, M], -1 = no query here
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array,  # [P, K, page_size, H]
+    pages: _Pages,
     page_table: jax.Array,  # i32[X, W]
     scale: float,
     window: int | None,
@@ -121,9 +157,9 @@ def _attend(
 ) -> jax.Array:
     """Online softmax over key blocks, batched over tiles; every tile starts at its own first visible block."""
     X, K, given, H = q.shape
-    page_size, W = k_pages.shape[2], page_table.shape[1]
-    pages = max(1, BLOCK_KEYS // page_size)  # pages of a block
-    block = pages * page_size
+    page_size, W = pages.k.shape[2], page_table.shape[1]
+    count = max(1, BLOCK_KEYS // page_size)  # pages of a block
+    block = count * page_size
     M = max(given, -(-_LEAST_SCORES // (K * block)))  # extra rows see no key; they keep the order of sums
     q = jnp.pad(q, ((0, 0), (0, 0), (0, M - given), (0, 0)))
     positions = jnp.pad(positions, ((0, 0), (0, M - given)), constant_values=-1)
@@ -138,13 +174,13 @@ def _attend(
 
     def one_block(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         accumulated, highest, total = carry  # [X, K, M, H], [X, K, M], [X, K, M]
-        page = (first + step)[:, None] * pages + jnp.arange(pages, dtype=jnp.int32)  # [X, pages]
+        page = (first + step)[:, None] * count + jnp.arange(count, dtype=jnp.int32)  # [X, count]
         held = (page * page_size < stop[:, None]) & ((page + 1) * page_size > start[:, None])
         ids = jnp.where(held, jnp.take_along_axis(page_table, jnp.minimum(page, W - 1), axis=1), 0)
         key = (first + step)[:, None] * block + jnp.arange(block, dtype=jnp.int32)  # [X, block]
         within = (key >= start[:, None]) & (key < stop[:, None])
-        k = _gather_pages(k_pages, ids).astype(q.dtype)  # [X, K, block, H]
-        v = _gather_pages(v_pages, ids).astype(q.dtype)
+        k = _gather_pages(pages.k, ids, pages.k_scale, q.dtype)  # [X, K, block, H]
+        v = _gather_pages(pages.v, ids, pages.v_scale, q.dtype)
         v = jnp.where(within[:, None, :, None], v, jnp.zeros((), q.dtype))  # 0 * NaN would be NaN
 
         scores = jnp.einsum("xkmh,xksh->xkms", q, k, preferred_element_type=jnp.float32, precision=precision) * scale
@@ -173,9 +209,12 @@ def _attend(
     return (accumulated / jnp.where(total > 0, total, 1.0)[..., None])[:, :, :given].astype(q.dtype)
 
 
-def _gather_pages(pages: jax.Array, ids: jax.Array) -> jax.Array:
+def _gather_pages(pages: jax.Array, ids: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
     """[P, K, page_size, H] at i32[X, n] -> [X, K, n * page_size, H], without the transpose that indexing would need."""
     _, K, page_size, H = pages.shape
     dims = lax.GatherDimensionNumbers(offset_dims=(1, 3, 4), collapsed_slice_dims=(0,), start_index_map=(0,))
     found = lax.gather(pages, ids[..., None], dims, (1, K, page_size, H), mode=lax.GatherScatterMode.CLIP)
-    return found.reshape(ids.shape[0], K, ids.shape[1] * page_size, H)
+    found = found.reshape(ids.shape[0], K, ids.shape[1] * page_size, H)
+    if scale is not None:
+        found = found.astype(jnp.float32) * scale[None, :, None, None]
+    return found.astype(dtype)

@@ -9,7 +9,7 @@ from helpers import kernel_oracles as oracles
 from helpers.kernel_backends import ON_GPU, jitted, pairs
 
 from pallas_kernels.paged_attention import reference
-from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode, paged_attention_verify
 from pallas_kernels.paged_attention.specs import (
     PAGED_ATTENTION_DECODE_SPECS,
     PAGED_ATTENTION_SPECS,
@@ -47,6 +47,25 @@ def test_decode_attention_matches_a_float64_oracle(name, spec):
     got = jitted(paged_attention_decode, name, **spec.options)(rows, *arrays[1:])
     assert (np.asarray(got)[lengths == 0] == 0).all()
     check(got[np.flatnonzero(lengths)], spec, (*arrays, starts))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    pairs(
+        "paged_attention.verify",
+        [
+            PagedAttentionSpec("llama_heads", N=32, K=8, H=128, rows=((4, 300), (4, 4), (4, 513))),
+            PagedAttentionSpec("window_cap", N=4, K=2, H=64, rows=((5, 200), (5, 7)), window=20, soft_cap=2.0),
+            PagedAttentionSpec("f32", N=4, K=2, H=32, rows=((3, 200), (3, 7)), dtype="float32"),
+        ],
+    ),
+)
+def test_verification_matches_a_float64_oracle(name, spec):
+    inputs = spec.inputs()
+    q, *rest = inputs[:-1]
+    rows = q.reshape(len(spec.rows), -1, spec.N, spec.H)
+    got = jitted(paged_attention_verify, name, **spec.options)(rows, *rest)
+    check(np.asarray(got).reshape(q.shape), spec, inputs)
 
 
 @pytest.mark.parametrize("chunk", [1, 60])

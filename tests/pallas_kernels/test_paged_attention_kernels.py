@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import tuning
-from pallas_kernels.paged_attention import interpreted, mosaic_sm90, reference, tiles, triton
+from pallas_kernels.paged_attention import decode_sm90, interpreted, mosaic_sm90, reference, tiles, triton, units
 from pallas_kernels.paged_attention.specs import PagedAttentionSpec
 from tools import gate
 
@@ -60,7 +60,7 @@ def test_decode_lowers_to_triton_on_a_machine_without_a_gpu(arrays, options):
 
 def decode_inputs(lengths, **changes):
     rows = tuple((1, length) for length in lengths)
-    spec = PagedAttentionSpec("rows", N=8, K=2, H=64, rows=rows, **changes)
+    spec = PagedAttentionSpec(**({"name": "rows", "N": 8, "K": 2, "H": 64, "rows": rows} | changes))
     return spec, spec.inputs()[:5]
 
 
@@ -70,9 +70,9 @@ def bits(array):
 
 @cpu_only
 @pytest.mark.parametrize("changes", [{}, {"window": 600}], ids=["causal", "window"])
-def test_a_decode_row_has_the_same_bits_alone_in_a_batch_in_a_wide_table_and_dealt_out(changes, monkeypatch):
+def test_a_decode_row_of_triton_has_the_same_bits_alone_in_a_batch_in_a_wide_table_and_dealt_out(changes, monkeypatch):
     spec, arrays = decode_inputs((1300, 1, 512, 513, 700), **changes)
-    decode = functools.partial(interpreted.decode, **spec.options)
+    decode = functools.partial(interpreted.triton_decode, **spec.options)
     whole = bits(jax.jit(decode)(*arrays))
     q, k, v, table, lengths = arrays
     np.testing.assert_array_equal(bits(jax.jit(decode)(q[:1], k, v, table[:1], lengths[:1]))[0], whole[0])
@@ -83,18 +83,137 @@ def test_a_decode_row_has_the_same_bits_alone_in_a_batch_in_a_wide_table_and_dea
     np.testing.assert_array_equal(bits(jax.jit(functools.partial(decode))(*arrays)), whole)
 
 
-@cpu_only
-def test_e4m3_pages_give_what_their_scaled_values_give():
-    spec, (q, k, v, table, lengths) = decode_inputs((600, 40))
+@pytest.mark.kernels
+@pytest.mark.parametrize("changes", [{}, {"window": 600}], ids=["causal", "window"])
+def test_a_decode_row_has_the_same_bits_alone_in_a_batch_in_a_wide_table_and_over_any_number_of_programs(changes):
+    spec, arrays = decode_inputs((1300, 1, 512, 513, 700), **changes)
+
+    def decode(programs, *arrays):
+        if ON_GPU:
+            return decode_sm90.paged_attention_decode(
+                *arrays, blocks=decode_sm90.Blocks(programs=programs), **spec.options
+            )
+        return interpreted.decode_by(programs, *arrays, **spec.options)
+
+    whole = bits(jax.jit(functools.partial(decode, 3))(*arrays))
+    q, k, v, table, lengths = arrays
+    np.testing.assert_array_equal(bits(jax.jit(functools.partial(decode, 7))(*arrays)), whole)
+    np.testing.assert_array_equal(
+        bits(jax.jit(functools.partial(decode, 2))(q[:1], k, v, table[:1], lengths[:1]))[0], whole[0]
+    )
+    wide = np.concatenate([table, np.full((5, 200), 2**30, np.int32)], axis=1)
+    np.testing.assert_array_equal(bits(jax.jit(functools.partial(decode, 1))(q, k, v, wide, lengths)), whole)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("changes", [{}, {"window": 40}, {"N": 2}], ids=["causal", "window", "one head a kv head"])
+def test_a_verified_query_has_the_bits_of_a_decode_step_at_its_position(changes):
+    spec, (q, k, v, table, lengths) = decode_inputs((530, 64, 3), **changes)
+    queries = np.stack([np.roll(q, shift, axis=-1) for shift in range(3)], axis=1)
+    verify, decode = (
+        (decode_sm90.verify, decode_sm90.paged_attention_decode) if ON_GPU else (interpreted.verify, interpreted.decode)
+    )
+    many = bits(jax.jit(functools.partial(verify, **spec.options))(queries, k, v, table, lengths))
+    one = jax.jit(functools.partial(decode, **spec.options))
+    for place in range(3):
+        step = bits(one(queries[:, place], k, v, table, lengths - np.int32(2 - place)))
+        np.testing.assert_array_equal(many[:, place], step)
+
+
+@pytest.mark.kernels
+def test_a_key_and_value_written_in_the_launch_are_read_by_it_and_lie_in_their_page():
+    spec, (q, k, v, table, lengths) = decode_inputs((70, 0, 1, 513, 64))
+    rng = np.random.default_rng(1)
+    new = [rng.standard_normal((5, 2, 64)).astype(q.dtype) for _ in range(2)]
+    before, after = [k.copy(), v.copy()], [k.copy(), v.copy()]
+    for row in np.flatnonzero(lengths):
+        place = table[row, (lengths[row] - 1) // 16], slice(None), (lengths[row] - 1) % 16
+        for pool in range(2):
+            before[pool][place] = np.nan
+            after[pool][place] = new[pool][row]
+    write, decode = (
+        (decode_sm90.decode_write, decode_sm90.paged_attention_decode)
+        if ON_GPU
+        else (interpreted.decode_write, interpreted.decode)
+    )
+    out, *pages = write(q, *new, *map(jnp.asarray, before), table, lengths, **spec.options)
+    for got, expected in zip(pages, after, strict=True):
+        np.testing.assert_array_equal(bits(got), bits(expected))
+    np.testing.assert_array_equal(bits(out), bits(decode(q, *after, table, lengths, **spec.options)))
+    if not ON_GPU:
+        assert not get_races().races_found
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_e4m3_pages_give_what_their_scaled_values_give(soft_cap):
+    spec, (q, k, v, table, lengths) = decode_inputs((600, 40), soft_cap=soft_cap)
     narrow = [np.nan_to_num(pool.astype(np.float32)).astype(ml_dtypes.float8_e4m3fn) for pool in (k, v)]
     scales = np.array([0.5, 2.0], np.float32), np.array([0.25, 1.5], np.float32)
     wide = [
         (pool.astype(np.float32) * scale[:, None, None]).astype(np.float32)
         for pool, scale in zip(narrow, scales, strict=True)
     ]
-    got = interpreted.decode(q, *narrow, table, lengths, k_scale=scales[0], v_scale=scales[1], **spec.options)
     expected = reference.paged_attention_decode(jnp.asarray(q, jnp.float32), *wide, table, lengths, **spec.options)
-    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=2e-2)
+    options = {"k_scale": jnp.asarray(scales[0]), "v_scale": jnp.asarray(scales[1]), **spec.options}
+    kernels = (
+        (decode_sm90.paged_attention_decode, triton.paged_attention_decode)
+        if ON_GPU
+        else (interpreted.decode, interpreted.triton_decode)
+    )
+    for decode in (*kernels, reference.paged_attention_decode):
+        got = decode(jnp.asarray(q), *map(jnp.asarray, (*narrow, table, lengths)), **options)
+        np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.kernels
+@cpu_only
+@pytest.mark.parametrize("changes", [{}, {"window": 100, "soft_cap": 2.0}, {"page_size": 128}])
+def test_the_decode_kernel_has_no_races(changes):
+    spec, arrays = decode_inputs((600, 0, 1), **changes)
+    jax.block_until_ready(interpreted.decode(*arrays, **spec.options))
+    assert not get_races().races_found
+
+
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("programs", [1, 5, 132])
+def test_programs_share_all_units_of_all_rows_in_order(programs, window):
+    lengths = np.array([1300, 0, 1, 512, 513, 5000], np.int32)
+    rows = units.Rows(B=6, K=2, queries=1, window=window, programs=programs)
+    firsts, counts = map(np.asarray, rows.splits(jnp.asarray(lengths)))
+    everything = [(r, h, firsts[r] + s) for r in range(6) for h in range(2) for s in range(counts[r])]
+    plan = np.asarray(units.plan(jnp.asarray(lengths), rows))
+    assert (plan[:, 5] == len(everything)).all()
+    assert plan[0, 3] == 0
+    assert plan[-1, 4] == len(everything)
+    np.testing.assert_array_equal(plan[1:, 3], plan[:-1, 4])
+    for number, (row, head, split, begin, end, total) in enumerate(plan):
+        share = units.Share(*map(jnp.int32, (begin, end, total)))
+        for unit in range(begin, end):
+            assert int(share.holder(jnp.int32(unit), programs)) == number
+        if end > begin:
+            assert (row, head, split) == everything[begin]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="where a slice lies in memory matters to the copy engine alone")
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["decode", "ragged"])
+def test_kernels_take_slices_of_packed_arrays(op):
+    spec, (q, k, v, table, lengths) = decode_inputs((600, 40, 7), N=8)
+    width = table.shape[1]
+    packed = np.concatenate([np.array([5], np.int32), table.reshape(-1), lengths, np.arange(4, dtype=np.int32)])
+
+    def step(q, k, v, packed):
+        table = packed[1 : 1 + 3 * width].reshape(3, width)
+        lengths, starts = packed[1 + 3 * width :][:3], packed[-4:]
+        if op == "decode":
+            return decode_sm90.paged_attention_decode(q, k, v, table, lengths, **spec.options)
+        return mosaic_sm90.paged_attention(q, k, v, table, lengths, starts, **spec.options)
+
+    stacked = np.concatenate([np.zeros_like(q[:1]), q])  # queries that start at no aligned address either
+    got = jax.jit(lambda all_q, *rest: step(all_q[1:], *rest))(stacked, k, v, packed)
+    expected = jax.jit(functools.partial(decode_sm90.paged_attention_decode, **spec.options))(q, k, v, table, lengths)
+    np.testing.assert_array_equal(bits(got), bits(expected))
 
 
 RAGGED = PagedAttentionSpec("ragged", N=2, K=1, H=64, rows=((130, 390), (20, 150)), page_size=32)
@@ -173,9 +292,27 @@ def test_the_ragged_kernel_says_why_it_declines(changes, message):
         (jnp.zeros((1, 2, 64), jnp.bfloat16), jnp.zeros((2, 2, 16, 64), jnp.int8), "float8_e4m3fn, got int8"),
     ],
 )
-def test_the_decode_kernel_says_why_it_declines(q, pages, message):
+def test_the_triton_decode_kernel_says_why_it_declines(q, pages, message):
     with pytest.raises(NotImplementedError, match=message):
         triton.refuse(q, pages, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": jnp.zeros((1, 1, 2, 64))}, "bfloat16 or float16 queries here, got float32"),
+        ({"pages": jnp.zeros((2, 2, 16, 64), jnp.int8)}, "or float8_e4m3fn, got int8"),
+        ({"pages": jnp.zeros((2, 2, 16, 64), jnp.float8_e4m3fn)}, "k_scale and v_scale go together"),
+        ({"q": jnp.zeros((1, 1, 2, 96), jnp.bfloat16)}, "head dim must be 64, 128 or 256.*got 96"),
+        ({"pages": jnp.zeros((2, 2, 12, 64), jnp.bfloat16)}, "page size must divide 64.*got 12"),
+        ({"q": jnp.zeros((1, 9, 8, 64), jnp.bfloat16)}, "9 queries of 4 heads a kv head: at most 16 together"),
+    ],
+)
+def test_the_decode_kernel_says_why_it_declines(changes, message):
+    base = {"q": jnp.zeros((1, 1, 2, 64), jnp.bfloat16), "pages": jnp.zeros((2, 2, 16, 64), jnp.bfloat16)}
+    q, pages = (base | changes).values()
+    with pytest.raises(NotImplementedError, match=message):
+        decode_sm90.refuse(q, pages, None, None)
 
 
 def test_tuned_numbers_replace_the_heuristics_and_a_wrong_field_names_its_file(tmp_path, monkeypatch):
