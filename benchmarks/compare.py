@@ -207,6 +207,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hf-batch", default="1,32", help="transformers: static cache and torch.compile")
     parser.add_argument("--repeats", type=int, default=1, help="in each process")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--once", default="transformers", help="engines that run in the first round only")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no process after so many")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds one process may take")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="NAME=VALUE", help="ours only")
@@ -215,10 +216,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def order(engines: list[str], rounds: int) -> list[str]:
-    """Every engine once a round, the rounds alternately forward and backward; transformers in the first one only."""
+def order(engines: list[str], rounds: int, once: list[str]) -> list[str]:
+    """Every engine once a round, the rounds alternately forward and backward; those of `once` in the first one only."""
     turns = [name for turn in range(rounds) for name in (engines if turn % 2 == 0 else engines[::-1])]
-    return [name for place, name in enumerate(turns) if name != "transformers" or "transformers" not in turns[:place]]
+    return [name for place, name in enumerate(turns) if name not in once or name not in turns[:place]]
 
 
 def report(options: argparse.Namespace, runs: list[Run], states: list[str], started: float) -> None:
@@ -264,7 +265,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, names: list[str], plan: Plan) -> None:
     started, runs, states = time.perf_counter(), list[Run](), [gpu_state()]
-    for name in order(names, options.rounds):
+    for name in order(names, options.rounds, options.once.split(",")):
         if time.perf_counter() - started > options.seconds:
             print(f"{name}: not started, the time is up", flush=True)
             continue

@@ -98,6 +98,15 @@ def _choice(*names: str, **synonyms: str) -> Check:
     return check
 
 
+def _one_of(*numbers: int) -> Check:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or value not in numbers:
+            raise _refuse(name, value, "one of " + ", ".join(map(str, numbers)))
+        return int(value)
+
+    return check
+
+
 def _ladder(name: str, value: Any) -> tuple[int, ...]:
     steps = tuple(value) if isinstance(value, list | tuple) else (0,)
     good = all(isinstance(step, int) and not isinstance(step, bool) and step > 0 for step in steps)
@@ -131,6 +140,8 @@ class ModelSource:
         "auto", _choice("auto", "bfloat16", "float32", "float16", bf16="bfloat16", half="float16", float="float32")
     )
     max_model_len: int = _knob(AUTO, _integer(2, 2**31 - 1, auto=True))
+    quantization: str = _knob("none", _choice("none", "int8", "int4", "fp8"))  # of plain weights, when they are loaded
+    quantization_group: int = _knob(128, _one_of(32, 64, 128))  # int4: inputs that share a scale
 
     def __post_init__(self) -> None:
         _check_fields(self, "model.")

@@ -49,6 +49,9 @@ OURS = (  # how the names of our kernels begin
     "flash_",
     "all_reduce",
 )
+OURS = ("paged_", "quant_")  # how the kernels of our rooms are named
+# Plain XLA: nothing of ours to compile; jax_triton compiles with the Triton of the machine it runs on.
+REFERENCES = ("reference", "reference_wide", "jax_triton")
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 
@@ -177,12 +180,41 @@ def route_cases() -> Iterator[Case]:
         yield Case("triton", f"{T} tokens, {k} of {E}", route, (_array((T, E), jnp.float32),))
 
 
+def quant_matmul_cases(kind: str) -> Iterator[Case]:
+    """A few rows of x, a wide batch and a prefill, on layers of an 8B model."""
+    import jax.numpy as jnp
+
+    from pallas_kernels.quant_matmul import mosaic_sm90, packing
+
+    functions = {"int8": mosaic_sm90.int8_matmul, "int4": mosaic_sm90.int4_matmul, "fp8": mosaic_sm90.fp8_matmul}
+    groups = {"int8": (None,), "int4": (128, 64, 32), "fp8": (None, 128)}[kind]
+    for M, K, N in ((8, 4096, 28672), (64, 14336, 4096), (2048, 4096, 6144)):
+        for group in groups:
+            dtype = jnp.bfloat16 if kind == "int4" else jnp.float32
+            scale = _array((N,) if group is None else (K // group, N), dtype)
+            if kind == "fp8":
+                weight = _array((N, K), jnp.float8_e4m3fn)
+            else:
+                rows = packing.rows_of(4 if kind == "int4" else 8)
+                weight = _array((N // packing.TILE, K // packing.TILE, rows, packing.LANES), jnp.int32)
+            arrays = _array((M, K), jnp.bfloat16), weight, scale
+            call = functools.partial(functions[kind], out_dtype=jnp.bfloat16)
+            label = f"{M} x {K} x {N}" + (f" group {group}" if group else "")
+            allowance = 24 if kind == "int4" and M == 64 and group < 128 else 0  # scalars of a unit
+            yield Case("mosaic_sm90", label, call, arrays, allowance)
+            if kind == "int4":
+                yield Case("mosaic_sm90", f"{label} zeros", call, (*arrays, scale), allowance)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
     "decode_chain": decode_chain_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
+    "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),
+    "quant_matmul.int4": functools.partial(quant_matmul_cases, "int4"),
+    "quant_matmul.fp8": functools.partial(quant_matmul_cases, "fp8"),
 }
 
 

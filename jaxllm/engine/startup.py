@@ -37,10 +37,13 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
+from jaxllm.graph.quant import stored
+from jaxllm.graph.quant.scheme import quantisation
 from jaxllm.graph.spread import Home, held_bytes
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
+from sharding.axes import MeshError
 from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
@@ -89,8 +92,7 @@ def start(
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
         replicas = [homes_of(model_config, stages, config.mesh) for stages in meshes]
-    dtype = jnp.dtype(config.model.dtype)
-    _plan(config, replicas[0], [home.shapes(dtype) for home in replicas[0]])  # DoesNotFitError before it is loaded
+    _plan(config, replicas[0], _shapes(config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
     engines = []
     for homes in replicas:
@@ -135,14 +137,31 @@ def _params(
 ) -> list[Params]:
     """The parameters of each stage."""
     dtype, stages = jnp.dtype(config.model.dtype), Stages.of(model_config, homes)
+    scheme = quantisation(config.model)
     if config.model.load_format == "dummy":
-        random.dummy(model_config, dtype, config.seed, homes[0].device, stages.place)
+        random.dummy(model_config, dtype, config.seed, homes[0].device, scheme, stages.place)
     else:
         alone = len(homes) == 1 and homes[0].placement is None
         through = homes[0].device if alone else jax.local_devices(backend="cpu")[0]  # no device need hold a whole leaf
         progress = lambda done, total: tell("weights", done / total)  # noqa: E731
-        loader.load(directory, model_config, dtype, through, progress, stages.place)
+        loader.load(directory, model_config, dtype, through, progress, scheme, stages.place)
     return jax.block_until_ready(list(stages.trees))
+
+
+def _shapes(config: EngineConfig, homes: tuple[Home, ...]) -> list[Params]:
+    """The shapes of each stage's parameters, where they will lie. ConfigError or MeshError where they cannot be so."""
+    scheme, model = quantisation(config.model), homes[0].model
+    scheme.check(model)
+    if (scheme.kind != "none" or model.stored is not None) and any(home.placement is not None for home in homes):
+        raise MeshError(
+            f"mesh {config.mesh}: quantised weights are not cut over the devices of one model yet; "
+            "mesh.data and mesh.pipe take them, or leave model.quantization at none"
+        )
+
+    def narrow(shapes: Params) -> Params:
+        return scheme.shapes(shapes) if model.stored is None else stored.shapes(model.stored, shapes)
+
+    return [home.shapes(jnp.dtype(config.model.dtype), narrow) for home in homes]
 
 
 def _plan(
@@ -235,7 +254,7 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
     homes = homes_of(model_config, meshes[0], config.mesh)
-    params = [home.shapes(jnp.dtype(config.model.dtype)) for home in homes]
+    params = _shapes(config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))
     if report.compile_cache.usable:
         seal(config.compile.directory)

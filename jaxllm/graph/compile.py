@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxllm.core import MAX_LOGIT_BIAS
 from jaxllm.graph import sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
-from jaxllm.graph.steps import Graph, Results, SampleMode, Stepped
+from jaxllm.graph.steps import Graph, SampleMode, Stepped
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
@@ -30,8 +30,7 @@ Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
 # The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
 WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
-RESULTS = Results(WHOLE, LOGITS)
-STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, RESULTS, WHOLE), Stepped(KV, WHOLE, RESULTS, WHOLE)
+STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, LOGITS, WHOLE), Stepped(WHOLE, KV, WHOLE, LOGITS, WHOLE)
 SAMPLE_TAKES, SAMPLE_GIVES = (WHOLE, WHOLE, LOGITS, *[WHOLE] * 4), (WHOLE, WHOLE, WHOLE)
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
@@ -103,12 +102,6 @@ class Executables:
     def step(self, shape: StepShape) -> Any:
         return self.table["step", shape]
 
-    def feed(self, shape: StepShape) -> jax.stages.Compiled:
-        return self.table["feed", shape]
-
-    def fetch(self, rows: int) -> jax.stages.Compiled:
-        return self.table["fetch", rows]
-
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
@@ -147,7 +140,7 @@ def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, 
 
 def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
     """The residual stream between two stages of a step of this shape, where it lies in the later one, and its role."""
-    leaf = jax.tree.leaves(params)[0]
+    leaf = params["layers"][0]["norms"]  # plain in every scheme
     parts = ["context"] * graph.dealt(shape)[2] + ["tokens"] * graph.exchange(shape).scatter
     role = " ".join(parts) or "whole"
     sharding = leaf.sharding if graph.placement is None else graph.placement.sharding(role)
@@ -172,17 +165,12 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
 
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        # keep_unused: the results' memory comes in only to be written over.
+        # keep_unused: the logits' memory comes in only to be written over.
         more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
         function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
         jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
-        results = steps.Results(spec(jnp.int32, shape.rows), logits(shape.rows))
-        packed = spec(jnp.int32, shape.packed_size)
-        key = ("stage", stage, shape) if stage else ("step", shape)
-        yield key, jitted, (params, kv, last_tokens, results, packed, *more)
-        yield ("feed", shape), jax.jit(steps.feed, donate_argnums=(0,), keep_unused=True), (packed, packed)
-    for rows in ladder.decode_rows:
-        yield ("fetch", rows), jax.jit(steps.fetch), (spec(jnp.int32, rows),)
+        key, packed = ("stage", stage, shape) if stage else ("step", shape), spec(jnp.int32, shape.packed_size)
+        yield key, jitted, (params, kv, last_tokens, logits(shape.rows), packed, *more)
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))

@@ -88,7 +88,7 @@ class StagedStep:
     wholes: tuple[Any, ...]  # where each keeps what all its devices hold
 
     def __call__(
-        self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, results: Any, packed: Any
+        self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, logits: Any, packed: Any
     ) -> Stepped:
         carry, new_kv = last_tokens, []
         *before, last = self.stages
@@ -96,7 +96,7 @@ class StagedStep:
             carry, pages = stage(own, pages, jax.device_put(carry, wants), jax.device_put(packed, whole))
             new_kv.append(pages)
         x = jax.device_put(carry, self.carries[-1])
-        stepped: Stepped = last(params[-1], kv[-1], last_tokens, results, packed, x)
+        stepped: Stepped = last(params[-1], kv[-1], last_tokens, logits, packed, x)
         return stepped._replace(kv=[*new_kv, stepped.kv])
 
 

@@ -155,34 +155,14 @@ def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCac
     return attend
 
 
-class Results(NamedTuple):
-    """What a step writes for whoever samples from it or reads it."""
+class Stepped(NamedTuple):
+    """What a step gives, and the state it was given, updated in place."""
 
     token_ids: Int[Array, " R"]  # greedy; -1: the row's logits held NaN or infinity
-    logits: Float[Array, "R V"]  # of each row's last token
-
-
-class Stepped(NamedTuple):
-    """What a step leaves: what it was given, updated in place, and the hidden states of every token."""
-
     kv: KVCache
     last_tokens: Int[Array, " S1"]
-    results: Results
-    hidden: Float[Array, "T D"] | None  # None after a decode step
-
-
-# A step is one CUDA graph, recorded anew whenever the address of anything it reads or writes has changed. So what comes
-# from the host is copied to one place first (feed), and what goes there is copied from one place (fetch).
-
-
-def feed(place: Int[Array, " n"], packed: Int[Array, " n"]) -> Int[Array, " n"]:
-    """The inputs, at the address of `place`, which is donated."""
-    return place.at[:].set(packed)
-
-
-def fetch(token_ids: Int[Array, " R"]) -> Int[Array, " R"]:
-    """A copy that the next step does not write over."""
-    return jnp.copy(token_ids)
+    logits: Float[Array, "R V"]  # of each row's last token
+    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
 
 
 def step(
@@ -191,16 +171,16 @@ def step(
     params: Params,
     kv: KVCache,
     last_tokens: Int[Array, " S1"],
-    results: Results,
+    logits: Float[Array, "R V"],
     packed: Int[Array, " n"],
     x: Float[Array, "T D"] | None = None,
 ) -> Stepped:
     """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
 
-    `results` is the memory of an earlier step's: donated, so that the new ones come to the same address. `x` is what
+    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address. `x` is what
     the pipeline stage before passed on; without it this is the whole model.
     """
-    del results
+    del logits
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
@@ -213,7 +193,7 @@ def step(
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    return Stepped(kv, last_tokens, Results(jnp.where(bad, -1, tokens), logits), None if shape.decode else hidden)
+    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden)
 
 
 def pass_on(

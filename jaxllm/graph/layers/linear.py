@@ -1,7 +1,8 @@
 """Matrix products with weights stored [out, in]; the accumulator is f32 whatever the weights are.
 
-In: activations [..., in] and a weight leaf. Out: [..., out]. This is the one place where a weight's leaf type
-chooses its matmul; models call `linear` and `project` and never look at a dtype.
+In: activations [..., in] and a weight leaf: an array, or a quantised weight that brings its own product. Out:
+[..., out]. This is the one place where a weight's leaf type chooses its matmul; models call `linear` and `project` and
+never look at a dtype.
 """
 
 from __future__ import annotations
@@ -10,9 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.graph.quant.leaf import QuantisedWeight
+
+
+def project(x: Float[Array, "... I"], weight: Float[Array, "O I"] | QuantisedWeight) -> Float[Array, "... O"]:
+    """x @ weight.T in f32, not cast back."""
+    return weight.project(x) if isinstance(weight, QuantisedWeight) else _project(x, weight)
+
 
 @jax.custom_vjp
-def project(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
+def _project(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
     """x @ weight.T in f32, not cast back."""
     # A GPU would run f32 operands as TF32 by default: three digits, not seven.
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
@@ -21,7 +29,7 @@ def project(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Arra
 
 
 def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, weight), (x, weight)
+    return _project(x, weight), (x, weight)
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -30,16 +38,18 @@ def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[
     narrow = gradient.astype(weight.dtype)
     lead = tuple(range(x.ndim - 1))
     to_weight = jax.lax.dot_general(narrow, x, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
-    return project(narrow, weight.T).astype(x.dtype), to_weight.astype(weight.dtype)
+    return _project(narrow, weight.T).astype(x.dtype), to_weight.astype(weight.dtype)
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
 
 
 def linear(
-    x: Float[Array, "... I"], weight: Float[Array, "O I"], bias: Float[Array, " O"] | None = None
+    x: Float[Array, "... I"], weight: Float[Array, "O I"] | QuantisedWeight, bias: Float[Array, " O"] | None = None
 ) -> Float[Array, "... O"]:
     """x @ weight.T + bias, cast back to x's dtype after the bias."""
+    if bias is None and isinstance(weight, QuantisedWeight):
+        return weight.project(x, x.dtype)  # its kernel casts
     if bias is None and x.dtype == weight.dtype != jnp.float32:
         # The matmul sums in f32 and rounds its result itself: a pass over f32 results costs 10% of a long prefill.
         contract = (((x.ndim - 1,), (1,)), ((), ()))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxllm.graph.models.fields import refuse
+from jaxllm.graph.models.quantised import StoredQuantisation
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -80,6 +81,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     activation: Literal["silu"] = "silu"
     dtype: str | None = None  # what the checkpoint says it is stored in
+    stored: StoredQuantisation | None = None  # its matrices, where they are quantised already
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):

@@ -14,6 +14,7 @@ from typing import get_args
 
 from jaxllm.graph.models.config import ExpertsConfig, ModelConfig, RopeConfig, RopeKind
 from jaxllm.graph.models.fields import MISSING, Fields, refuse
+from jaxllm.graph.models.quantised import read_stored
 
 DTYPES = ("bfloat16", "float16", "float32")
 Windows = tuple[int | None, ...]
@@ -144,9 +145,6 @@ class Family:
 
     def read(self, fields: Fields) -> ModelConfig:
         fields.choice("hidden_act", ("silu",), "silu")
-        quantization = fields.get("quantization_config")
-        if quantization is not MISSING:
-            raise fields.error("quantization_config", quantization, "must be absent: unquantised weights only")
         num_layers = fields.integer("num_hidden_layers")
         d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         num_kv_heads = fields.integer("num_key_value_heads", num_heads)
@@ -181,6 +179,7 @@ class Family:
             eos_token_ids=fields.token_ids("eos_token_id"),
             bos_token_id=bos[0] if bos else None,
             dtype=read_dtype(fields),
+            stored=read_stored(fields),
         )
 
     def _head_dim(self, fields: Fields, d_model: int, num_heads: int) -> int:

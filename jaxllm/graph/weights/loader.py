@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
 from jaxllm.graph.models.decoder import Params, abstract
+from jaxllm.graph.quant import stored
+from jaxllm.graph.quant.scheme import MATRICES, PLAIN, Scheme, complaint
+from jaxllm.graph.quant.stored import StoredTensor
 from jaxllm.graph.spread import PlaceLeaf
-from jaxllm.graph.weights.names import IGNORED_SUFFIXES, Part, leaves, parts
+from jaxllm.graph.weights.names import IGNORED_SUFFIXES, TOP_TENSORS, Part, leaves, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHOWN_PROBLEMS = 100
+PLAIN_SUFFIX = "weight"
 
 Placement = Any  # a jax.Device, a Sharding, or None for the default device
 Progress = Callable[[int, int], None]  # bytes on the device, bytes in all
@@ -52,32 +57,60 @@ def load(
     dtype: DTypeLike = jnp.bfloat16,
     device: Placement = None,
     progress: Progress | None = None,
+    scheme: Scheme = PLAIN,
     place: PlaceLeaf | None = None,
 ) -> Params:
-    """The parameters of `config`, cast to `dtype`, on `device`, or where `place` puts them from there.
+    """The parameters of `config`, cast to `dtype`, quantised as `scheme` says, on `device`, or where `place` puts them.
 
     Raises WeightsError.
     """
     found = check(Path(directory), config)
-    total = sum(tensor.end - tensor.begin for _, _, tensor in found)
+    total = sum(tensor.end - tensor.begin for tensor in (entry.tensor for entry in found))
     shapes = {path: leaf.shape for path, leaf in leaves(abstract(config)[1])}
     params: Params = {}
+    losses: list[str] = []
     done = 0
-    for path, group in itertools.groupby(found, key=lambda entry: entry[0].path):
-        arrays = []
-        for _, file, tensor in group:
+    for path, group in itertools.groupby(found, key=lambda entry: entry.part.path):
+        tensors: dict[str, dict[str, jax.Array]] = {}
+        for entry in group:
             # A CPU array may alias host memory; one that aliases a mapped file would die with the file.
-            arrays.append(jax.device_put(file.view(tensor), device, may_alias=False))
-            done += tensor.end - tensor.begin
+            array = jax.device_put(entry.file.view(entry.tensor), device, may_alias=False)
+            tensors.setdefault(entry.part.name, {})[entry.suffix] = array
+            done += entry.tensor.end - entry.tensor.begin
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
         # Waiting here bounds what is in flight, in staging memory and on the device, to one leaf.
-        leaf = _join(tuple(arrays), shapes[path], dtype)
-        node[path[-1]] = jax.block_until_ready(leaf if place is None else place(path, leaf))
+        try:
+            leaf, loss = _leaf(config, path, shapes[path], list(tensors.values()), dtype, scheme)
+        except ValueError as error:
+            losses.append(f"{', '.join(tensors)}: {error}")
+            continue
+        node[path[-1]] = leaf if place is None else jax.block_until_ready(place(path, leaf))
+        losses += loss
         if progress is not None:
             progress(done, total)
+    if losses:
+        raise WeightsError(Path(directory), losses)
     return params
+
+
+def _leaf(
+    config: ModelConfig,
+    path: tuple[str | int, ...],
+    shape: tuple[int, ...],
+    tensors: list[dict[str, jax.Array]],
+    dtype: DTypeLike,
+    scheme: Scheme,
+) -> tuple[Any, list[str]]:
+    """The leaf that these tensors make, and what is wrong with it."""
+    if config.stored is not None and any(each.keys() != {PLAIN_SUFFIX} for each in tensors):
+        return jax.block_until_ready(stored.leaf(config.stored, tensors)), []
+    arrays = tuple(each[PLAIN_SUFFIX] for each in tensors)
+    whole = _join(arrays, shape, dtype)
+    leaf = jax.block_until_ready(scheme.leaf(path, whole))
+    loss = complaint(path, whole, leaf)
+    return leaf, [] if loss is None else [loss]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -85,7 +118,17 @@ def _join(arrays: tuple[jax.Array, ...], shape: tuple[int, ...], dtype: DTypeLik
     return jnp.concatenate([array.astype(dtype) for array in arrays]).reshape(shape)
 
 
-def check(directory: Path, config: ModelConfig) -> list[tuple[Part, TensorFile, Tensor]]:
+@dataclass(frozen=True)
+class Found:
+    """A tensor of a checkpoint: `suffix` says which of the tensors of its part it is."""
+
+    part: Part
+    suffix: str
+    file: TensorFile
+    tensor: Tensor
+
+
+def check(directory: Path, config: ModelConfig) -> list[Found]:
     """Where each tensor of the model lies. Reads headers only; raises WeightsError with every problem found."""
     problems: list[str] = []
     weight_map = _weight_map(directory)
@@ -98,17 +141,17 @@ def check(directory: Path, config: ModelConfig) -> list[tuple[Part, TensorFile, 
             where[tensor.name] = file, tensor
     found = []
     for part in parts(config):
-        file, tensor = where.pop(part.name, (None, None))
-        home = weight_map.get(part.name, SINGLE)
-        if file is None or tensor is None:
-            if home in files or part.name not in weight_map:  # else its file is the problem, and already listed
-                problems.append(f"{home if home in files else INDEX}: {part.name} is missing{_why_wanted(part)}")
-            continue
-        if tensor.shape != part.shape:
-            problems.append(f"{file.path.name}: {part.name} is {list(tensor.shape)}, wanted {list(part.shape)}")
-        if tensor.dtype not in FLOATS:
-            problems.append(f"{file.path.name}: {part.name} is {tensor.dtype}, must be one of {', '.join(FLOATS)}")
-        found.append((part, file, tensor))
+        plain = where.get(part.name)
+        for name, wanted in _wanted(config, part, plain[1].dtype if plain else None):
+            file, tensor = where.pop(name, (None, None))
+            home = weight_map.get(name, SINGLE)
+            if file is None or tensor is None:
+                # Else its file is the problem, and already listed.
+                if not wanted.optional and (home in files or name not in weight_map):
+                    problems.append(f"{home if home in files else INDEX}: {name} is missing{_why_wanted(name, wanted)}")
+                continue
+            problems += _misfits(file, tensor, wanted)
+            found.append(Found(part, wanted.suffix, file, tensor))
     for name, (file, _) in where.items():
         tied_head = config.tie_embeddings and name == "lm_head.weight"  # transformers drops it too
         if not tied_head and not name.endswith(IGNORED_SUFFIXES):
@@ -118,9 +161,31 @@ def check(directory: Path, config: ModelConfig) -> list[tuple[Part, TensorFile, 
     return found
 
 
-def _why_wanted(part: Part) -> str:
-    why = " (config.json has tie_word_embeddings = false)" if part.path == ("head",) else ""
-    return f"; wanted {list(part.shape)}{why}"
+def _wanted(config: ModelConfig, part: Part, plain_dtype: str | None) -> Iterator[tuple[str, StoredTensor]]:
+    """Names and shapes of the tensors that make this part: one, or what a quantised checkpoint has for a matrix."""
+    is_quantised = config.stored is not None and part.path[-1] in MATRICES and plain_dtype not in FLOATS
+    if config.stored is None or not is_quantised:
+        yield part.name, StoredTensor(PLAIN_SUFFIX, part.shape, tuple(FLOATS))
+        return
+    module = part.name.removesuffix(PLAIN_SUFFIX)
+    for tensor in stored.tensors(config.stored, *part.shape):
+        yield module + tensor.suffix, tensor
+
+
+def _misfits(file: TensorFile, tensor: Tensor, wanted: StoredTensor) -> Iterator[str]:
+    plain = wanted.suffix == PLAIN_SUFFIX
+    shapes = tensor.shape, wanted.shape
+    if not plain:  # scales are written with sizes of 1, or as one number for all
+        shapes = tuple(tuple(size for size in shape if size != 1) for shape in shapes)
+    if shapes[0] != shapes[1] and not (wanted.suffix == "weight_scale" and shapes[0] == ()):
+        yield f"{file.path.name}: {tensor.name} is {list(tensor.shape)}, wanted {list(wanted.shape)}"
+    if tensor.dtype not in wanted.dtypes:
+        yield f"{file.path.name}: {tensor.name} is {tensor.dtype}, must be one of {', '.join(wanted.dtypes)}"
+
+
+def _why_wanted(name: str, wanted: StoredTensor) -> str:
+    why = " (config.json has tie_word_embeddings = false)" if name == TOP_TENSORS["head"] else ""
+    return f"; wanted {list(wanted.shape)}{why}"
 
 
 def _open_files(directory: Path, weight_map: dict[str, str], problems: list[str]) -> dict[str, TensorFile]:

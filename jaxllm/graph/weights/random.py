@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxllm.graph.layers.parameter import filled
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract, fills
+from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.spread import PlaceLeaf
 from jaxllm.graph.weights.loader import Placement
 
@@ -22,14 +23,16 @@ def dummy(
     dtype: DTypeLike = jnp.bfloat16,
     seed: int = 0,
     device: Placement = None,
+    scheme: Scheme = PLAIN,
     place: PlaceLeaf | None = None,
 ) -> Params:
     """One small program for each distinct shape; each leaf made on `device`, and moved on by `place` if given."""
     shapes, kinds = abstract(config, dtype)[1], fills(config)
-    found, tree = jax.tree.flatten_with_path(shapes)
-    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(found)), device)
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(leaves)), device)
     made = []
-    for number, ((path, leaf), kind) in enumerate(zip(found, jax.tree.leaves(kinds), strict=True)):
-        array = filled(keys[number], leaf.shape, leaf.dtype, kind)
-        made.append(array if place is None else place(tuple(key.key for key in path), array))
+    for number, ((keyed, leaf), kind) in enumerate(zip(leaves, jax.tree.leaves(kinds), strict=True)):
+        path = tuple(part.key for part in keyed)
+        array = scheme.leaf(path, filled(keys[number], leaf.shape, leaf.dtype, kind))
+        made.append(array if place is None else place(path, array))
     return jax.tree.unflatten(tree, made)

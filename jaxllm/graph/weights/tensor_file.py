@@ -27,6 +27,7 @@ FLOATS: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+VIEWS = FLOATS | {"I32": np.dtype(np.int32), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 class TensorFileError(Exception):
@@ -52,7 +53,7 @@ class TensorFile:
     def view(self, tensor: Tensor) -> np.ndarray:
         """The tensor's bytes, mapped, not read: pages come in when they are copied to the device."""
         data = np.memmap(self.path, np.uint8, "r", offset=tensor.begin, shape=(tensor.end - tensor.begin,))
-        return np.asarray(data).view(FLOATS[tensor.dtype]).reshape(tensor.shape)
+        return np.asarray(data).view(VIEWS[tensor.dtype]).reshape(tensor.shape)
 
 
 def open_file(path: Path) -> TensorFile:

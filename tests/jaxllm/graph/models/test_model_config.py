@@ -200,7 +200,7 @@ def test_windows_follow_each_familys_own_keys():
         (LLAMA_3_1_8B, {"eos_token_id": "</s>"}, "eos_token_id", "a token id"),
         (LLAMA_3_1_8B, {"tie_word_embeddings": 1}, "tie_word_embeddings", "true or false"),
         (LLAMA_3_1_8B, {"torch_dtype": "float8_e4m3fn"}, "torch_dtype", "bfloat16, float16, float32"),
-        (LLAMA_3_1_8B, {"quantization_config": {"bits": 4}}, "quantization_config", "absent"),
+        (LLAMA_3_1_8B, {"quantization_config": {"bits": 4}}, "quantization_config.quant_method", "one of awq"),
         (LLAMA_3_1_8B, {"architectures": ["GPT2LMHeadModel"]}, "architectures", "Qwen3ForCausalLM"),
         (LLAMA_3_1_8B, {"architectures": None, "model_type": "gpt2"}, "model_type", "llama, qwen2, qwen3, mistral"),
         (LLAMA_3_1_8B, {"architectures": None, "model_type": None}, "architectures", "LlamaForCausalLM"),
