@@ -21,6 +21,7 @@ from jaxllm.core import FinishReason, Request, RequestError, Sequence, TokenOutp
 from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
+from jaxllm.engine.replicas import ReplicatedEngine
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class _Flight:
 
 @dataclass
 class EngineLoop:
-    engine: Engine
+    engine: Engine | ReplicatedEngine
     receive: Receive
     send: Send
     operations: dict[str, Operation] = field(default_factory=lambda: dict(OPERATIONS))
@@ -343,7 +344,7 @@ def check(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, float]:
 
 
 def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, None, list[float]]:
-    engine = loop.engine
+    engine = loop.engine.engines[0] if isinstance(loop.engine, ReplicatedEngine) else loop.engine
     return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 
 
