@@ -25,9 +25,17 @@ from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.memory import MemoryPlan, estimate_workspace_bytes, logits_bytes, plan_memory
+from jaxllm.engine.memory import (
+    DoesNotFitError,
+    MemoryPlan,
+    estimate_workspace_bytes,
+    logits_bytes,
+    out_of_memory,
+    plan_memory,
+)
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
+from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all
@@ -38,12 +46,11 @@ from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
 from jaxllm.graph.quant import stored
-from jaxllm.graph.quant.scheme import quantisation
+from jaxllm.graph.quant.scheme import Scheme, quantisation
 from jaxllm.graph.spread import Home, held_bytes
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
-from sharding.axes import MeshError
 from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
@@ -69,7 +76,12 @@ class StartReport:
 @contextmanager
 def _timed(report: StartReport, phase: str) -> Iterator[None]:
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise DoesNotFitError(out_of_memory(phase, report.memory, jax.devices()[0])) from error
     report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - start
     log.info("%s: %.2f s", phase, report.seconds[phase])
 
@@ -92,7 +104,13 @@ def start(
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
         replicas = [homes_of(model_config, stages, config.mesh) for stages in meshes]
-    _plan(config, replicas[0], _shapes(config, replicas[0]))  # DoesNotFitError before it is loaded
+        if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+            largest = tokenizer.vocab_size - 1
+            raise ConfigError(
+                f"{directory / 'tokenizer.json'}: token ids up to {largest}, but config.json has "
+                f"vocab_size = {model_config.vocab_size}: they must be below it"
+            )
+    _plan(config, replicas[0], _shapes(config, model_config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
     engines = []
     for homes in replicas:
@@ -102,7 +120,25 @@ def start(
             scheduler = _scheduler(config, num_pages, runner)
             engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
     log.info("%s", report)
-    return engines[0] if len(engines) == 1 else ReplicatedEngine(tuple(engines)), report
+    if len(engines) > 1:
+        return ReplicatedEngine(tuple(engines)), report
+    if replicas[0][0].placement is None:
+        engines[0].residency = _residency(engines[0].runner, model_config, config, replicas[0], directory)
+    return engines[0], report
+
+
+def _residency(
+    runner: Runner, model_config: ModelConfig, config: EngineConfig, homes: tuple[Home, ...], directory: Path
+) -> Residency:
+    """Of a model that lies on one device: spread ones cannot yet sleep or be given new weights."""
+
+    def read(source: Path) -> Params:
+        dummy = source == directory and config.model.load_format == "dummy"
+        model = config.model if dummy else dataclasses.replace(config.model, load_format="auto")
+        again = dataclasses.replace(config, model=model)
+        return _params(again, model_config, homes, source, lambda phase, share: None)[0]
+
+    return Residency(runner, lambda source: loader.check(source, model_config), read, directory)
 
 
 def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:
@@ -137,7 +173,7 @@ def _params(
 ) -> list[Params]:
     """The parameters of each stage."""
     dtype, stages = jnp.dtype(config.model.dtype), Stages.of(model_config, homes)
-    scheme = quantisation(config.model)
+    scheme = _scheme(config, model_config, homes)
     if config.model.load_format == "dummy":
         random.dummy(model_config, dtype, config.seed, homes[0].device, scheme, stages.place)
     else:
@@ -148,20 +184,30 @@ def _params(
     return jax.block_until_ready(list(stages.trees))
 
 
-def _shapes(config: EngineConfig, homes: tuple[Home, ...]) -> list[Params]:
-    """The shapes of each stage's parameters, where they will lie. ConfigError or MeshError where they cannot be so."""
-    scheme, model = quantisation(config.model), homes[0].model
-    scheme.check(model)
-    if (scheme.kind != "none" or model.stored is not None) and any(home.placement is not None for home in homes):
-        raise MeshError(
-            f"mesh {config.mesh}: quantised weights are not cut over the devices of one model yet; "
-            "mesh.data and mesh.pipe take them, or leave model.quantization at none"
-        )
+def _scheme(config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...]) -> Scheme:
+    scheme = quantisation(config.model)
+    scheme.check(model_config)
+    quantised = scheme.kind != "none" or model_config.stored is not None
+    if quantised and (len(homes) > 1 or any(home.placement is not None for home in homes)):
+        raise ConfigError("mesh: quantised weights run on one device; leave tensor, pipe, expert and seq at 1")
+    return scheme
 
-    def narrow(shapes: Params) -> Params:
-        return scheme.shapes(shapes) if model.stored is None else stored.shapes(model.stored, shapes)
 
-    return [home.shapes(jnp.dtype(config.model.dtype), narrow) for home in homes]
+def _shapes(config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...]) -> list[Params]:
+    """The parameters' shapes where they will lie."""
+    scheme, found = _scheme(config, model_config, homes), []
+    for home in homes:
+        shapes = home.shapes(jnp.dtype(config.model.dtype))
+        if model_config.stored is not None:
+            shapes = _at(stored.shapes(model_config.stored, shapes), home.whole)
+        elif scheme.kind != "none":
+            shapes = _at(scheme.shapes(shapes), home.whole)
+        found.append(shapes)
+    return found
+
+
+def _at(shapes: Params, sharding: jax.sharding.Sharding) -> Params:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def _plan(
@@ -254,7 +300,7 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
     homes = homes_of(model_config, meshes[0], config.mesh)
-    params = _shapes(config, homes)
+    params = _shapes(config, model_config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))
     if report.compile_cache.usable:
         seal(config.compile.directory)

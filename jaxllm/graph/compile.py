@@ -169,7 +169,8 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
         function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
         jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
-        key, packed = ("stage", stage, shape) if stage else ("step", shape), spec(jnp.int32, shape.packed_size)
+        packed = spec(jnp.int32, shape.packed_size)
+        key = ("stage", stage, shape) if stage else ("step", shape)
         yield key, jitted, (params, kv, last_tokens, logits(shape.rows), packed, *more)
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)

@@ -77,13 +77,13 @@ class Home:
         """Of the pages on all devices, from those of one."""
         return held.repeated(1 if self.placement is None else self.placement.config.width).shapes(self.sharding("kv"))
 
-    def shapes(self, dtype: DTypeLike, narrow: Callable[[Params], Params] = lambda shapes: shapes) -> Params:
-        """The parameters' shapes where they will lie; `narrow` says what becomes of them on one device."""
+    def shapes(self, dtype: DTypeLike) -> Params:
+        """The parameters' shapes where they will lie."""
         _, shapes = abstract(self.model, dtype, self.ends)
-        if self.placement is not None:
-            return jax.tree.map(self.placement.shape, axes(self.model, self.ends), shapes, is_leaf=is_axes)
-        alone = self.whole
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone), narrow(shapes))
+        if self.placement is None:
+            alone = self.whole
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone), shapes)
+        return jax.tree.map(self.placement.shape, axes(self.model, self.ends), shapes, is_leaf=is_axes)
 
     def place(self, path: Path, leaf: Any) -> Any:
         """The leaf at a path of this model's parameters, where it belongs."""

@@ -28,11 +28,11 @@ def dummy(
 ) -> Params:
     """One small program for each distinct shape; each leaf made on `device`, and moved on by `place` if given."""
     shapes, kinds = abstract(config, dtype)[1], fills(config)
-    leaves, tree = jax.tree.flatten_with_path(shapes)
-    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(leaves)), device)
+    found, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(found)), device)
     made = []
-    for number, ((keyed, leaf), kind) in enumerate(zip(leaves, jax.tree.leaves(kinds), strict=True)):
-        path = tuple(part.key for part in keyed)
-        array = scheme.leaf(path, filled(keys[number], leaf.shape, leaf.dtype, kind))
-        made.append(array if place is None else place(path, array))
+    for number, ((path, leaf), kind) in enumerate(zip(found, jax.tree.leaves(kinds), strict=True)):
+        names = tuple(key.key for key in path)
+        array = scheme.leaf(names, filled(keys[number], leaf.shape, leaf.dtype, kind))
+        made.append(array if place is None else place(names, array))
     return jax.tree.unflatten(tree, made)
