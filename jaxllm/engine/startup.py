@@ -270,7 +270,7 @@ def _compile(
         report.memory, specs = _plan(config, homes, params, workspace)
         pages = specs[0].num_pages
         graphs = [
-            Graph(graphdef, home.model, page_size, pages, reference, home.placement)
+            Graph(graphdef, home.model, page_size, pages, reference, placement=home.placement)
             for graphdef, home in zip(graphdefs, homes)
         ]
         kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
