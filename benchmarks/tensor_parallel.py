@@ -36,7 +36,7 @@ from jaxllm.graph.kv_cache import KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract
 from jaxllm.graph.spread import Home, spread
-from jaxllm.graph.steps import Graph, Results
+from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import random
 from pallas_kernels.all_reduce import api, shots
 from sharding.axes import MeshConfig
@@ -188,17 +188,16 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
         packed = pack(shape_, [5] * batch, [1] * batch, [CONTEXT] * batch, list(range(batch)), page_table, max(batches))
         last = jax.device_put(np.zeros(max(batches) + 1, np.int32), counts.sharding)
         logits = jnp.zeros((batch, model.vocab_size), jnp.float32, device=home.sharding("logits"))
-        results = Results(jax.device_put(np.zeros(batch, np.int32), counts.sharding), logits)
         run = table[shape_]
         packed = jax.device_put(packed, counts.sharding)
         best, dispatch = 1e9, 1e9
         for _ in range(4):
             start = time.perf_counter()
             for _ in range(30):
-                done = run(params, kv, last, results, packed)
-                kv, last, results = done.kv, done.last_tokens, done.results
+                done = run(params, kv, last, logits, packed)
+                kv, last, logits = done.kv, done.last_tokens, done.logits
             dispatch = min(dispatch, (time.perf_counter() - start) / 30)
-            jax.block_until_ready(results)
+            jax.block_until_ready(logits)
             best = min(best, (time.perf_counter() - start) / 30)
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
         per_token = 2 * model.num_layers * local.num_kv_heads * model.head_dim * 2
@@ -212,7 +211,7 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
             ms=round(best * 1e3, 3),
             dispatch_ms=round(dispatch * 1e3, 3),
             floor_ms=round(floor * 1e3, 3),
-            finite=bool(np.isfinite(np.asarray(results.logits)).all()),
+            finite=bool(np.isfinite(np.asarray(logits)).all()),
             load_s=round(loaded, 1),
             compile_s=round(compiled, 1),
         )

@@ -22,6 +22,7 @@ from jaxllm.core import FinishReason, Grammar, JaxLLMError, Request, RequestErro
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
 from jaxllm.engine.operations import OPERATIONS, Operation, Refused, reset_prefix_cache
+from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.retry import is_device_lost
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class _Flight:
 
 @dataclass
 class EngineLoop:
-    engine: Engine
+    engine: Engine | ReplicatedEngine
     receive: Receive
     send: Send
     operations: dict[str, Operation] = field(default_factory=lambda: dict(OPERATIONS))

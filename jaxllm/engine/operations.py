@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Residency
+from jaxllm.engine.replicas import ReplicatedEngine
 
 if TYPE_CHECKING:
     from jaxllm.engine.loop import EngineLoop
@@ -60,6 +61,7 @@ def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, No
     engine = loop.engine
     if loop.progress.asleep:
         raise Refused("asleep", "the engine is asleep; wake it up first")
+    engine = engine.engines[0] if isinstance(engine, ReplicatedEngine) else engine
     return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 
 

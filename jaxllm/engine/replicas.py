@@ -7,6 +7,7 @@ thread turns them all: an engine's step is on the device while the next engine's
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,8 +18,94 @@ from jaxllm.core import FinishReason, Request, SamplingParams, Sequence, TokenOu
 from jaxllm.engine.decoding.structured import GrammarCompiler
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.intake import Intake
+from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The pages of all engines, as counts."""
+
+    schedulers: tuple[Scheduler, ...]
+
+    @property
+    def page_size(self) -> int:
+        return self.schedulers[0].pool.page_size
+
+    @property
+    def num_pages(self) -> int:
+        return sum(scheduler.pool.num_pages for scheduler in self.schedulers)
+
+    @property
+    def num_free(self) -> int:
+        return sum(scheduler.pool.num_free for scheduler in self.schedulers)
+
+    @property
+    def num_cached(self) -> int:
+        return sum(scheduler.pool.num_cached for scheduler in self.schedulers)
+
+    @property
+    def num_held(self) -> int:
+        return sum(scheduler.pool.num_held for scheduler in self.schedulers)
+
+    def evict(self, count: int) -> None:
+        """Of all that are cached."""
+        for scheduler in self.schedulers:
+            scheduler.cache.evict(min(count, scheduler.pool.num_cached))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What all engines count, summed."""
+
+    schedulers: tuple[Scheduler, ...]
+
+    def as_dict(self) -> dict[str, float]:
+        each = [scheduler.metrics.as_dict() for scheduler in self.schedulers]
+        return {name: sum(counts[name] for counts in each) for name in each[0]}
+
+
+@dataclass(frozen=True)
+class Schedulers:
+    """What whoever drives an engine asks of its schedule, of all of them. Jobs beside it borrow the first's pages."""
+
+    engine: ReplicatedEngine
+
+    @property
+    def each(self) -> tuple[Scheduler, ...]:
+        return tuple(engine.scheduler for engine in self.engine.engines)
+
+    @property
+    def config(self) -> Limits:
+        return self.each[0].config
+
+    @property
+    def pool(self) -> Pools:
+        return Pools(self.each)
+
+    @property
+    def cache(self) -> Pools:
+        return Pools(self.each)
+
+    @property
+    def metrics(self) -> Counts:
+        return Counts(self.each)
+
+    @property
+    def num_running(self) -> int:
+        return sum(scheduler.num_running for scheduler in self.each)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(scheduler.num_waiting for scheduler in self.each)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.engine.finish(sequence, reason)
+
+    def check(self, others: Collection[int] = ()) -> None:
+        for number, scheduler in enumerate(self.each):
+            scheduler.check(others if number == 0 else ())
 
 
 @dataclass
@@ -29,6 +116,10 @@ class ReplicatedEngine:
 
     def __post_init__(self) -> None:
         self._unfinished = [{} for _ in self.engines]
+
+    @property
+    def scheduler(self) -> Schedulers:
+        return Schedulers(self)
 
     # ---- what all engines have in common ----
 
@@ -91,7 +182,9 @@ class ReplicatedEngine:
             self._forget(request_id, number)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
-        number = self._home[sequence.request.id]
+        number = self._home.get(sequence.request.id)
+        if number is None:
+            return  # it has finished
         self.engines[number].finish(sequence, reason, stop_reason)
         self._forget(sequence.request.id, number)
 

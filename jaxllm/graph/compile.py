@@ -140,7 +140,7 @@ def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, 
 
 def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
     """The residual stream between two stages of a step of this shape, where it lies in the later one, and its role."""
-    leaf = jax.tree.leaves(params)[0]
+    leaf = params["layers"][0]["norms"]  # plain in every scheme
     parts = ["context"] * graph.dealt(shape)[2] + ["tokens"] * graph.exchange(shape).scatter
     role = " ".join(parts) or "whole"
     sharding = leaf.sharding if graph.placement is None else graph.placement.sharding(role)
