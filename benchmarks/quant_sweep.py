@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kernels import seconds
-from pallas_kernels.quant_matmul import api, mosaic_sm90, packing, reference, triton
+from pallas_kernels.quant_matmul import api, mosaic_sm90, packing, reference, triton, widen_sm90
 from pallas_kernels.quant_matmul.specs import LAYERS, QUANT_MATMUL_SPECS, QuantMatmulSpec
 
 CONTRACT = (((1,), (1,)), ((), ()))
@@ -51,6 +51,9 @@ def check(pool: ThreadPoolExecutor, kinds: list[str]) -> Callable[[], None]:
         expected = x @ spec.weight(arrays).T
         call = jax.jit(functools.partial(CALLS[spec.kind], implementation="mosaic_sm90"))
         waiting.append((spec.name, expected, arrays, pool.submit(call.lower(*arrays).compile)))
+        if spec.kind != "fp8":
+            call = jax.jit(functools.partial(CALLS[spec.kind], implementation="widen_sm90"))
+            waiting.append((f"{spec.name} widened", expected, arrays, pool.submit(call.lower(*arrays).compile)))
     rows: list[Any] = []
     for kind, group in (("int8", None), ("int4", 128), ("fp8", None)):
         if kind not in kinds:
@@ -251,13 +254,14 @@ def main() -> None:
             sweep.add("qkv", 1, "int4", f"splits {splits}", mosaic("int4", 1, 6144, splits=splits))
     if "large" in parts:
         N = LAYERS["gate_up"][1]
-        sweep.add("gate_up", 2048, "bf16", "xla", bf16)
-        for kind in kinds:
-            sweep.add("gate_up", 2048, kind, "mosaic", mosaic(kind, 2048, N))
-            for cluster in (2, 4):
-                sweep.add("gate_up", 2048, kind, f"cluster {cluster}", mosaic(kind, 2048, N, cluster=cluster))
-        call = functools.partial(CALLS["fp8"], implementation="reference", out_dtype=jnp.bfloat16)
-        sweep.add("gate_up", 2048, "fp8", "xla", call)
+        wide = {"int4": widen_sm90.int4_matmul, "int8": widen_sm90.int8_matmul}
+        for M in (128, 512, 2048):
+            sweep.add("gate_up", M, "bf16", "xla", bf16)
+            for kind in kinds:
+                if M <= 512:
+                    sweep.add("gate_up", M, kind, "mosaic", mosaic(kind, M, N))
+                if kind in wide:
+                    sweep.add("gate_up", M, kind, "widened", functools.partial(wide[kind], out_dtype=jnp.bfloat16))
     say(f"{len(sweep.jobs)} jobs lowered")
     sweep.run()
     if "triton" in parts:
