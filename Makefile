@@ -35,8 +35,9 @@ check: .venv/.dev ## format, lint, types, import contracts, sizes
 test-gpu: ## kernels and engine on the GPU of this machine
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/pallas_kernels
 
-bench: ## decode, prefill and throughput of LLM on this machine's GPU
-	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/llm.py llama-3.1-8b
+bench: ## decode, prefill and throughput of an 8B shape on this machine's GPU
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/shapes.py llama-3.1-8b build
+	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m serve.cli bench latency build/llama-3.1-8b --requests 256
 
 gate: ## compile every GPU kernel for sm_90a without a GPU; fails on spills (needs the CUDA wheels)
 	@PYTHONPATH=. $(GPU_PYTHON) tools/gate.py

@@ -9,14 +9,14 @@ mkdir -p "$OUT"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 part() { [ -z "${PART:-}" ] || [[ ",$PART," == *",$1,"* ]]; }
 bench() { # shape kernels extra...
-  timeout "${LIMIT:-150}" python3 -W ignore benchmarks/llm.py "$1" --kernels "$2" --commit "$COMMIT" \
-    --out "$OUT/llm-$1-$2.json" "${@:3}" 2>&1 | tee -a "$OUT/bench.log"
+  timeout "${LIMIT:-150}" python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py "$1" /tmp/shapes)" \
+    --set kernels="$2" --label "$COMMIT" --out "$OUT/llm-$1-$2.json" "${@:3}" 2>&1 | tee -a "$OUT/bench.log"
 }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 part test && timeout "${TEST_LIMIT:-280}" make -s test-gpu 2>&1 | tee "$OUT/test-gpu.log" | tail -n 25
 for shape in llama-3.1-8b qwen3-0.6b; do
   for kernels in auto reference; do
     part $kernels || continue
-    bench $shape $kernels --batch 1,8,32 --prefill 1024 --reps 1 --token-budget 2048
+    bench $shape $kernels --batch 1,8,32 --prefill 1024 --repeats 1 --set max_num_batched_tokens=2048
   done
 done

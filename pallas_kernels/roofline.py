@@ -271,6 +271,31 @@ def prefill_floor(
     )
 
 
+def workload_floor(model: ModelDims, lengths: Iterable[tuple[int, int]], device: Ceilings = H200) -> Floor:
+    """Requests of (prompt, output) tokens, all there at once; `fits` is about all of them held to their end.
+
+    Each prompt goes in one step, which gives its first token; then come decode steps of all that are unfinished.
+    """
+    requests = list(lengths)
+    prefill = [prefill_floor(model, prompt, device) for prompt, _ in requests]
+    step_s = sum(floor.step_s for floor in prefill)
+    read = [(floor.weight_bytes, 0.0) for floor in prefill]
+    for made in range(1, max((out for _, out in requests), default=0)):
+        contexts = [prompt + made for prompt, out in requests if out > made]
+        step = decode_floor(model, len(contexts), sum(contexts) / len(contexts), device)
+        step_s += step.step_s
+        read.append((step.weight_bytes, step.kv_bytes))
+    held = sum(prompt + out for prompt, out in requests) * model.kv_token_bytes()
+    return Floor(
+        step_s=step_s,
+        tokens_per_s=sum(out for _, out in requests) / step_s,
+        weight_bytes=sum(weights for weights, _ in read),
+        kv_bytes=sum(kv for _, kv in read),
+        fits=model.weight_bytes() + held <= USABLE_MEMORY * device.memory_bytes,
+        all_reduce_s=0.0,
+    )
+
+
 def _all_reduce_s(model: ModelDims, tokens: int, device: Ceilings, tp: int) -> float:
     """Two a layer of bf16 activations, each crossing a link twice."""
     if tp == 1:

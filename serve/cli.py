@@ -20,6 +20,7 @@ import typer
 from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
+from serve.commands.bench import add_commands as add_bench_commands
 from serve.commands.serve import command as serve_command
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ def env(
 
 
 app.command("serve")(serve_command)
+add_bench_commands(app, lambda model, config, settings: open_llm(model, config, settings))
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

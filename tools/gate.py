@@ -38,6 +38,17 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
 """
+REFERENCES = ("reference", "reference_wide")  # plain XLA: nothing of ours to compile
+OURS = (  # how the names of our kernels begin
+    "paged_",
+    "decode_chain",
+    "grouped_",
+    "route",
+    "quant_",
+    "sampl",
+    "flash_",
+    "all_reduce",
+)
 OURS = ("paged_", "quant_")  # how the kernels of our rooms are named
 # Plain XLA: nothing of ours to compile; jax_triton compiles with the Triton of the machine it runs on.
 REFERENCES = ("reference", "reference_wide", "jax_triton")
@@ -118,6 +129,57 @@ def paged_attention_decode_cases() -> Iterator[Case]:
     yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
 
 
+def decode_chain_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.decode_chain import mosaic_sm90
+    from pallas_kernels.decode_chain.api import Dense, Following
+
+    def layer(*a: Any) -> Any:
+        return mosaic_sm90.decode_chain(a[0], a[1], Dense(*a[2:6]), Following(*a[6:8]), eps=1e-5)
+
+    def last(*a: Any) -> Any:
+        return mosaic_sm90.decode_chain(a[0], a[1], Dense(*a[2:6]), None, eps=1e-5)
+
+    for T, D, O, F, Q, allowance in (  # noqa: E741
+        (1, 4096, 4096, 14336, 6144, 0),
+        (32, 4096, 4096, 14336, 6144, 0),
+        (128, 4096, 4096, 14336, 6144, 0),
+        (8, 1024, 2048, 3072, 4096, 0),
+        (128, 1024, 2048, 3072, 4096, 256),  # at the ends of stages
+    ):
+        shapes = (T, D), (T, O), (D, O), (D,), (2 * F, D), (D, F), (D,), (Q, D)
+        arrays = tuple(_array(shape, jnp.bfloat16) for shape in shapes)
+        yield Case("mosaic_sm90", f"D{D} rows {T}", layer, arrays, allowance)
+        if T == 1:
+            yield Case("mosaic_sm90", f"D{D} rows {T} last", last, arrays[:6], allowance)
+
+
+def grouped_matmul_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import mosaic_sm90
+
+    D, F, E = 2048, 768, 128
+    for N, tiles in ((8, 8), (32, 112), (16, 200), (64, 300), (128, 640)):
+        for gated in (True, False):
+            K, rows = (D, 2 * F) if gated else (F, D)
+            product = functools.partial(mosaic_sm90.tiles_matmul, gated=gated)
+            x = _array((1 if gated and N in (8, 32) else tiles, N, K), jnp.bfloat16)
+            arrays = x, _array((E, rows, K), jnp.bfloat16), _i32(tiles), _i32(1)
+            yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N}", product, arrays)
+
+
+def route_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import router
+
+    for T, E, k in ((1, 128, 8), (64, 60, 4), (32, 8, 2)):
+        route = functools.partial(router.route, k=k, norm_topk=True)
+        yield Case("triton", f"{T} tokens, {k} of {E}", route, (_array((T, E), jnp.float32),))
+
+
 def quant_matmul_cases(kind: str) -> Iterator[Case]:
     """A few rows of x, a wide batch and a prefill, on layers of an 8B model."""
     import jax.numpy as jnp
@@ -151,6 +213,9 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
+    "decode_chain": decode_chain_cases,
+    "grouped_matmul": grouped_matmul_cases,
+    "grouped_matmul.route": route_cases,
     "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),
     "quant_matmul.int4": functools.partial(quant_matmul_cases, "int4"),
     "quant_matmul.fp8": functools.partial(quant_matmul_cases, "fp8"),

@@ -41,6 +41,7 @@ BASE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 NEW = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "dtype": "float16"}  # transformers 5
@@ -61,6 +62,20 @@ def qwen3(**changes: Any) -> dict[str, Any]:
 
 def mistral(**changes: Any) -> dict[str, Any]:
     return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **BASE, **changes}
+
+
+def mixtral(**changes: Any) -> dict[str, Any]:
+    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **BASE, "num_local_experts": 4, **changes}
+
+
+def qwen2_moe(**changes: Any) -> dict[str, Any]:
+    own = {"shared_expert_intermediate_size": 40, **QWEN_MOE}
+    return {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", **BASE, **own, **changes}
+
+
+def qwen3_moe(**changes: Any) -> dict[str, Any]:
+    own = {"head_dim": 16, **QWEN_MOE}
+    return {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **BASE, **own, **changes}
 
 
 def scaled(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
@@ -91,6 +106,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **NEW,
     ),
     "mistral-window": mistral(sliding_window=12, **OLD),
+    "mixtral": mixtral(num_experts_per_tok=2, **OLD),
+    "mixtral-window": mixtral(sliding_window=12, num_experts_per_tok=1, **NEW),
+    "qwen2-moe": qwen2_moe(**OLD),
+    "qwen2-moe-windows": qwen2_moe(
+        use_sliding_window=True, sliding_window=8, max_window_layers=2, norm_topk_prob=True, qkv_bias=False, **NEW
+    ),
+    "qwen2-moe-every-second": qwen2_moe(decoder_sparse_step=2, **NEW),
+    "qwen3-moe": qwen3_moe(norm_topk_prob=True, **NEW),
+    "qwen3-moe-dense-first-window": qwen3_moe(
+        mlp_only_layers=[0], use_sliding_window=True, sliding_window=10, attention_bias=True, **OLD
+    ),
     "mistral-wide-heads": mistral(sliding_window=None, hidden_size=48, num_attention_heads=2, **WIDE, **NEW),
 }
 
@@ -112,6 +138,24 @@ def random_weights(model: Any, seed: int) -> dict[str, np.ndarray]:
             value = 2 / np.sqrt(shape[-1], dtype=np.float32) * normal
         weights[name] = value.astype(np.float16)
     return weights
+
+
+def as_published(weights: dict[str, np.ndarray], model_type: str) -> dict[str, np.ndarray]:
+    """Each expert's matrices apart, under the names published checkpoints have; transformers 5 holds them merged."""
+    names = ("w1", "w3", "w2") if model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    out = {}
+    for name, value in weights.items():
+        if model_type == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        prefix, experts, kind = name.partition(".experts.")
+        if not experts:
+            out[name] = value
+            continue
+        for expert, matrix in enumerate(value):
+            parts = np.split(matrix, 2) if kind == "gate_up_proj" else [matrix]
+            for own, part in zip(names[:2] if kind == "gate_up_proj" else names[2:], parts, strict=True):
+                out[f"{prefix}.experts.{expert}.{own}.weight"] = part.copy()
+    return out
 
 
 @torch.no_grad()
@@ -155,6 +199,7 @@ def make(name: str) -> None:
             break
     else:
         raise SystemExit(f"{name}: no seed keeps the best two logits apart")
+    weights = as_published(weights, CONFIGS[name]["model_type"])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     check(directory, golden)
     np.savez_compressed(directory / "golden.npz", allow_pickle=False, **golden)

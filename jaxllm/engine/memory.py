@@ -57,7 +57,10 @@ def logits_bytes(config: EngineConfig, model: ModelConfig) -> int:
 def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
     """Activations of the widest layer at the token budget, the logits, and the sampler's temporaries."""
     itemsize = np.dtype(np.float32).itemsize
-    widest = 4 * model.d_model + 2 * model.d_ff + 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    ffn = 2 * model.d_ff
+    if model.experts is not None:  # each choice of a token has an input, a hidden layer and an output of its own
+        ffn = max(ffn, 2 * model.experts.per_token * (model.d_model + model.experts.d_ff))
+    widest = 4 * model.d_model + ffn + 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     activations = config.scheduler.token_budget * widest * itemsize
     sampler = 6 * config.scheduler.max_num_seqs * model.vocab_size * itemsize
     return activations + sampler + logits_bytes(config, model)

@@ -26,10 +26,6 @@ from jaxllm.graph.steps import Graph, SampleMode
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
-LARGE_TOKENS = 256
-# From here on cuBLAS beats Triton's matmuls, which autotuning prefers now and then: it times candidates while other
-# threads' candidates run on the same device.
-LARGE_PRODUCTS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
 Progress = Callable[[int, int], None]  # executables done, executables in all
@@ -102,17 +98,15 @@ class Executables:
     def step(self, shape: StepShape) -> jax.stages.Compiled:
         return self.table["step", shape]
 
-    def feed(self, shape: StepShape) -> jax.stages.Compiled:
-        return self.table["feed", shape]
-
-    def fetch(self, rows: int) -> jax.stages.Compiled:
-        return self.table["fetch", rows]
-
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
     def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
         return self.table["prompt_logprobs", tokens]
+
+    def texts(self) -> list[str]:
+        """Each compiled module as XLA prints it, with the scope of every instruction."""
+        return [text for program in self.table.values() if (text := program.as_text())]
 
     @property
     def set_counts(self) -> jax.stages.Compiled:
@@ -134,14 +128,10 @@ def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> It
 
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        # keep_unused: the results' memory comes in only to be written over.
+        # keep_unused: the logits' memory comes in only to be written over.
         jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
-        results = steps.Results(spec(jnp.int32, shape.rows), spec(jnp.float32, shape.rows, vocab))
-        packed = spec(jnp.int32, shape.packed_size)
-        yield ("step", shape), jitted, (params, kv, last_tokens, results, packed)
-        yield ("feed", shape), jax.jit(steps.feed, donate_argnums=(0,), keep_unused=True), (packed, packed)
-    for rows in ladder.decode_rows:
-        yield ("fetch", rows), jax.jit(steps.fetch), (spec(jnp.int32, rows),)
+        logits = spec(jnp.float32, shape.rows, vocab)
+        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
@@ -170,16 +160,11 @@ def compile_all(
 ) -> Executables:
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
-    on_gpu = counts.sharding.device_set.copy().pop().platform == "gpu"
-
-    def large(key: Key) -> bool:
-        return on_gpu and key[0] == "step" and not key[1].decode and key[1].tokens >= LARGE_TOKENS
-
     jobs = list(_jobs(graph, ladder, params, kv, counts))
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()
-        executables.table[key] = lowered.compile(LARGE_PRODUCTS if large(key) else None)
+        executables.table[key] = lowered.compile()
         executables.seconds[key] = time.perf_counter() - start
         if progress:
             progress(len(executables.table), len(jobs))

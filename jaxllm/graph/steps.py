@@ -8,6 +8,7 @@ an array argument here, so nothing a client sends may cause a compile.
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from jaxllm.graph import sampling
 from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
+from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Decoder, Params, merge
+from jaxllm.graph.models.decoder import Decoder, Params, merge, plainly
+from pallas_kernels.decode_chain.api import decode_chain
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 
@@ -29,6 +32,7 @@ from pallas_kernels.paged_attention.api import paged_attention, paged_attention_
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
+_onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -62,7 +66,9 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
-    reference_attention: bool = False  # pin the jnp attention: to tell a kernel's fault from the model's
+    reference_attention: bool = (
+        False  # pin jnp attention and single products: to tell a kernel's fault from the model's
+    )
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
@@ -90,34 +96,14 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
     return attend
 
 
-class Results(NamedTuple):
-    """What a step writes for whoever samples from it or reads it."""
+class Stepped(NamedTuple):
+    """What a step gives, and the state it was given, updated in place."""
 
     token_ids: Int[Array, " R"]  # greedy; -1: the row's logits held NaN or infinity
-    logits: Float[Array, "R V"]  # of each row's last token
-
-
-class Stepped(NamedTuple):
-    """What a step leaves: what it was given, updated in place, and the hidden states of every token."""
-
     kv: KVCache
     last_tokens: Int[Array, " S1"]
-    results: Results
-    hidden: Float[Array, "T D"] | None  # None after a decode step
-
-
-# A step is one CUDA graph, recorded anew whenever the address of anything it reads or writes has changed. So what comes
-# from the host is copied to one place first (feed), and what goes there is copied from one place (fetch).
-
-
-def feed(place: Int[Array, " n"], packed: Int[Array, " n"]) -> Int[Array, " n"]:
-    """The inputs, at the address of `place`, which is donated."""
-    return place.at[:].set(packed)
-
-
-def fetch(token_ids: Int[Array, " R"]) -> Int[Array, " R"]:
-    """A copy that the next step does not write over."""
-    return jnp.copy(token_ids)
+    logits: Float[Array, "R V"]  # of each row's last token
+    hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
 
 
 def step(
@@ -126,23 +112,24 @@ def step(
     params: Params,
     kv: KVCache,
     last_tokens: Int[Array, " S1"],
-    results: Results,
+    logits: Float[Array, "R V"],
     packed: Int[Array, " n"],
 ) -> Stepped:
     """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
 
-    `results` is the memory of an earlier step's: donated, so that the new ones come to the same address.
+    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address.
     """
-    del results
+    del logits
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
-    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv))
+    onward = plainly if graph.reference_attention else _onward
+    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv), onward)
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = sampling.greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    return Stepped(kv, last_tokens, Results(jnp.where(bad, -1, tokens), logits), None if shape.decode else hidden)
+    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden)
 
 
 def sample(

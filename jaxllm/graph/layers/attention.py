@@ -39,18 +39,27 @@ class Attention(nnx.Module):
             parameter((2, config.head_dim), (None, "head_dim"), dtype, rngs, "ones") if config.qk_norm else None
         )
 
-    def __call__(
-        self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend
-    ) -> Float[Array, "... D"]:
+    @jax.named_scope("attention")
+    def project(self, x: Float[Array, "... D"]) -> Float[Array, "... R"]:
+        """Queries, keys and values of normed hidden states, merged, before norms and rotation."""
+        return linear(x, self.qkv[...], None if self.qkv_bias is None else self.qkv_bias[...])
+
+    @jax.named_scope("attention")
+    def mix(
+        self, qkv: Float[Array, "... R"], layer: int, rotations: Rotations, attend: Attend
+    ) -> Float[Array, "... NH"]:
+        """Attention between tokens, its heads side by side."""
         config = self.config
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        qkv = linear(x, self.qkv[...], None if self.qkv_bias is None else self.qkv_bias[...])
-        lead = x.shape[:-1]
+        lead = qkv.shape[:-1]
         q = qkv[..., :q_rows].reshape(*lead, config.num_heads, config.head_dim)
         k = qkv[..., q_rows : q_rows + kv_rows].reshape(*lead, config.num_kv_heads, config.head_dim)
         v = qkv[..., q_rows + kv_rows :].reshape(*lead, config.num_kv_heads, config.head_dim)
         if self.qk_norms is not None:
             norms = self.qk_norms[...]
             q, k = rms_norm(q, norms[0], config.norm_eps), rms_norm(k, norms[1], config.norm_eps)
-        out = attend(layer, rotate(q, *rotations), rotate(k, *rotations), v)
-        return linear(out.reshape(*lead, q_rows), self.o[...], None if self.o_bias is None else self.o_bias[...])
+        return attend(layer, rotate(q, *rotations), rotate(k, *rotations), v).reshape(*lead, q_rows)
+
+    @jax.named_scope("attention")
+    def output(self, mixed: Float[Array, "... NH"]) -> Float[Array, "... D"]:
+        return linear(mixed, self.o[...], None if self.o_bias is None else self.o_bias[...])

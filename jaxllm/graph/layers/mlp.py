@@ -26,6 +26,7 @@ class MLP(nnx.Module):
         self.gate_up_bias = parameter((2 * d_ff,), ("gate_up",), dtype, rngs, "zeros") if config.mlp_bias else None
         self.down_bias = parameter((d_model,), ("embed",), dtype, rngs, "zeros") if config.mlp_bias else None
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate_up = linear(x, self.gate_up[...], None if self.gate_up_bias is None else self.gate_up_bias[...])
         gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)

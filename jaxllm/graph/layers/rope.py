@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -77,6 +78,7 @@ def rotations(
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
+@jax.named_scope("rope")
 def rotate(
     x: Float[Array, "... N H"], cos: Float[Array, "... h"], sin: Float[Array, "... h"]
 ) -> Float[Array, "... N H"]:

@@ -37,6 +37,24 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Routed feed-forward: each token goes to its `per_token` most likely experts, weighted by their probabilities."""
+
+    count: int
+    per_token: int
+    d_ff: int  # of one expert
+    norm_topk: bool = False  # the chosen probabilities are scaled to sum to 1
+    shared_d_ff: int = 0  # of an expert that every token passes, times a gate of its own; 0 = none
+
+    def __post_init__(self) -> None:
+        for name in ("count", "per_token", "d_ff"):
+            if getattr(self, name) < 1:
+                raise refuse(f"experts.{name}", getattr(self, name), "must be an integer >= 1")
+        if self.per_token > self.count:
+            raise refuse("experts.per_token", self.per_token, f"must be at most experts.count ({self.count})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and switches of one model. Raises ConfigError when they do not fit together."""
 
@@ -56,6 +74,8 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()  # one entry a layer; () = no layer has a window
+    experts: ExpertsConfig | None = None
+    sparse_layers: tuple[bool, ...] = ()  # which layers route to experts; () = all if there are experts
     context_length: int = 2048
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -75,6 +95,12 @@ class ModelConfig:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
             raise refuse("windows", self.windows, f"must have num_layers ({self.num_layers}) entries")
+        if not self.sparse_layers:
+            object.__setattr__(self, "sparse_layers", (self.experts is not None,) * self.num_layers)
+        if len(self.sparse_layers) != self.num_layers:
+            raise refuse("sparse_layers", self.sparse_layers, f"must have num_layers ({self.num_layers}) entries")
+        if self.experts is None and any(self.sparse_layers):
+            raise refuse("sparse_layers", self.sparse_layers, "must all be false: there are no experts")
 
     @property
     def attention_scale(self) -> float:

@@ -1,8 +1,8 @@
 """The decoder-only transformer all families share, as a Flax description and as pure functions of a pytree.
 
-In: token ids, positions, and `attend`, a callback that does the attention of one layer. Out: final hidden states,
-and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come
-from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
+In: token ids, positions, `attend`, a callback that does the attention of one layer, and `onward`, one that does all
+that lies between two attentions. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of
+pages, batches, ranks or sampling, nor where weights come from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
 arrays into `graphdef` inside its trace.
 
     graphdef, shapes = abstract(config, dtype)
@@ -12,16 +12,19 @@ arrays into `graphdef` inside its trace.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxllm.graph.layers.attention import Attend, Attention, Rotations
+from jaxllm.graph.layers.attention import Attend, Attention
 from jaxllm.graph.layers.linear import project
 from jaxllm.graph.layers.mlp import MLP
+from jaxllm.graph.layers.moe import MoE
 from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.layers.rope import rotations
@@ -33,18 +36,33 @@ Params = dict[Any, Any]  # nested plain dict; keys are attribute names and layer
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual. Leaves: norms [2, D], attention, mlp."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         self.norm_eps = config.norm_eps
         self.norms = parameter((2, config.d_model), (None, "embed"), dtype, rngs, "ones")
         self.attention = Attention(config, dtype, rngs)
-        self.mlp = MLP(config, dtype, rngs)
+        experts = config.experts if config.sparse_layers[layer] else None
+        self.mlp = MLP(config, dtype, rngs) if experts is None else MoE(config, experts, dtype, rngs)
 
-    def __call__(
-        self, x: Float[Array, "... D"], layer: int, rotations: Rotations, attend: Attend
-    ) -> Float[Array, "... D"]:
-        norms = self.norms[...]
-        x = x + self.attention(rms_norm(x, norms[0], self.norm_eps), layer, rotations, attend)
-        return x + self.mlp(rms_norm(x, norms[1], self.norm_eps))
+    def enter(self, x: Float[Array, "... D"]) -> Float[Array, "... R"]:
+        """Everything before attention: queries, keys and values."""
+        return self.attention.project(rms_norm(x, self.norms[...][0], self.norm_eps))
+
+    def leave(self, x: Float[Array, "... D"], mixed: Float[Array, "... NH"]) -> Float[Array, "... D"]:
+        """Everything after attention: the hidden states the next layer sees."""
+        x = x + self.attention.output(mixed)
+        return x + self.mlp(rms_norm(x, self.norms[...][1], self.norm_eps))
+
+
+# onward(layer, the next or None, x[..., D], attention's output[..., NH]) -> the next x, and its qkv if there is one
+Onward = Callable[[Layer, Layer | None, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+
+
+def plainly(
+    layer: Layer, following: Layer | None, x: jax.Array, mixed: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """From one attention to the next, a product at a time."""
+    x = layer.leave(x, mixed)
+    return x, None if following is None else following.enter(x)
 
 
 class Decoder(nnx.Module):
@@ -57,20 +75,27 @@ class Decoder(nnx.Module):
         self.config = config
         table = (config.vocab_size, config.d_model)
         self.embed = parameter(table, ("vocab", "embed"), dtype, rngs)
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, layer, dtype, rngs) for layer in range(config.num_layers)])
         self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones")
         self.head = None if config.tie_embeddings else parameter(table, ("vocab", "embed"), dtype, rngs)
 
     def __call__(
-        self, token_ids: Int[Array, "*lead"], positions: Int[Array, "*lead"], attend: Attend
+        self,
+        token_ids: Int[Array, "*lead"],
+        positions: Int[Array, "*lead"],
+        attend: Attend,
+        onward: Onward = plainly,
     ) -> Float[Array, "... D"]:
         """Hidden states after the final norm. Leading dims are free: [T] when serving, [B, T] when training."""
         x = self.embed[...].at[token_ids].get(mode="clip")
         turned = rotations(positions, self.config.rope, self.config.head_dim)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, number, turned, attend)
+        layers = list(self.layers)
+        qkv = layers[0].enter(x)
+        for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+            x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return project(hidden, (self.embed if self.head is None else self.head)[...])
 

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
-from jaxllm.graph.models.config import ModelConfig, RopeConfig, RopeKind
+from jaxllm.graph.models.config import ExpertsConfig, ModelConfig, RopeConfig, RopeKind
 from jaxllm.graph.models.fields import MISSING, Fields, refuse
 from jaxllm.graph.models.quantised import read_stored
 
 DTYPES = ("bfloat16", "float16", "float32")
 Windows = tuple[int | None, ...]
+Experts = tuple[ExpertsConfig | None, tuple[bool, ...]]  # and which layers route to them
 
 
 def no_windows(fields: Fields, num_layers: int) -> Windows:
@@ -49,6 +50,83 @@ def windows_everywhere(fields: Fields, num_layers: int) -> Windows:
     return (fields.integer("sliding_window", 4096),) * num_layers
 
 
+def windows_of_even_layers(fields: Fields, num_layers: int) -> Windows:
+    """Qwen2-MoE's rule: by `layer_types`, else every other layer below `max_window_layers`; all when switched on."""
+    if fields.strings("layer_types") is not None:
+        return windows_of_upper_layers(fields, num_layers)
+    window = fields.integer("sliding_window", 4096) if fields.boolean("use_sliding_window", False) else None
+    end = fields.integer("max_window_layers", 28, low=0)
+    return tuple(window if layer % 2 == 0 and layer < end else None for layer in range(num_layers))
+
+
+def one_window(fields: Fields, num_layers: int) -> Windows:
+    """Mixtral's rule: one `sliding_window` for all layers, if there is one."""
+    return (fields.integer("sliding_window") if fields.has("sliding_window") else None,) * num_layers
+
+
+def one_window_if_on(fields: Fields, num_layers: int) -> Windows:
+    """Qwen3-MoE's rule: one `sliding_window` for all layers under `use_sliding_window`."""
+    used = fields.boolean("use_sliding_window", False)
+    return (fields.integer("sliding_window", 4096) if used else None,) * num_layers
+
+
+def no_experts(fields: Fields, num_layers: int) -> Experts:
+    return None, (False,) * num_layers
+
+
+def mixtral_experts(fields: Fields, num_layers: int) -> Experts:
+    """Mixtral's keys: every layer routes, chosen probabilities are scaled to sum to 1."""
+    experts = ExpertsConfig(
+        count=fields.integer("num_local_experts", 8),
+        per_token=_per_token(fields, 2, fields.integer("num_local_experts", 8)),
+        d_ff=fields.integer("intermediate_size"),
+        norm_topk=True,
+    )
+    return experts, (True,) * num_layers
+
+
+def qwen2_moe_experts(fields: Fields, num_layers: int) -> Experts:
+    return _qwen_experts(fields, num_layers, 60, 4, 1408, fields.integer("shared_expert_intermediate_size", 5632))
+
+
+def qwen3_moe_experts(fields: Fields, num_layers: int) -> Experts:
+    return _qwen_experts(fields, num_layers, 128, 8, 768, 0)
+
+
+def _qwen_experts(fields: Fields, num_layers: int, count: int, per_token: int, d_ff: int, shared_d_ff: int) -> Experts:
+    """Qwen's keys: every `decoder_sparse_step`-th layer routes, but those in `mlp_only_layers`. Numbers: defaults."""
+    count = fields.integer("num_experts", fields.integer("num_local_experts", count, low=0), low=0)
+    step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
+    sparse = tuple(count > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+    if not any(sparse):
+        return None, sparse
+    experts = ExpertsConfig(
+        count=count,
+        per_token=_per_token(fields, per_token, count),
+        d_ff=fields.integer("moe_intermediate_size", d_ff),
+        norm_topk=fields.boolean("norm_topk_prob", False),
+        shared_d_ff=shared_d_ff,
+    )
+    return experts, sparse
+
+
+def _per_token(fields: Fields, default: int, count: int) -> int:
+    per_token = fields.integer("num_experts_per_tok", default)
+    if per_token > count:
+        raise fields.error("num_experts_per_tok", per_token, f"must be at most the number of experts ({count})")
+    return per_token
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """Names below "model.layers.<i>." of a routed layer's tensors; {} stands for the expert's number."""
+
+    router: str = "mlp.gate.weight"
+    gate: str = "mlp.experts.{}.gate_proj.weight"
+    up: str = "mlp.experts.{}.up_proj.weight"
+    down: str = "mlp.experts.{}.down_proj.weight"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Declared differences of one model family."""
@@ -57,10 +135,13 @@ class Family:
     architecture: str  # Hugging Face's class name, in config.json's `architectures`
     attention_bias: bool = False  # reads `attention_bias`: one switch for q, k, v and o
     mlp_bias: bool = False  # reads `mlp_bias`
-    qkv_bias: bool = False  # q, k and v always have one, o never
+    qkv_bias: bool = False  # q, k and v have one, o never
+    reads_qkv_bias: bool = False  # unless `qkv_bias` says no
     qk_norm: bool = False
     head_dim: int | None = None  # when the config names none; None = d_model / num_heads
     windows: Callable[[Fields, int], Windows] = no_windows
+    experts: Callable[[Fields, int], Experts] = no_experts
+    expert_tensors: ExpertTensors = ExpertTensors()
 
     def read(self, fields: Fields) -> ModelConfig:
         fields.choice("hidden_act", ("silu",), "silu")
@@ -71,6 +152,8 @@ class Family:
             allowed = f"must be a multiple of num_key_value_heads ({num_kv_heads})"
             raise fields.error("num_attention_heads", num_heads, allowed)
         attention_bias = self.attention_bias and fields.boolean("attention_bias", False)
+        qkv_bias = self.qkv_bias and not (self.reads_qkv_bias and not fields.boolean("qkv_bias", True))
+        experts, sparse_layers = self.experts(fields, num_layers)
         bos = fields.token_ids("bos_token_id")
         context_length = fields.integer("max_position_embeddings")
         return ModelConfig(
@@ -85,11 +168,13 @@ class Family:
             norm_eps=fields.number("rms_norm_eps"),
             rope=read_rope(fields, context_length),
             tie_embeddings=fields.boolean("tie_word_embeddings", False),
-            qkv_bias=self.qkv_bias or attention_bias,
+            qkv_bias=qkv_bias or attention_bias,
             o_bias=attention_bias,
             mlp_bias=self.mlp_bias and fields.boolean("mlp_bias", False),
             qk_norm=self.qk_norm,
             windows=self.windows(fields, num_layers),
+            experts=experts,
+            sparse_layers=sparse_layers,
             context_length=context_length,
             eos_token_ids=fields.token_ids("eos_token_id"),
             bos_token_id=bos[0] if bos else None,

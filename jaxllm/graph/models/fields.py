@@ -89,6 +89,15 @@ class Fields:
             raise self.error(key, value, "must be a token id (an integer >= 0) or a list of them")
         return ids
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of numbers >= 0, or nothing."""
+        value = self.get(key)
+        entries: list[object] = value if isinstance(value, list) else []
+        numbers = tuple(n for n in entries if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
+        if value is not MISSING and (not isinstance(value, list) or len(numbers) != len(entries)):
+            raise self.error(key, value, "must be a list of integers >= 0")
+        return numbers
+
     def strings(self, key: str) -> tuple[str, ...] | None:
         value = self.get(key)
         if value is MISSING:

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxllm.graph.models import llama, mistral, qwen2, qwen3
+from jaxllm.graph.models import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.family import Family
 from jaxllm.graph.models.fields import MISSING, Fields
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mistral.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
+)
 
 
 def find_family(fields: Fields) -> Family:

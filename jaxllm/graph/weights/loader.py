@@ -23,11 +23,11 @@ from jax.typing import DTypeLike
 from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig, read_json
-from jaxllm.graph.models.decoder import Params
+from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.scheme import MATRICES, PLAIN, Scheme, complaint
 from jaxllm.graph.quant.stored import StoredTensor
-from jaxllm.graph.weights.names import IGNORED_SUFFIXES, TOP_TENSORS, Part, parts
+from jaxllm.graph.weights.names import IGNORED_SUFFIXES, TOP_TENSORS, Part, leaves, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,6 +61,7 @@ def load(
     """The parameters of `config`, cast to `dtype`, quantised as `scheme` says, on `device`. Raises WeightsError."""
     found = check(Path(directory), config)
     total = sum(tensor.end - tensor.begin for tensor in (entry.tensor for entry in found))
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract(config)[1])}
     params: Params = {}
     losses: list[str] = []
     done = 0
@@ -76,7 +77,7 @@ def load(
             node = node.setdefault(key, {})
         # Waiting here bounds what is in flight, in staging memory and on the device, to one leaf.
         try:
-            leaf, loss = _leaf(config, path, list(tensors.values()), dtype, scheme)
+            leaf, loss = _leaf(config, path, shapes[path], list(tensors.values()), dtype, scheme)
         except ValueError as error:
             losses.append(f"{', '.join(tensors)}: {error}")
             continue
@@ -92,6 +93,7 @@ def load(
 def _leaf(
     config: ModelConfig,
     path: tuple[str | int, ...],
+    shape: tuple[int, ...],
     tensors: list[dict[str, jax.Array]],
     dtype: DTypeLike,
     scheme: Scheme,
@@ -100,16 +102,15 @@ def _leaf(
     if config.stored is not None and any(each.keys() != {PLAIN_SUFFIX} for each in tensors):
         return jax.block_until_ready(stored.leaf(config.stored, tensors)), []
     arrays = tuple(each[PLAIN_SUFFIX] for each in tensors)
-    whole = _join(arrays, path[-1] in ("norms", "qk_norms"), dtype)
+    whole = _join(arrays, shape, dtype)
     leaf = jax.block_until_ready(scheme.leaf(path, whole))
     loss = complaint(path, whole, leaf)
     return leaf, [] if loss is None else [loss]
 
 
-@functools.partial(jax.jit, static_argnames=("vectors", "dtype"))
-def _join(arrays: tuple[jax.Array, ...], vectors: bool, dtype: DTypeLike) -> jax.Array:
-    cast = [array.astype(dtype) for array in arrays]
-    return jnp.stack(cast) if vectors else jnp.concatenate(cast)
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _join(arrays: tuple[jax.Array, ...], shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jnp.concatenate([array.astype(dtype) for array in arrays]).reshape(shape)
 
 
 @dataclass(frozen=True)

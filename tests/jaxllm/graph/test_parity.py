@@ -64,6 +64,10 @@ def model(**changes):
     return lambda config: dataclasses.replace(config, **changes)
 
 
+def experts(**changes):
+    return lambda config: dataclasses.replace(config, experts=dataclasses.replace(config.experts, **changes))
+
+
 WRONG = {
     "llama-linear": [rope(factor=2.4)],
     "llama-llama3": [rope(kind="default"), rope(factor=7.0), rope(low_freq_factor=1.5), rope(high_freq_factor=3.0)],
@@ -73,6 +77,12 @@ WRONG = {
     "qwen2-windows": [model(windows=()), model(windows=(8, None)), model(windows=(None, 7))],
     "qwen3": [rope(theta=10000.0), model(norm_eps=1e-2)],
     "qwen3-layer-types": [model(windows=()), model(windows=(None, 6))],
+    "mixtral": [experts(norm_topk=False), experts(per_token=1)],
+    "mixtral-window": [model(windows=())],
+    "qwen2-moe": [experts(norm_topk=True), experts(per_token=2)],
+    "qwen2-moe-windows": [model(windows=()), model(windows=(8, 8)), experts(norm_topk=False)],
+    "qwen3-moe": [experts(norm_topk=False), experts(per_token=4)],
+    "qwen3-moe-dense-first-window": [model(windows=(10, None)), experts(norm_topk=True)],
     "mistral-window": [model(windows=()), model(windows=(13, 13)), model(windows=(12, 11))],
 }
 

@@ -1,0 +1,192 @@
+"""jaxllm bench: decode step, prefill, throughput and start-up of an LLM, by the protocol its peers are measured with.
+
+In: something that generates, and at which batches, contexts and lengths. Out: Figures with their floors.
+
+Decode step at a context = (t(192 tokens out) - t(64 out)) / 128, so that prefill cancels. Greedy, no end token, random
+token ids, prefix cache off unless it is the subject. The throughput workload is nano-vllm's and mini-sglang's: 256
+requests, 100 to 1024 tokens in and out, temperature 0.6, seed 0. Start-up is a process of its own, from its first
+instruction to its first token. Exposed host time is the engine's own upper bound on how long the device waited for the
+host, a step. Knows nothing of scheduling, devices or the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxllm.core import JaxLLMError, RequestOutput, SamplingParams
+from jaxllm.engine.metrics import Metrics
+from jaxllm.graph.models.config import ModelConfig
+from jaxllm.tools.figures import RATE, Figure, median_figure
+from pallas_kernels.roofline import H200, Ceilings, ModelDims, decode_floor, prefill_floor, workload_floor
+
+SHORT_OUT, LONG_OUT = 64, 192
+PROMPT_IDS = (10, 10_000)  # from, below
+WORKLOAD_REQUESTS, WORKLOAD_TOKENS = 256, (100, 1024)
+CEILINGS = (H200,)
+READY = "first-token:"  # opens the line by which a start-up child reports
+
+
+class BenchError(JaxLLMError):
+    """A measurement that means nothing: what it measured failed."""
+
+
+class Generates(Protocol):
+    """What a benchmark needs of an LLM."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, use_tqdm: bool = True
+    ) -> list[RequestOutput]: ...
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The least a figure can be for one model on one device; None where the device's ceilings are not known."""
+
+    dims: ModelDims
+    device: Ceilings | None
+
+    def decode_ms(self, batch: int, context: int) -> float | None:
+        """At the nominal context, as published floors are; the steps that are timed read 64 to 192 tokens more."""
+        return self.device and decode_floor(self.dims, batch, context, self.device).step_s * 1e3
+
+    def prefill_ms(self, tokens: int) -> float | None:
+        return self.device and prefill_floor(self.dims, tokens, self.device).step_s * 1e3
+
+    def workload_tokens_per_s(self, lengths: Sequence[tuple[int, int]]) -> float | None:
+        return self.device and workload_floor(self.dims, lengths, self.device).tokens_per_s
+
+
+def floors(config: ModelConfig, device_name: str) -> Floors:
+    """By the device's name as JAX gives it."""
+    dims = ModelDims(
+        L=config.num_layers,
+        D=config.d_model,
+        N=config.num_heads,
+        K=config.num_kv_heads,
+        H=config.head_dim,
+        F=config.d_ff,
+        V=config.vocab_size,
+        tied=config.tie_embeddings,
+    )
+    return Floors(dims, next((known for known in CEILINGS if known.name == device_name), None))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measures one LLM; the same seed gives the same prompts."""
+
+    llm: Generates
+    floors: Floors
+    metrics: Metrics = field(default_factory=Metrics)  # the engine's own; left as they are, they add nothing
+    repeats: int = 3
+    seed: int = 0
+
+    def latency(self, batches: Sequence[int], contexts: Sequence[int], prefills: Sequence[int]) -> Iterator[Figure]:
+        """Decode steps at every batch and context, then single prompts; each yielded as soon as it is known."""
+        source = random.Random(self.seed)
+        highest = self._vocabulary()
+        draw = lambda n: [source.randrange(min(PROMPT_IDS[0], highest - 1), highest) for _ in range(n)]  # noqa: E731
+        self._generate([draw(16)] * 2, [8] * 2)
+        for context in contexts:
+            for batch in batches:
+                yield self._decode(batch, context, draw)
+        for tokens in prefills:
+            times = [self._generate([draw(tokens)], [1]) * 1e3 for _ in range(self.repeats + 1)][1:]
+            floor = self.floors.prefill_ms(tokens)
+            yield median_figure("prefill, one prompt", f"{tokens} tokens", "ms", times, floor=floor)
+
+    def _decode(self, batch: int, context: int, draw: Any) -> Figure:
+        def run(out: int) -> tuple[float, float]:
+            exposed = self.metrics.exposed_host_s
+            seconds = self._generate([draw(context) for _ in range(batch)], [out] * batch)
+            return seconds, self.metrics.exposed_host_s - exposed
+
+        pairs = [(run(LONG_OUT), run(SHORT_OUT)) for _ in range(self.repeats)]
+        step, exposed = ([(a[i] - b[i]) / (LONG_OUT - SHORT_OUT) * 1e3 for a, b in pairs] for i in (0, 1))
+        notes = {"exposed host, ms": max(statistics.median(exposed), 0.0)} if any(exposed) else {}
+        floor = self.floors.decode_ms(batch, context)
+        return median_figure("decode step", f"batch {batch}, context {context}", "ms", step, floor=floor, notes=notes)
+
+    def throughput(self, requests: int = WORKLOAD_REQUESTS, tokens: tuple[int, int] = WORKLOAD_TOKENS) -> Figure:
+        """All requests at once; output tokens per second."""
+        prompts, outs = workload(requests, tokens, self._vocabulary(), self.seed)
+        self._generate([prompts[0][:16]] * 2, [8] * 2)
+        params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=out, seed=0) for out in outs]
+        rates = [sum(outs) / self._timed(prompts, params) for _ in range(self.repeats)]
+        floor = self.floors.workload_tokens_per_s([(len(p), out) for p, out in zip(prompts, outs, strict=True)])
+        at = f"{requests} requests, {tokens[0]}..{tokens[1]} in and out, {sum(outs)} out"
+        return median_figure("throughput", at, RATE, rates, floor=floor)
+
+    def _vocabulary(self) -> int:
+        return min(PROMPT_IDS[1], self.floors.dims.V)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], outs: Sequence[int]) -> float:
+        greedy = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n, detokenize=False) for n in outs]
+        return self._timed(prompts, greedy)
+
+    def _timed(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> float:
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        for output, wanted in zip(outputs, params, strict=True):
+            if output.error is not None or len(output.outputs[0].token_ids) != wanted.max_tokens:
+                raise BenchError(f"request {output.request_id} ended early: {output.error or output.outputs[0]}")
+        return seconds
+
+
+def workload(requests: int, tokens: tuple[int, int], highest: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
+    """Prompts and output lengths. The draws come in the peers' order, so that lengths and ids are theirs."""
+    source = random.Random(seed)
+    draw = lambda: [source.randint(0, PROMPT_IDS[1]) % (highest + 1) for _ in range(source.randint(*tokens))]  # noqa: E731
+    prompts = [draw() for _ in range(requests)]
+    return prompts, [source.randint(*tokens) for _ in range(requests)]
+
+
+# ---- start-up ----
+
+
+def startup(command: Sequence[str], repeats: int, timeout_s: float = 600.0) -> list[Figure]:
+    """Seconds from process start to first token, with an empty compile cache and then with the one it left.
+
+    `command` starts a child that ends in `report_first_token`; it gets the folder of the cache as its last argument.
+    """
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="jaxllm-bench-") as folder:
+        for cache, times in (("cold", 1), ("warm", repeats)):
+            children = [_child([*command, str(Path(folder) / "cache")], timeout_s) for _ in range(times)]
+            phases = children[-1]
+            totals = [child["total"] for child in children]
+            notes = {f"{name}, s": seconds for name, seconds in phases.items() if name != "total"}
+            figures.append(median_figure("start to first token", f"{cache} cache", "s", totals, notes=notes))
+    return figures
+
+
+def _child(command: Sequence[str], timeout_s: float) -> dict[str, float]:
+    start = time.time()
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
+    lines = [line.removeprefix(READY) for line in ran.stdout.splitlines() if line.startswith(READY)]
+    if ran.returncode or not lines:
+        raise BenchError(f"the process to be timed failed ({ran.returncode}): {ran.stderr.strip()[-500:]}")
+    report: dict[str, float] = json.loads(lines[-1])
+    known = sum(seconds for name, seconds in report.items() if name != "at")
+    total = report.pop("at") - start
+    return {"imports": total - known, **report, "total": total}
+
+
+def report_first_token(llm: Generates, phases: dict[str, float], vocab_size: int) -> str:
+    """The line a start-up child prints: seconds of each phase, and when (time.time) the first token was there."""
+    before = time.perf_counter()
+    prompt = [token % vocab_size for token in range(10, 26)]
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1)
+    llm.generate([prompt], [greedy], use_tqdm=False)
+    first = time.perf_counter() - before
+    return READY + json.dumps({**phases, "first token": first, "at": time.time()})

@@ -1,0 +1,35 @@
+"""The GPU kernels of this room under Pallas's interpreter with race detection, for tests on a CPU.
+
+In and out as the kernels. The interpreter takes a thread a warpgroup and milliseconds a step, so large inputs are
+declined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul import mosaic_sm90, routed, router
+
+MOST_PRODUCTS = 1 << 26  # tokens * choices * expert weights
+PROGRAMS = 2
+
+
+def route(logits: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """router.route, interpreted."""
+    return router.route(logits, interpret=True, **options)
+
+
+def routed_mlp(
+    x: jax.Array, gate_up: jax.Array, down: jax.Array, ids: jax.Array, weights: jax.Array, **options: Any
+) -> jax.Array:
+    """routed.routed_mlp by two interpreted programs."""
+    products = ids.size * (gate_up[0].size + down[0].size)
+    if products > MOST_PRODUCTS:
+        raise NotImplementedError(f"{products} products would keep the interpreter busy for minutes")
+    blocks = dataclasses.replace(mosaic_sm90.default_blocks(8, x.shape[1]), programs=PROGRAMS, block_k=64)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return routed.routed_mlp(x, gate_up, down, ids, weights, blocks=blocks, interpret=interpret, **options)

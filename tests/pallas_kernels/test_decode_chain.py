@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.kernel_backends import ON_GPU, pairs
+from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
+
+from pallas_kernels.decode_chain.api import Dense, Following, decode_chain
+from pallas_kernels.decode_chain.specs import CHAIN_SPECS, EPS, REAL_CHAIN_SPECS, ChainSpec
+
+SPECS = CHAIN_SPECS + (REAL_CHAIN_SPECS if ON_GPU else ())
+
+
+def arguments(spec, rows=None):
+    arrays = {name: None if array is None else jnp.asarray(array) for name, array in spec.inputs().items()}
+    x, mixed = arrays["x"][:rows], arrays["mixed"][:rows]
+    layer = Dense(*(arrays[name] for name in ("o", "norm", "gate_up", "down", "o_bias")))
+    if arrays["next_qkv"] is None:
+        return x, mixed, layer, None
+    return x, mixed, layer, Following(arrays["next_norm"], arrays["next_qkv"], arrays["next_bias"])
+
+
+def run(name, *args):
+    chain = jax.jit(lambda *a: decode_chain(*a, eps=EPS, implementation=name))
+    try:
+        return chain(*args)
+    except NotImplementedError as reason:
+        pytest.skip(f"declined: {reason}")
+
+
+def exact(spec):
+    """The chain in float64 numpy, nothing rounded between."""
+    a = {name: None if array is None else array.astype(np.float64) for name, array in spec.inputs().items()}
+
+    def norm(x, weight):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * weight
+
+    x = a["x"] + a["mixed"] @ a["o"].T + (0 if a["o_bias"] is None else a["o_bias"])
+    gate, up = np.split(norm(x, a["norm"]) @ a["gate_up"].T, 2, -1)
+    x = x + (gate / (1 + np.exp(-gate)) * up) @ a["down"].T
+    if a["next_qkv"] is None:
+        return x, None
+    return x, norm(x, a["next_norm"]) @ a["next_qkv"].T + (0 if a["next_bias"] is None else a["next_bias"])
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("decode_chain", SPECS))
+def test_agrees_with_exact_arithmetic(name, spec):
+    limit = 6e-3 if spec.dtype == "bfloat16" else 1e-5
+    for got, want in zip(run(name, *arguments(spec)), exact(spec), strict=True):
+        if want is None:
+            assert got is None
+            continue
+        assert got.shape == want.shape
+        assert got.dtype == jnp.dtype(spec.dtype)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= limit * np.linalg.norm(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("spec", [spec for spec in REAL_CHAIN_SPECS if spec.T == 128], ids=lambda spec: spec.name)
+def test_a_rows_bits_do_not_depend_on_the_number_of_rows(spec):
+    whole = run("mosaic_sm90", *arguments(spec))
+    for rows in (1, 3, 8, 16, 32, 64):
+        for got, want in zip(run("mosaic_sm90", *arguments(spec, rows)), whole, strict=True):
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want)[:rows])
+
+
+def test_wrong_shapes_raise_an_error_that_names_them():
+    x, mixed, layer, following = arguments(ChainSpec("any", T=2, D=64, O=64, F=64, Q=64, dtype="float32"))
+    wrong = Dense(layer.o, layer.norm, layer.gate_up[:-1], layer.down)
+    with pytest.raises(ValueError, match=r"gate_up must be \[128, 64\] for x \[2, 64\], got \[127, 64\]"):
+        decode_chain(x, mixed, wrong, following, eps=EPS)
+    with pytest.raises(ValueError, match=r"mixed must be \[2, 64\]"):
+        decode_chain(x, mixed[:1], layer, following, eps=EPS)
+
+
+@pytest.mark.skipif(ON_GPU, reason="runs on a machine without a GPU")
+def test_the_kernel_has_no_races():
+    jax.block_until_ready(run("mosaic_sm90_interpret", *arguments(CHAIN_SPECS[2])))
+    assert not get_races().races_found
