@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import packing, reference
 
 BLOCK = 128  # inputs accumulated at once; decides bits
@@ -209,7 +210,10 @@ def _multiply(
     interpret: Any = None,
 ) -> jax.Array:
     (M, K), N = x.shape, weights[0].shape[0] * (1 if kind.narrow else ROWS)
-    blocks = blocks or default_blocks(M, N, kind.bits)
+    if blocks is None:
+        blocks = tuning.choose(
+            "quant_matmul/mosaic_sm90", tuning_key(kind.name, M, N, K), default_blocks(M, N, kind.bits)
+        )
     if extra := -M % blocks.columns:
         x = jnp.pad(x, ((0, extra), (0, 0)))
         if kind.by_row:
@@ -225,6 +229,10 @@ def _summed(parts: jax.Array, M: int, dtype: Any) -> jax.Array:
     """The sum of the ranges, left to XLA, which fuses it into whatever reads it."""
     total = functools.reduce(jnp.add, [parts[split] for split in range(parts.shape[0])])
     return total[:M].astype(dtype)
+
+
+def tuning_key(kind: str, M: int, N: int, K: int) -> str:
+    return f"{kind} {pl.next_power_of_2(M)} x {K} x {N}"
 
 
 def default_blocks(M: int, N: int, bits: int) -> Blocks:
