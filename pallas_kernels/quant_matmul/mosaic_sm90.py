@@ -31,7 +31,7 @@ from pallas_kernels.quant_matmul import packing, reference
 
 BLOCK = 128  # inputs accumulated at once; decides bits
 ROWS = 64  # outputs a warpgroup
-MOST_ROWS = 512  # of x: beyond, the tensor cores are what bounds the product
+MOST_NARROW_ROWS = 512  # of e4m3 x: beyond, the tensor cores are what bounds the product
 CHUNK = 32  # columns that leave through shared memory at once
 SHARED_BYTES = 222 * 1024  # of 227 KiB; barriers take some
 TILES = BLOCK // packing.TILE  # packed tiles a block and warpgroup
@@ -46,8 +46,6 @@ class Blocks:
     stages: int = 8  # blocks in flight
     programs: int = 132
     cluster: int = 1  # programs of neighbouring outputs that fetch x together
-    fence: bool = True  # EXPERIMENT: order ordinary reads before the copy engine's writes
-    stream_only: bool = False  # EXPERIMENT: fetch everything, multiply nothing
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,6 @@ def int8_matmul(
 ) -> jax.Array:
     """W = scale * q."""
     refuse(x)
-    refuse_many_rows(x, "are faster widened first")
     return _multiply(Kind("int8"), x, (words, scale), out_dtype, **options)
 
 
@@ -165,7 +162,6 @@ def int4_matmul(
 ) -> jax.Array:
     """W = scale * (q - zero); without `zero`, q is signed."""
     refuse(x)
-    refuse_many_rows(x, "are faster widened first")
     kind = Kind("int4", group=x.shape[1] // scale.shape[0], zeros=zero is not None)
     return _multiply(kind, x, (words, scale) if zero is None else (words, scale, zero), out_dtype, **options)
 
@@ -181,8 +177,10 @@ def fp8_matmul(
 ) -> jax.Array:
     """x is rounded to e4m3 by XLA, which fuses that into what made x."""
     refuse(x)
-    if scale.ndim == 1:
-        refuse_many_rows(x, "are faster in XLA's own e4m3 product")
+    if scale.ndim == 1 and x.shape[0] > MOST_NARROW_ROWS:
+        raise NotImplementedError(
+            f"{x.shape[0]} rows, more than {MOST_NARROW_ROWS}, are faster in XLA's own e4m3 product (measured)"
+        )
     narrow, scales = reference.narrowed(x, scale.ndim == 2, x_scale)
     kind = Kind("e4m3", group=None if scale.ndim == 1 else BLOCK, by_row=True)
     return _multiply(kind, narrow, (weight, scale, scales), out_dtype, **options)
@@ -192,11 +190,6 @@ def refuse(x: jax.Array) -> None:
     """NotImplementedError for what this implementation does not do."""
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"WGMMA takes bfloat16 activations here, got {x.dtype}")
-
-
-def refuse_many_rows(x: jax.Array, why: str) -> None:
-    if x.shape[0] > MOST_ROWS:
-        raise NotImplementedError(f"{x.shape[0]} rows, more than {MOST_ROWS}, {why}")
 
 
 def _multiply(
@@ -391,10 +384,8 @@ def _compute_warpgroup(shape: Shape, refs: _Refs, wg: jax.Array) -> None:
         def step(number: jax.Array, total: jax.Array) -> jax.Array:
             slot = lax.rem(before + number, jnp.int32(blocks.stages))
             plgpu.barrier_wait(refs.full.at[slot])
-            if not blocks.stream_only:
-                total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
-            if blocks.fence:
-                plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
+            total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
+            plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
             plgpu.barrier_arrive(refs.free.at[slot])
             return total
 
@@ -413,7 +404,7 @@ def _compute_warpgroup(shape: Shape, refs: _Refs, wg: jax.Array) -> None:
         _store(shape, refs, wg, unit, total, output)
 
     _walk(shape, visit)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the end of the kernel makes writes visible
 
 
 def by_output() -> Any:

@@ -113,9 +113,10 @@ def test_programs_of_a_cluster_that_fetch_x_together_change_no_bits():
     np.testing.assert_array_equal(bits_of(together), bits_of(alone))
 
 
-def test_many_rows_go_to_products_that_the_tensor_cores_bound():
-    with pytest.raises(NotImplementedError, match="513 rows, more than 512, are faster widened first"):
-        mosaic_sm90.refuse_many_rows(jnp.zeros((513, 128)), "are faster widened first")
+def test_many_rows_of_e4m3_are_left_to_xla():
+    x, weight = jnp.zeros((513, 128), jnp.bfloat16), jnp.zeros((64, 128), jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="513 rows, more than 512, are faster in XLA's own e4m3 product"):
+        mosaic_sm90.fp8_matmul(x, weight, jnp.ones(64))
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])

@@ -1,7 +1,7 @@
 """One GPU call: quantised products against float64, then tile choices against bf16, layer by layer. Prints and stops in
 time.
 
-python -m benchmarks.quant_sweep --out DIR [--seconds 140] [--part check,small,variants,triton,large]
+python -m benchmarks.quant_matmul --out DIR [--seconds 140] [--part check,small,variants,large]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kernels import seconds
-from pallas_kernels.quant_matmul import api, mosaic_sm90, packing, reference, triton, widen_sm90
+from pallas_kernels.quant_matmul import api, mosaic_sm90, packing, reference, widen_sm90
 from pallas_kernels.quant_matmul.specs import LAYERS, QUANT_MATMUL_SPECS, QuantMatmulSpec
 
 CONTRACT = (((1,), (1,)), ((), ()))
@@ -103,10 +103,6 @@ def make_weights(kind: str, K: int, N: int, count: int) -> Any:
             w = jax.random.normal(a, (N, K), jnp.bfloat16).astype(jnp.float8_e4m3fn)
             return w, jnp.full((K // 128, N), 0.02, jnp.float32)
         scale4 = (jax.random.uniform(b, (K // 128, N)) * 0.01 + 0.001).astype(jnp.bfloat16)
-        if kind == "t4":
-            return jax.random.bits(a, (N, K // 2), jnp.uint8), scale4
-        if kind == "t8":
-            return jax.lax.bitcast_convert_type(jax.random.bits(a, (N, K), jnp.uint8), jnp.int8), jnp.full((N,), 1e-3)
         bits = 4 if kind.startswith("int4") else 8
         shape = (N // 64, K // 64, packing.rows_of(bits), 128)
         words = jax.lax.bitcast_convert_type(jax.random.bits(a, shape, jnp.uint32), jnp.int32)
@@ -165,7 +161,7 @@ class Sweep:
     def show(self, r: dict[str, Any]) -> None:
         base = {(r["layer"], r["M"]): r["us"] for r in self.rows if r["kind"] == "bf16"}.get((r["layer"], r["M"]))
         K, N = LAYERS[r["layer"]]
-        size = {"bf16": 2, "int4": 0.5156, "int4z": 0.531, "t4": 0.5156}.get(r["kind"], 1.0)
+        size = {"bf16": 2, "int4": 0.5156, "int4z": 0.531}.get(r["kind"], 1.0)
         say(
             f"{r['layer']:8s} M{r['M']:<5d} {r['kind']:6s} {r['label']:36s} {r['us']:8.1f} us "
             f"{K * N * size / r['us'] / 1e6:5.2f} TB/s {2 * r['M'] * K * N / r['us'] / 1e6:6.0f} TF "
@@ -187,35 +183,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=140)
     parser.add_argument("--kinds", default="int8,int4,fp8")
-    parser.add_argument("--part", default="check,small,variants,triton,large")
+    parser.add_argument("--part", default="check,small,variants,large")
     options = parser.parse_args()
     parts, kinds = options.part.split(","), options.kinds.split(",")
     sweep = Sweep(options.seconds)
-    if "anatomy" in parts:
-        N = LAYERS["gate_up"][1]
-        LAYERS["tiny"] = (128, 256)
-        sweep.add("tiny", 8, "bf16", "xla", bf16)
-        sweep.add("tiny", 8, "int8", "mosaic", mosaic("int8", 8, 256))
-        sweep.add("tiny", 8, "int8", "1 warpgroup", mosaic("int8", 8, 256, warpgroups=1, stages=2))
-        sweep.add("gate_up", 8, "bf16", "xla", bf16)
-        for kind in ("int8", "int4", "fp8"):
-            sweep.add("gate_up", 8, kind, "mosaic", mosaic(kind, 8, N))
-            sweep.add("gate_up", 8, kind, "stream only", mosaic(kind, 8, N, stream_only=True))
-            sweep.add("gate_up", 8, kind, "stream only, 2 wg", mosaic(kind, 8, N, stream_only=True, warpgroups=2))
-            stages = mosaic_sm90.default_blocks(8, N, 4 if kind == "int4" else 8).stages
-            two = dict(warpgroups=2, programs=264, stages=max(2, stages))
-            sweep.add("gate_up", 8, kind, "stream only, 2 wg x 264", mosaic(kind, 8, N, stream_only=True, **two))
-        sweep.add("down", 8, "bf16", "xla", bf16)
-        for splits in (4, 8):
-            sweep.add(
-                "down",
-                8,
-                "int8",
-                f"stream only, splits {splits}",
-                mosaic("int8", 8, 4096, splits=splits, stream_only=True),
-            )
-        say(f"{len(sweep.jobs)} jobs lowered")
-        sweep.run()
     if "jt" in parts:
         spec = QuantMatmulSpec("jt", "int4", M=9, N=256, K=512, group=128, scale_dtype="bfloat16")
         arrays = spec.inputs()
@@ -242,7 +213,6 @@ def main() -> None:
             for kind in kinds:
                 sweep.add(layer, 64, kind, "cluster 2", mosaic(kind, 64, N, cluster=2))
                 sweep.add(layer, 64, kind, "cluster 4", mosaic(kind, 64, N, cluster=4))
-                sweep.add(layer, 1, kind, "no fence", mosaic(kind, 1, N, fence=False))
                 stages = mosaic_sm90.default_blocks(1, N, 4 if kind == "int4" else 8).stages
                 two = dict(warpgroups=2, programs=264, stages=max(2, stages))
                 sweep.add(layer, 1, kind, "2 warpgroups x 264", mosaic(kind, 1, N, **two))
@@ -258,23 +228,14 @@ def main() -> None:
         for M in (128, 512, 2048):
             sweep.add("gate_up", M, "bf16", "xla", bf16)
             for kind in kinds:
-                if M <= 512:
+                if M <= 512 or kind != "fp8":
                     sweep.add("gate_up", M, kind, "mosaic", mosaic(kind, M, N))
                 if kind in wide:
                     sweep.add("gate_up", M, kind, "widened", functools.partial(wide[kind], out_dtype=jnp.bfloat16))
     say(f"{len(sweep.jobs)} jobs lowered")
     sweep.run()
-    if "triton" in parts:
-        for layer, splits in (("gate_up", 1),):
-            for M in (1, 16):
-                for bits in (4, 8):
-                    b = triton.Blocks(outputs=64, splits=splits, num_stages=6)
-                    call = functools.partial(triton.matmul, bits=bits, blocks=b, out_dtype=jnp.bfloat16)
-                    sweep.add(layer, M, f"t{bits}", "triton 64 stages 6", call)
-    say(f"{len(sweep.jobs)} jobs lowered")
-    sweep.run()
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quant_sweep.json").write_text(json.dumps(sweep.rows, indent=1))
+    (options.out / "quant_matmul.json").write_text(json.dumps(sweep.rows, indent=1))
     say("done")
 
 
