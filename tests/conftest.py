@@ -10,6 +10,8 @@ from jaxllm.tokenizer import Tokenizer
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # Threads of XLA's CPU pool. Interpreted warpgroups wait for each other on them: two cores' worth would deadlock.
 os.environ.setdefault("NPROC", "16")
+# Devices to spread a model over; everything else runs on the first.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 
 @pytest.fixture(scope="session")

@@ -81,11 +81,12 @@ class Launched:
 @dataclass
 class Runner:
     params: Any
-    kv: KVCache
+    kv: KVCache | list[KVCache]  # a list of them: of each pipeline stage
     counts: jax.Array  # u16[S+1, V]; row S takes the writes of padding rows
     executables: Executables
     ladder: Ladder
     vocab_size: int
+    logits_sharding: jax.sharding.Sharding
     metrics: Metrics = field(default_factory=Metrics)
     steps: int = 0
     last_tokens: jax.Array = field(init=False)  # i32[S+1]: what each row sampled last
@@ -101,7 +102,7 @@ class Runner:
         rows = self.counts.shape[0] - 1
         self.last_tokens = jax.device_put(np.zeros(rows + 1, np.int32), self.counts.sharding)
         for bucket in self.ladder.decode_rows:
-            empty = jnp.zeros((bucket, self.vocab_size), jnp.float32, device=self.counts.sharding)
+            empty = jnp.zeros((bucket, self.vocab_size), jnp.float32, device=self.logits_sharding)
             self._logits[bucket] = empty
         self._page_table = np.zeros((rows, self.ladder.width), np.int32)
         self._num_pages = np.zeros(rows, np.int64)

@@ -25,8 +25,17 @@ from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.memory import MemoryPlan, estimate_workspace_bytes, logits_bytes, plan_memory
+from jaxllm.engine.memory import (
+    DoesNotFitError,
+    MemoryPlan,
+    estimate_workspace_bytes,
+    logits_bytes,
+    out_of_memory,
+    plan_memory,
+)
 from jaxllm.engine.policy import POLICIES
+from jaxllm.engine.replicas import ReplicatedEngine
+from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all
@@ -35,11 +44,14 @@ from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
+from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
 from jaxllm.graph.quant import stored
-from jaxllm.graph.quant.scheme import quantisation
+from jaxllm.graph.quant.scheme import Scheme, quantisation
+from jaxllm.graph.spread import Home, held_bytes
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
+from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
@@ -64,33 +76,73 @@ class StartReport:
 @contextmanager
 def _timed(report: StartReport, phase: str) -> Iterator[None]:
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise DoesNotFitError(out_of_memory(phase, report.memory, jax.devices()[0])) from error
     report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - start
     log.info("%s: %.2f s", phase, report.seconds[phase])
 
 
 def start(
     config: EngineConfig, *, device: Device = None, progress: Progress | None = None
-) -> tuple[Engine, StartReport]:
+) -> tuple[Engine | ReplicatedEngine, StartReport]:
     """Raises ConfigError, WeightsError or DoesNotFitError with what to change."""
     report = StartReport()
     tell = progress or (lambda phase, share: None)
     with _timed(report, "devices"):
-        device = device or jax.devices()[0]
+        meshes = stage_meshes(config.mesh, None if device is None else [device])
     directory = model_directory(config.model.path)
     with _timed(report, "config"):
         model_config = ModelConfig.from_directory(directory)
-        config = resolve(config, model_config.context_length, device.platform)
+        config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
         tokenizer = _tokenizer(directory)
         generation = read_generation_defaults(directory)
         named = tokenizer.eos_token_ids if tokenizer is not None else ()
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
-    _plan(config, model_config, _shapes(config, model_config, device), device)  # DoesNotFitError before it is loaded
-    with _timed(report, "weights"):
-        params = _params(config, model_config, directory, device, tell)
-    runner = _runner(config, model_config, params, device, report, tell)
-    pool = PagePool(runner.kv[0][0].shape[0], config.cache.page_size)
+        replicas = [homes_of(model_config, stages, config.mesh) for stages in meshes]
+        if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+            largest = tokenizer.vocab_size - 1
+            raise ConfigError(
+                f"{directory / 'tokenizer.json'}: token ids up to {largest}, but config.json has "
+                f"vocab_size = {model_config.vocab_size}: they must be below it"
+            )
+    _plan(config, replicas[0], _shapes(config, model_config, replicas[0]))  # DoesNotFitError before it is loaded
+    grammars = _grammars(directory, model_config)
+    engines = []
+    for homes in replicas:
+        with _timed(report, "weights"):
+            params = _params(config, model_config, homes, directory, tell)
+        for runner, num_pages in _runners(config, homes, params, report, tell):
+            scheduler = _scheduler(config, num_pages, runner)
+            engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
+    log.info("%s", report)
+    if len(engines) > 1:
+        return ReplicatedEngine(tuple(engines)), report
+    if replicas[0][0].placement is None:
+        engines[0].residency = _residency(engines[0].runner, model_config, config, replicas[0], directory)
+    return engines[0], report
+
+
+def _residency(
+    runner: Runner, model_config: ModelConfig, config: EngineConfig, homes: tuple[Home, ...], directory: Path
+) -> Residency:
+    """Of a model that lies on one device: spread ones cannot yet sleep or be given new weights."""
+
+    def read(source: Path) -> Params:
+        dummy = source == directory and config.model.load_format == "dummy"
+        model = config.model if dummy else dataclasses.replace(config.model, load_format="auto")
+        again = dataclasses.replace(config, model=model)
+        return _params(again, model_config, homes, source, lambda phase, share: None)[0]
+
+    return Residency(runner, lambda source: loader.check(source, model_config), read, directory)
+
+
+def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:
+    pool = PagePool(num_pages, config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -99,10 +151,7 @@ def start(
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
-    scheduler = Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
-    log.info("%s", report)
-    grammars = _grammars(directory, model_config)
-    return Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars), report
+    return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
@@ -119,106 +168,124 @@ def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | N
     return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos))
 
 
-def _params(config: EngineConfig, model_config: ModelConfig, directory: Path, device: Device, tell: Progress) -> Params:
-    dtype = jnp.dtype(config.model.dtype)
-    scheme = quantisation(config.model)
+def _params(
+    config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...], directory: Path, tell: Progress
+) -> list[Params]:
+    """The parameters of each stage."""
+    dtype, stages = jnp.dtype(config.model.dtype), Stages.of(model_config, homes)
+    scheme = _scheme(config, model_config, homes)
     if config.model.load_format == "dummy":
-        params = random.dummy(model_config, dtype, config.seed, device, scheme)
+        random.dummy(model_config, dtype, config.seed, homes[0].device, scheme, stages.place)
     else:
+        alone = len(homes) == 1 and homes[0].placement is None
+        through = homes[0].device if alone else jax.local_devices(backend="cpu")[0]  # no device need hold a whole leaf
         progress = lambda done, total: tell("weights", done / total)  # noqa: E731
-        params = loader.load(directory, model_config, dtype, device, progress, scheme)
-    return jax.block_until_ready(params)
+        loader.load(directory, model_config, dtype, through, progress, scheme, stages.place)
+    return jax.block_until_ready(list(stages.trees))
 
 
-def _shapes(config: EngineConfig, model_config: ModelConfig, device: Device) -> Params:
-    """The parameters' shapes where they will lie."""
+def _scheme(config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...]) -> Scheme:
     scheme = quantisation(config.model)
     scheme.check(model_config)
-    _, shapes = abstract(model_config, jnp.dtype(config.model.dtype))
-    shapes = scheme.shapes(shapes) if model_config.stored is None else stored.shapes(model_config.stored, shapes)
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    quantised = scheme.kind != "none" or model_config.stored is not None
+    if quantised and (len(homes) > 1 or any(home.placement is not None for home in homes)):
+        raise ConfigError("mesh: quantised weights run on one device; leave tensor, pipe, expert and seq at 1")
+    return scheme
+
+
+def _shapes(config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...]) -> list[Params]:
+    """The parameters' shapes where they will lie."""
+    scheme, found = _scheme(config, model_config, homes), []
+    for home in homes:
+        shapes = home.shapes(jnp.dtype(config.model.dtype))
+        if model_config.stored is not None:
+            shapes = _at(stored.shapes(model_config.stored, shapes), home.whole)
+        elif scheme.kind != "none":
+            shapes = _at(scheme.shapes(shapes), home.whole)
+        found.append(shapes)
+    return found
+
+
+def _at(shapes: Params, sharding: jax.sharding.Sharding) -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def _plan(
-    config: EngineConfig, model_config: ModelConfig, params: Params, device: Device, workspace: int | None = None
-) -> tuple[MemoryPlan, KVCacheSpec]:
+    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], workspace: int | None = None
+) -> tuple[MemoryPlan, list[KVCacheSpec]]:
+    """Of one device of the fullest stage; the pages of each stage, which each lane of the pipeline gets."""
     dtype, page_size = jnp.dtype(config.model.dtype), config.cache.page_size
-    spec = KVCacheSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, page_size, 0, dtype)
-    weights_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    if workspace is None:
-        workspace = estimate_workspace_bytes(config, model_config)
-    plan = plan_memory(config, model_config, spec, weights_bytes, workspace, device)
-    return plan, spec.with_pages(plan.num_pages)
+    plans, specs = [], []
+    for home, own in zip(homes, params):
+        held = home.held
+        spec = KVCacheSpec(held.num_layers, held.num_kv_heads, held.head_dim, page_size, 0, dtype)
+        needed = estimate_workspace_bytes(config, held) if workspace is None else workspace
+        plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.device))
+        specs.append(spec)
+    plan, deep = min(plans, key=lambda plan: plan.num_pages), config.mesh.seq
+    lane = max(1, plan.num_pages // len(homes))
+    pages = lane * deep if config.cache.num_pages is None else max(1, lane // deep) * deep
+    return plan, [spec.with_pages(pages) for spec in specs]
 
 
-def _runner(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    params: Params,
-    device: Device,
-    report: StartReport,
-    tell: Progress,
-) -> Runner:
-    executables, ladder, spec = _compile(config, model_config, params, device, report, tell)
-    with _timed(report, "cache"):
-        kv = allocate(spec, device)
-        rows = config.scheduler.max_num_seqs
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        counts = jnp.zeros((rows + 1, model_config.vocab_size), jnp.uint16, device=sharding)
-    runner = Runner(params, kv, counts, executables, ladder, model_config.vocab_size)
-    with _timed(report, "warm-up"):
-        runner.warm_up()
+def _runners(
+    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
+) -> Iterator[tuple[Runner, int]]:
+    """One a pipeline stage, so that every stage has work, each with the pages it owns; they share the parameters."""
+    executables, ladder, specs = _compile(config, homes, params, report, tell)
+    final = homes[-1]
+    for _ in homes:
+        with _timed(report, "cache"):
+            kv = [allocate(home.kv_shapes(spec)) for home, spec in zip(homes, specs)]
+            shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
+            counts = jnp.zeros(shape, jnp.uint16, device=final.whole)
+        logits = final.sharding("logits")
+        own = (params[0], kv[0]) if len(homes) == 1 else (params, kv)
+        runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits)
+        with _timed(report, "warm-up"):
+            runner.warm_up()
+        yield runner, specs[0].num_pages
     if config.compile.directory is not None and report.compile_cache.usable:
         seal(config.compile.directory)
-    return runner
 
 
 def _compile(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    params: Params,
-    device: Device,
-    report: StartReport,
-    tell: Progress,
-) -> tuple[Executables, Ladder, KVCacheSpec]:
+    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
+) -> tuple[Executables, Ladder, list[KVCacheSpec]]:
     """Every executable, and the cache they are compiled for. Allocates nothing: shapes are enough."""
     if config.compile.directory is not None:
         with _timed(report, "compile cache"):
             report.compile_cache = open_cache(config.compile.directory)
-    page_size = config.cache.page_size
-    ladder = Ladder(
-        config.compile.decode_buckets,
-        config.compile.token_buckets,
-        -(-config.model.max_model_len // page_size),
-        config.scheduler.deterministic,
-    )
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    counts = jax.ShapeDtypeStruct(
-        (config.scheduler.max_num_seqs + 1, model_config.vocab_size), jnp.uint16, sharding=sharding
-    )
-    graphdef, _ = abstract(model_config, jnp.dtype(config.model.dtype))
+    page_size, width = config.cache.page_size, -(-config.model.max_model_len // config.cache.page_size)
+    deterministic = config.scheduler.deterministic
+    ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width, deterministic)
+    final, dtype = homes[-1], jnp.dtype(config.model.dtype)
+    counts_shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
+    counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=final.whole)
+    graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
+    reference = config.compile.kernels == "reference"
     threads = config.compile.threads or os.cpu_count() or 1
     workspace: int | None = None
     while True:
-        report.memory, spec = _plan(config, model_config, params, device, workspace)
-        reference = config.compile.kernels == "reference"
-        graph = Graph(graphdef, model_config, page_size, spec.num_pages, reference)
+        report.memory, specs = _plan(config, homes, params, workspace)
+        pages = specs[0].num_pages
+        graphs = [
+            Graph(graphdef, home.model, page_size, pages, reference, placement=home.placement)
+            for graphdef, home in zip(graphdefs, homes)
+        ]
+        kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
         with _timed(report, "compile"):
-            executables = compile_all(
-                graph,
-                ladder,
-                params,
-                spec.shapes(sharding),
-                counts,
-                threads=threads,
-                progress=lambda done, total: tell("compile", done / total),
-            )
+            how = {"threads": threads, "progress": lambda done, total: tell("compile", done / total)}
+            if len(homes) == 1:
+                executables = compile_all(graphs[0], ladder, params[0], kv[0], counts, **how)
+            else:
+                wholes = [home.whole for home in homes]
+                executables = compile_stages(graphs, ladder, params, kv, counts, wholes, **how)
         report.executables = len(executables.table)
-        measured = executables.temporary_bytes + logits_bytes(config, model_config)
+        measured = executables.temporary_bytes + logits_bytes(config, final.held)
         report.memory = dataclasses.replace(report.memory, measured_bytes=measured)
         if report.memory.limit_bytes is None or measured <= report.memory.workspace_bytes:
-            return executables, ladder, spec
+            return executables, ladder, specs
         log.info("the executables need %d bytes of workspace: fewer pages, compiled again", measured)
         workspace = measured
 
@@ -227,13 +294,14 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     """Fill config.compile.directory with all that `start` would compile; reads no weights, allocates nothing."""
     report = StartReport()
     with _timed(report, "devices"):
-        device = device or jax.devices()[0]
+        meshes = stage_meshes(config.mesh, None if device is None else [device])
     model_config = ModelConfig.from_directory(model_directory(config.model.path))
-    config = resolve(config, model_config.context_length, device.platform)
+    config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
-    params = _shapes(config, model_config, device)
-    _compile(config, model_config, params, device, report, progress or (lambda phase, share: None))
+    homes = homes_of(model_config, meshes[0], config.mesh)
+    params = _shapes(config, model_config, homes)
+    _compile(config, homes, params, report, progress or (lambda phase, share: None))
     if report.compile_cache.usable:
         seal(config.compile.directory)
     return report

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,16 @@ import jax.numpy as jnp
 from jaxllm.core import MAX_LOGIT_BIAS
 from jaxllm.graph import sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
-from jaxllm.graph.steps import Graph, SampleMode
+from jaxllm.graph.steps import Graph, SampleMode, Stepped
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
 Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
+# The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
+WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
+STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, LOGITS, WHOLE), Stepped(WHOLE, KV, WHOLE, LOGITS, WHOLE)
+SAMPLE_TAKES, SAMPLE_GIVES = (WHOLE, WHOLE, LOGITS, *[WHOLE] * 4), (WHOLE, WHOLE, WHOLE)
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -80,7 +84,7 @@ class Ladder:
 class Executables:
     """Compiled step functions by what they are and their bucket, and how long each took."""
 
-    table: dict[Key, jax.stages.Compiled] = field(default_factory=dict)
+    table: dict[Key, Any] = field(default_factory=dict)
     seconds: dict[Key, float] = field(default_factory=dict)
     traces: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -90,23 +94,27 @@ class Executables:
         return max((analysis.temp_size_in_bytes for analysis in self._memory()), default=0)
 
     def _memory(self) -> Iterable[Any]:
-        for executable in self.table.values():
+        for executable in self._compiled():
             analysis = executable.memory_analysis()
             if analysis is not None:
                 yield analysis
 
-    def step(self, shape: StepShape) -> jax.stages.Compiled:
+    def step(self, shape: StepShape) -> Any:
         return self.table["step", shape]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
 
-    def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
+    def prompt_logprobs(self, tokens: int) -> Any:
         return self.table["prompt_logprobs", tokens]
 
     def texts(self) -> list[str]:
         """Each compiled module as XLA prints it, with the scope of every instruction."""
-        return [text for program in self.table.values() if (text := program.as_text())]
+        return [text for program in self._compiled() if (text := program.as_text())]
+
+    def _compiled(self) -> list[jax.stages.Compiled]:
+        """Without those that are composed of others here."""
+        return [executable for executable in self.table.values() if isinstance(executable, jax.stages.Compiled)]
 
     @property
     def set_counts(self) -> jax.stages.Compiled:
@@ -117,30 +125,63 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _jobs(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any) -> Iterable[Job]:
-    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change."""
+def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, last_tokens: Any) -> Iterable[Job]:
+    """A pipeline stage before the last."""
+    params, kv = _abstract(params), _abstract(kv)
+    spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
+    for shape in ladder.shapes():
+        carry, role = (last_tokens, "whole") if number == 0 else residual(graph, shape, params)
+        gives = (residual(graph, shape, params)[1], "kv")
+        function = spread(functools.partial(steps.pass_on, graph, shape), ("params", "kv", role, "whole"), gives)
+        packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=last_tokens.sharding)
+        carry = jax.ShapeDtypeStruct(carry.shape, carry.dtype, sharding=carry.sharding)
+        yield ("stage", number, shape), jax.jit(function, donate_argnums=(1,)), (params, kv, carry, packed)
+
+
+def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
+    """The residual stream between two stages of a step of this shape, where it lies in the later one, and its role."""
+    leaf = jax.tree.leaves(params)[0]
+    parts = ["context"] * graph.dealt(shape)[2] + ["tokens"] * graph.exchange(shape).scatter
+    role = " ".join(parts) or "whole"
+    sharding = leaf.sharding if graph.placement is None else graph.placement.sharding(role)
+    return jax.ShapeDtypeStruct((shape.tokens, graph.config.d_model), leaf.dtype, sharding=sharding), role
+
+
+def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, stage: int = 0) -> Iterable[Job]:
+    """Everything the request path runs. State is donated: it is updated in place, at addresses that do not change.
+
+    With `stage`, of a pipeline's last stage, which is that one.
+    """
     params, kv, counts = _abstract(params), _abstract(kv), _abstract(counts)
     sharding = counts.sharding
+    spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
     vocab = graph.config.vocab_size
 
     def spec(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    def logits(rows: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
+
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
         # keep_unused: the logits' memory comes in only to be written over.
-        jitted = jax.jit(functools.partial(steps.step, graph, shape), donate_argnums=(1, 2, 3), keep_unused=True)
-        logits = spec(jnp.float32, shape.rows, vocab)
-        yield ("step", shape), jitted, (params, kv, last_tokens, logits, spec(jnp.int32, shape.packed_size))
+        more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
+        function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
+        jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
+        packed = spec(jnp.int32, shape.packed_size)
+        key = ("stage", stage, shape) if stage else ("step", shape)
+        yield key, jitted, (params, kv, last_tokens, logits(shape.rows), packed, *more)
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = counts, last_tokens, spec(jnp.float32, rows, vocab), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        args = counts, last_tokens, logits(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
         for mode in steps.SAMPLER_MODES:
-            jitted = jax.jit(functools.partial(steps.sample, mode), donate_argnums=(0, 1))
-            yield ("sample", rows, mode), jitted, args
+            function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
+            yield ("sample", rows, mode), jax.jit(function, donate_argnums=(0, 1)), args
     for tokens in ladder.mixed_tokens:
-        jitted = jax.jit(functools.partial(steps.prompt_logprobs, graph))
+        function = functools.partial(steps.prompt_logprobs, graph)
+        jitted = jax.jit(spread(function, ("params", "whole", "whole"), ("whole",) * 4))
         hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
         yield ("prompt_logprobs", tokens), jitted, (params, hidden, spec(jnp.int32, tokens))
     scalar = spec(jnp.int32)
@@ -158,9 +199,14 @@ def compile_all(
     threads: int,
     progress: Progress | None = None,
 ) -> Executables:
+    """All that a model on one device or mesh runs."""
+    return compile_jobs(jobs_of(graph, ladder, params, kv, counts), threads, progress)
+
+
+def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None) -> Executables:
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
-    jobs = list(_jobs(graph, ladder, params, kv, counts))
+    jobs = list(wanted)
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
         start = time.perf_counter()

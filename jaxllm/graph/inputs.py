@@ -40,6 +40,7 @@ class StepInputs:
     """What one step reads. Row r's queries are the last of its kv_lens[r] keys; kv_lens 0 marks a padding row."""
 
     token_ids: Int[Array, " T"]
+    rows: Int[Array, " T"]  # of each token; any for padding
     positions: Int[Array, " T"]  # of each token in its own sequence; 0 for padding
     slots: Int[Array, " T"]  # page * page_size + offset; the first slot past the pool for padding: dropped
     kv_lens: Int[Array, " R"]  # with this step's tokens
@@ -108,7 +109,7 @@ def unpack(
     positions = jnp.where(live, positions, 0)
     slots = table[row, positions // page_size] * page_size + positions % page_size
     slots = jnp.where(live, slots, num_pages * page_size)
-    return StepInputs(token_ids, positions, slots, kv_lens, state_rows, table, starts)
+    return StepInputs(token_ids, row, positions, slots, kv_lens, state_rows, table, starts)
 
 
 class SampleRow(NamedTuple):

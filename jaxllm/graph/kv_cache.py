@@ -37,6 +37,10 @@ class KVCacheSpec:
     def with_pages(self, num_pages: int) -> KVCacheSpec:
         return dataclasses.replace(self, num_pages=num_pages)
 
+    def repeated(self, devices: int) -> KVCacheSpec:
+        """From the kv heads of one device to those of all."""
+        return dataclasses.replace(self, num_kv_heads=self.num_kv_heads * devices)
+
     def shapes(self, sharding: jax.sharding.Sharding) -> list[Any]:
         """What `allocate` gives, before it exists."""
         leaf = jax.ShapeDtypeStruct(self.page_shape, self.dtype, sharding=sharding)
@@ -47,8 +51,8 @@ class KVCacheSpec:
         return self.num_pages, self.num_kv_heads, self.page_size, self.head_dim
 
 
-def allocate(spec: KVCacheSpec, device: Device) -> KVCache:
-    """Zeroed pages made on the device; never staged through the host."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    zeros = jax.jit(lambda: jnp.zeros(spec.page_shape, spec.dtype), out_shardings=sharding)
-    return [(zeros(), zeros()) for _ in range(spec.num_layers)]
+def allocate(shapes: list[Any]) -> KVCache:
+    """Zeroed pages made where they will lie; never staged through the host."""
+    leaf = shapes[0][0]  # layers are alike
+    zeros = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)
+    return [(zeros(), zeros()) for _ in shapes]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,15 +24,20 @@ from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.graph.models.decoder import Decoder, Params, merge, plainly
+from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
 from pallas_kernels.decode_chain.api import decode_chain
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from pallas_kernels.partial_attention.api import partial_attention
+from sharding.collectives import ALONE, Exchange
+from sharding.context import Context
+from sharding.placement import Placement
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
 _decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
 _write = jax.jit(page_write)
+_partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
 _onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
@@ -66,20 +72,56 @@ class Graph:
     config: ModelConfig
     page_size: int
     num_pages: int
-    reference_attention: bool = (
-        False  # pin jnp attention and single products: to tell a kernel's fault from the model's
-    )
+    # Pin jnp attention and single products: to tell a kernel's fault from the model's.
+    reference_attention: bool = False
+    chained: bool = False  # one kernel from attention to attention: batch-invariant, not yet faster than XLA's products
+    # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
+    placement: Placement | None = None
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
         return merge(self.graphdef, params)
 
+    def exchange(self, shape: StepShape | None = None) -> Exchange:
+        """How the shards meet: in a step of this shape, or at the head."""
+        if self.placement is None:
+            return ALONE
+        if shape is None or shape.decode:
+            return self.placement.exchange()
+        share = self.context is not None and self.context.shares(shape.tokens)
+        return self.placement.exchange(shape.tokens // self.placement.config.seq if share else shape.tokens)
 
-def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
+    def onward(self, exchange: Exchange) -> Onward:
+        """What is done between two attentions: shards of a layer must meet on the way."""
+        if self.chained and exchange is ALONE:
+            return _onward
+        return plainly if exchange is ALONE else functools.partial(plainly, exchange=exchange)
+
+    @property
+    def context(self) -> Context | None:
+        """Set where the keys of a sequence are spread over devices."""
+        return None if self.placement is None else self.placement.context
+
+    def dealt(self, shape: StepShape) -> tuple[Callable[[Array], Array], Callable[[Array], Array], bool]:
+        """How this step's tokens are dealt out for the products, and brought together again; and whether they are."""
+        context = self.context
+        if context is None or shape.decode or not context.shares(shape.tokens):
+            return (lambda x: x), (lambda x: x), False
+        return context.own, context.all, True
+
+    def logits_sharding(self, alone: jax.sharding.Sharding) -> jax.sharding.Sharding:
+        """Of [R, V] logits, given that of everything on one device."""
+        return alone if self.placement is None else self.placement.sharding("logits")
+
+
+def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache, share: bool = False) -> Attend:
     """The attention callback of serving: write this step's keys and values to their pages, then read the pages.
 
-    `kv` is updated in place as the layers go by, so after the model call it holds the new pages.
+    `kv` is updated in place as the layers go by, so after the model call it holds the new pages. With `share`, each
+    device along the context's axis comes with its share of the tokens.
     """
+    if graph.context is not None:
+        return context_attend(graph, graph.context, inputs, kv, share)
     scale = graph.config.attention_scale
     decode, ragged = ("reference", "reference_wide") if graph.reference_attention else (None, None)
 
@@ -92,6 +134,24 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache) -> Attend:
             return _decode(q, *pages, *rows, scale=scale, window=window, implementation=decode)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
         return _ragged(q, *pages, *args, scale=scale, window=window, implementation=ragged)
+
+    return attend
+
+
+def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCache, share: bool) -> Attend:
+    """The same where every device holds some of each row's keys."""
+    own_pages, page_size = kv[0][0].shape[0], graph.page_size
+    slots = context.slots(inputs.slots, page_size, own_pages)
+    live = inputs.slots < graph.num_pages * page_size
+    positions = jnp.where(live, inputs.positions, -1)
+    keys = context.keys(inputs.page_table, inputs.kv_lens, inputs.rows, positions, page_size)
+
+    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+        if share:
+            q, k, v = context.all(q), context.all(k), context.all(v)
+        kv[layer] = _write(*kv[layer], k, v, slots)
+        out, lse = _partial(q, *kv[layer], keys.table, inputs.rows, keys.visible, scale=graph.config.attention_scale)
+        return context.merge(out, lse, share).astype(q.dtype)
 
     return attend
 
@@ -114,25 +174,50 @@ def step(
     last_tokens: Int[Array, " S1"],
     logits: Float[Array, "R V"],
     packed: Int[Array, " n"],
+    x: Float[Array, "T D"] | None = None,
 ) -> Stepped:
     """One pass over the step's tokens, and each row's most likely next token, which the next step may read.
 
-    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address.
+    `logits` is the memory of an earlier step's: donated, so that the new ones come to the same address. `x` is what the
+    pipeline stage before passed on; without it this is the whole model.
     """
     del logits
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
     kv = list(kv)
     model = graph.model(params)
-    onward = plainly if graph.reference_attention else _onward
-    hidden = model(inputs.token_ids, inputs.positions, paged_attend(graph, inputs, kv), onward)
+    own, together, share = graph.dealt(shape)
+    exchange = graph.exchange(shape)
+    x = model.begin(own(inputs.token_ids), exchange) if x is None else x
+    attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
+    hidden = together(model.end(model.through(x, own(inputs.positions), attend, onward, exchange), exchange))
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
-    tokens, bad = sampling.greedy(logits)
+    tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
     return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden)
 
 
+def pass_on(
+    graph: Graph,
+    shape: StepShape,
+    params: Params,
+    kv: KVCache,
+    carry: Int[Array, " S1"] | Float[Array, "T D"],
+    packed: Int[Array, " n"],
+) -> tuple[Float[Array, "T D"], KVCache]:
+    """A pipeline stage before the last: from the rows' last tokens, or the stage before, to the stage behind."""
+    starts = jnp.issubdtype(carry.dtype, jnp.integer)
+    last_tokens = carry if starts else jnp.zeros(1, jnp.int32)
+    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
+    kv, model, exchange = list(kv), graph.model(params), graph.exchange(shape)
+    own, _, share = graph.dealt(shape)
+    x = model.begin(own(inputs.token_ids), exchange) if starts else carry
+    attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
+    return model.through(x, own(inputs.positions), attend, onward, exchange), kv
+
+
 def sample(
+    exchange: Exchange,
     mode: SampleMode,
     counts: UInt[Array, "S1 V"],
     last_tokens: Int[Array, " S1"],
@@ -149,7 +234,7 @@ def sample(
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
     top = MAX_LOGPROBS if mode is SampleMode.LOGPROBS else 0
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
-        logits, inputs, counts, num_logprobs=top, truncates=mode is not SampleMode.RANDOM
+        exchange.vocabulary(logits), inputs, counts, num_logprobs=top, truncates=mode is not SampleMode.RANDOM
     )
     last_tokens = last_tokens.at[inputs.row].set(tokens)
     tokens = jnp.where(bad, -1, tokens)
@@ -165,11 +250,11 @@ def prompt_logprobs(
 
     Blocks of positions take turns, so that the [T, V] logits never exist at one time.
     """
-    model, total = graph.model(params), hidden.shape[0]
+    model, exchange, total = graph.model(params), graph.exchange(), hidden.shape[0]
     block = min(LOGPROB_BLOCK, total)
 
     def one_block(args: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
-        return sampling.token_logprobs(model.logits(args[0]), args[1], MAX_LOGPROBS)
+        return sampling.token_logprobs(exchange.vocabulary(model.logits(args[0])), args[1], MAX_LOGPROBS)
 
     pad = -total % block
     rows = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, block, hidden.shape[1])

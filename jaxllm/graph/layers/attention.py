@@ -34,7 +34,7 @@ class Attention(nnx.Module):
         self.qkv = parameter((rows, d_model), ("qkv", "embed"), dtype, rngs)
         self.o = parameter((d_model, q_rows), ("embed", "heads"), dtype, rngs)
         self.qkv_bias = parameter((rows,), ("qkv",), dtype, rngs, "zeros") if config.qkv_bias else None
-        self.o_bias = parameter((d_model,), ("embed",), dtype, rngs, "zeros") if config.o_bias else None
+        self.o_bias = parameter((d_model,), ("once",), dtype, rngs, "zeros") if config.o_bias else None
         self.qk_norms = (
             parameter((2, config.head_dim), (None, "head_dim"), dtype, rngs, "ones") if config.qk_norm else None
         )

@@ -50,7 +50,7 @@ def linear(
     """x @ weight.T + bias, cast back to x's dtype after the bias."""
     if bias is None and isinstance(weight, QuantisedWeight):
         return weight.project(x, x.dtype)  # its kernel casts
-    if bias is None and x.dtype == weight.dtype != jnp.float32:
+    if bias is None and not isinstance(weight, QuantisedWeight) and x.dtype == weight.dtype != jnp.float32:
         # The matmul sums in f32 and rounds its result itself: a pass over f32 results costs 10% of a long prefill.
         contract = (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, weight, contract, preferred_element_type=x.dtype)

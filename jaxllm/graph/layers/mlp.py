@@ -24,7 +24,7 @@ class MLP(nnx.Module):
         self.gate_up = parameter((2 * d_ff, d_model), ("gate_up", "embed"), dtype, rngs)
         self.down = parameter((d_model, d_ff), ("embed", "ffn"), dtype, rngs)
         self.gate_up_bias = parameter((2 * d_ff,), ("gate_up",), dtype, rngs, "zeros") if config.mlp_bias else None
-        self.down_bias = parameter((d_model,), ("embed",), dtype, rngs, "zeros") if config.mlp_bias else None
+        self.down_bias = parameter((d_model,), ("once",), dtype, rngs, "zeros") if config.mlp_bias else None
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -19,6 +19,7 @@ from jaxllm.graph.layers.mlp import MLP
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.models.config import ExpertsConfig, ModelConfig
 from pallas_kernels.grouped_matmul.api import route, routed_mlp
+from sharding.collectives import ALONE, Exchange
 
 # Layers of one shape share one trace.
 _route = jax.jit(route, static_argnames=("k", "norm_topk"))
@@ -40,12 +41,14 @@ class MoE(nnx.Module):
         self.shared = MLP(dense, dtype, rngs) if shared else None
         self.shared_gate = parameter((1, D), (None, "embed"), dtype, rngs) if shared else None
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
         tokens = x.reshape(-1, x.shape[-1])
         logits = project(tokens, self.router[...])
         ids, weights = _route(logits, k=self.experts.per_token, norm_topk=self.experts.norm_topk)
-        leaves = self.experts_gate_up[...], self.experts_down[...]
-        out = _routed_mlp(tokens, *leaves, ids, weights, elsewhere=False).reshape(x.shape)
+        gate_up, down = self.experts_gate_up[...], self.experts_down[...]
+        elsewhere = gate_up.shape[0] < self.experts.count  # other devices hold experts too
+        ids = exchange.own_experts(ids, gate_up.shape[0])
+        out = _routed_mlp(tokens, gate_up, down, ids, weights, elsewhere=elsewhere).reshape(x.shape)
         if self.shared is None or self.shared_gate is None:
             return out
         share = jax.nn.sigmoid(project(x, self.shared_gate[...]))

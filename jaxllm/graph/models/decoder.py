@@ -1,9 +1,10 @@
 """The decoder-only transformer all families share, as a Flax description and as pure functions of a pytree.
 
-In: token ids, positions, `attend`, a callback that does the attention of one layer, and `onward`, one that does all
-that lies between two attentions. Out: final hidden states, and f32 logits for the ones asked for. Knows nothing of
-pages, batches, ranks or sampling, nor where weights come from: `abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of
-arrays into `graphdef` inside its trace.
+In: token ids, positions, `attend`, a callback that does the attention of one layer, `onward`, one that does all that
+lies between two attentions, and `exchange`, through which the shards of a spread model meet. Out: final hidden states,
+and f32 logits for the ones asked for. Knows nothing of pages, batches, ranks or sampling, nor where weights come from:
+`abstract(config)` gives their shapes, `axes(config)` their logical axes, and a step merges a plain pytree of arrays
+into `graphdef` inside its trace.
 
     graphdef, shapes = abstract(config, dtype)
     model = merge(graphdef, params)                  # in the trace
@@ -13,6 +14,7 @@ arrays into `graphdef` inside its trace.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.layers.rope import rotations
 from jaxllm.graph.models.config import ModelConfig
+from sharding.collectives import ALONE, Exchange
 
 Params = dict[Any, Any]  # nested plain dict; keys are attribute names and layer numbers, leaves are arrays
 
@@ -43,41 +46,63 @@ class Layer(nnx.Module):
         experts = config.experts if config.sparse_layers[layer] else None
         self.mlp = MLP(config, dtype, rngs) if experts is None else MoE(config, experts, dtype, rngs)
 
-    def enter(self, x: Float[Array, "... D"]) -> Float[Array, "... R"]:
+    def enter(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... R"]:
         """Everything before attention: queries, keys and values."""
-        return self.attention.project(rms_norm(x, self.norms[...][0], self.norm_eps))
+        return self.attention.project(exchange.enter(rms_norm(x, self.norms[...][0], self.norm_eps)))
 
-    def leave(self, x: Float[Array, "... D"], mixed: Float[Array, "... NH"]) -> Float[Array, "... D"]:
+    def leave(
+        self, x: Float[Array, "... D"], mixed: Float[Array, "... NH"], exchange: Exchange = ALONE
+    ) -> Float[Array, "... D"]:
         """Everything after attention: the hidden states the next layer sees."""
-        x = x + self.attention.output(mixed)
-        return x + self.mlp(rms_norm(x, self.norms[...][1], self.norm_eps))
+        x = x + exchange.leave(self.attention.output(mixed))
+        read = exchange.enter(rms_norm(x, self.norms[...][1], self.norm_eps))
+        return x + exchange.leave(self.mlp(read, exchange) if isinstance(self.mlp, MoE) else self.mlp(read))
 
 
-# onward(layer, the next or None, x[..., D], attention's output[..., NH]) -> the next x, and its qkv if there is one
+# onward(layer, the next layer or None, x[..., D], attention's output[..., NH]) -> the next x, and the next qkv or None
 Onward = Callable[[Layer, Layer | None, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
 def plainly(
-    layer: Layer, following: Layer | None, x: jax.Array, mixed: jax.Array
+    layer: Layer, following: Layer | None, x: jax.Array, mixed: jax.Array, exchange: Exchange = ALONE
 ) -> tuple[jax.Array, jax.Array | None]:
     """From one attention to the next, a product at a time."""
-    x = layer.leave(x, mixed)
-    return x, None if following is None else following.enter(x)
+    x = layer.leave(x, mixed, exchange)
+    return x, None if following is None else following.enter(x, exchange)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Which ends of the model a part of its layers brings with it: the embedding, the final norm and head."""
+
+    first: bool = True
+    last: bool = True
+
+
+WHOLE = Ends()
 
 
 class Decoder(nnx.Module):
-    """Leaves: embed [V, D], layers, final_norm [D], and head [V, D] when untied.
+    """Leaves: embed [V, D], layers, final_norm [D], and head [V, D] when untied; of a part, only those of its `ends`.
 
     Without `rngs` the leaves are ShapeDtypeStructs: a description. With them, arrays to start training from.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.bfloat16) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        ends: Ends = WHOLE,
+    ) -> None:
         self.config = config
         table = (config.vocab_size, config.d_model)
-        self.embed = parameter(table, ("vocab", "embed"), dtype, rngs)
+        tied = ends.last and config.tie_embeddings
+        self.embed = parameter(table, ("vocab", "embed"), dtype, rngs) if ends.first or tied else None
         self.layers = nnx.List([Layer(config, layer, dtype, rngs) for layer in range(config.num_layers)])
-        self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones")
-        self.head = None if config.tie_embeddings else parameter(table, ("vocab", "embed"), dtype, rngs)
+        self.final_norm = parameter((config.d_model,), ("embed",), dtype, rngs, "ones") if ends.last else None
+        self.head = parameter(table, ("vocab", "embed"), dtype, rngs) if ends.last and not tied else None
 
     def __call__(
         self,
@@ -87,17 +112,41 @@ class Decoder(nnx.Module):
         onward: Onward = plainly,
     ) -> Float[Array, "... D"]:
         """Hidden states after the final norm. Leading dims are free: [T] when serving, [B, T] when training."""
-        x = self.embed[...].at[token_ids].get(mode="clip")
+        return self.end(self.through(self.begin(token_ids), positions, attend, onward))
+
+    def begin(self, token_ids: Int[Array, "*lead"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
+        """The residual stream before the first layer."""
+        assert self.embed is not None, "a part without its first end"
+        return exchange.leave(exchange.lookup(self.embed[...], token_ids))
+
+    def through(
+        self,
+        x: Float[Array, "... D"],
+        positions: Int[Array, "*lead"],
+        attend: Attend,
+        onward: Onward = plainly,
+        exchange: Exchange = ALONE,
+    ) -> Float[Array, "... D"]:
+        """The residual stream after this model's layers. An `onward` that is given knows the exchange."""
         turned = rotations(positions, self.config.rope, self.config.head_dim)
         layers = list(self.layers)
-        qkv = layers[0].enter(x)
+        qkv: jax.Array | None = layers[0].enter(x, exchange)
         for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+            assert qkv is not None, "only the last layer has no next"
             x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        return x
+
+    def end(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
+        """Hidden states from the residual stream after the last layer."""
+        assert self.final_norm is not None, "a part without its last end"
+        return exchange.enter(rms_norm(x, self.final_norm[...], self.config.norm_eps))
 
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        return project(hidden, (self.embed if self.head is None else self.head)[...])
+        """Of the vocabulary that this model's head holds."""
+        table = self.embed if self.head is None else self.head
+        assert table is not None, "a part without its last end"
+        return project(hidden, table[...])
 
 
 def split(model: Decoder) -> tuple[nnx.GraphDef[Decoder], Params]:
@@ -111,13 +160,15 @@ def merge(graphdef: nnx.GraphDef[Decoder], params: Params) -> Decoder:
     return nnx.merge(graphdef, params)
 
 
-def abstract(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> tuple[nnx.GraphDef[Decoder], Params]:
+def abstract(
+    config: ModelConfig, dtype: DTypeLike = jnp.bfloat16, ends: Ends = WHOLE
+) -> tuple[nnx.GraphDef[Decoder], Params]:
     """The description and the shapes of every leaf; no array is made."""
-    return split(Decoder(config, dtype=dtype))
+    return split(Decoder(config, dtype=dtype, ends=ends))
 
 
-def _metadata(config: ModelConfig, name: str) -> Params:
-    state = nnx.state(Decoder(config))
+def _metadata(config: ModelConfig, name: str, ends: Ends = WHOLE) -> Params:
+    state = nnx.state(Decoder(config, ends=ends))
     flat = [(path, variable.get_metadata(name)) for path, variable in nnx.to_flat_state(state)]
     tree: Params = {}
     for path, value in flat:
@@ -128,9 +179,9 @@ def _metadata(config: ModelConfig, name: str) -> Params:
     return tree
 
 
-def axes(config: ModelConfig) -> Params:
+def axes(config: ModelConfig, ends: Ends = WHOLE) -> Params:
     """The logical axis names of every leaf, a tuple where `abstract` has a shape."""
-    return _metadata(config, "out_sharding")
+    return _metadata(config, "out_sharding", ends)
 
 
 def fills(config: ModelConfig) -> Params:

@@ -27,6 +27,8 @@ from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.scheme import MATRICES, PLAIN, Scheme, complaint
 from jaxllm.graph.quant.stored import StoredTensor
+from jaxllm.graph.spread import PlaceLeaf
+from jaxllm.graph.weights import manifest
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, TOP_TENSORS, Part, leaves, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -57,8 +59,15 @@ def load(
     device: Placement = None,
     progress: Progress | None = None,
     scheme: Scheme = PLAIN,
+    place: PlaceLeaf | None = None,
 ) -> Params:
-    """The parameters of `config`, cast to `dtype`, quantised as `scheme` says, on `device`. Raises WeightsError."""
+    """The parameters of `config`, cast to `dtype`, quantised as `scheme` says, on `device`, or where `place` puts them.
+
+    Raises WeightsError.
+    """
+    damaged = manifest.problems(Path(directory))
+    if damaged:
+        raise WeightsError(Path(directory), damaged)
     found = check(Path(directory), config)
     total = sum(tensor.end - tensor.begin for tensor in (entry.tensor for entry in found))
     shapes = {path: leaf.shape for path, leaf in leaves(abstract(config)[1])}
@@ -81,7 +90,7 @@ def load(
         except ValueError as error:
             losses.append(f"{', '.join(tensors)}: {error}")
             continue
-        node[path[-1]] = leaf
+        node[path[-1]] = leaf if place is None else jax.block_until_ready(place(path, leaf))
         losses += loss
         if progress is not None:
             progress(done, total)

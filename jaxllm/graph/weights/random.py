@@ -14,6 +14,7 @@ from jaxllm.graph.layers.parameter import filled
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract, fills
 from jaxllm.graph.quant.scheme import PLAIN, Scheme
+from jaxllm.graph.spread import PlaceLeaf
 from jaxllm.graph.weights.loader import Placement
 
 
@@ -23,13 +24,15 @@ def dummy(
     seed: int = 0,
     device: Placement = None,
     scheme: Scheme = PLAIN,
+    place: PlaceLeaf | None = None,
 ) -> Params:
-    """One small program for each distinct shape; nothing passes through the host."""
+    """One small program for each distinct shape; each leaf made on `device`, and moved on by `place` if given."""
     shapes, kinds = abstract(config, dtype)[1], fills(config)
-    leaves, tree = jax.tree.flatten_with_path(shapes)
-    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(leaves)), device)
-    made = [
-        scheme.leaf(tuple(part.key for part in path), filled(keys[number], leaf.shape, leaf.dtype, kind))
-        for number, ((path, leaf), kind) in enumerate(zip(leaves, jax.tree.leaves(kinds), strict=True))
-    ]
+    found, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.device_put(jax.random.split(jax.random.key(seed), len(found)), device)
+    made = []
+    for number, ((path, leaf), kind) in enumerate(zip(found, jax.tree.leaves(kinds), strict=True)):
+        names = tuple(key.key for key in path)
+        array = scheme.leaf(names, filled(keys[number], leaf.shape, leaf.dtype, kind))
+        made.append(array if place is None else place(names, array))
     return jax.tree.unflatten(tree, made)

@@ -1,0 +1,45 @@
+"""Attention over some of the keys, to be merged with attention over the others: argument checks, then the best way.
+
+In: queries, one layer's pages, which row's pages each query reads and how many leading keys of them it sees. Out: the
+outputs over those keys and the log of the sum of their exponents. Does not know who holds the other keys.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import dispatch, imported, register
+
+register("partial_attention", "reference", imported("pallas_kernels.partial_attention.reference:partial_attention"))
+
+
+def partial_attention(
+    q: jax.Array,  # [T, N, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,  # [P, K, page_size, H]
+    page_table: jax.Array,  # i32[R, W]
+    rows: jax.Array,  # i32[T]
+    visible: jax.Array,  # i32[T]
+    *,
+    scale: float,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-> (f32[T, N, H], f32[T, N]). Query t sees the first visible[t] keys of the pages of row rows[t].
+
+    A query that sees none gives zeros and the lowest finite log-sum. Table entries past the visible keys may hold
+    anything, and so may the memory of keys no query sees.
+    """
+    if q.ndim != 3 or k_pages.ndim != 4 or k_pages.shape != v_pages.shape or q.shape[2] != k_pages.shape[3]:
+        raise ValueError(
+            f"q must be [T, N, H] for pages [P, K, page_size, H]; got {list(q.shape)}, {list(k_pages.shape)} "
+            f"and {list(v_pages.shape)}"
+        )
+    if q.shape[1] % k_pages.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k_pages.shape[1]} kv heads")
+    for name, array in (("rows", rows), ("visible", visible)):
+        if array.shape != q.shape[:1] or array.dtype != jnp.int32:
+            raise ValueError(f"{name} must be i32[T] = i32[{q.shape[0]}], got {array.dtype}{list(array.shape)}")
+    run = dispatch("partial_attention", implementation=implementation, platform=platform)
+    return run(q, k_pages, v_pages, page_table, rows, visible, scale=scale)

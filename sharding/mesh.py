@@ -1,0 +1,41 @@
+"""Devices arranged as meshes: one jax Mesh for every pipeline stage of every replica.
+
+In: a MeshConfig and devices. Out: meshes with the axes seq, expert, tensor, devices of one stage next to each other;
+or a MeshError that counts devices. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from sharding.axes import MeshConfig, MeshError
+
+STAGE_AXES = ("seq", "expert", "tensor")
+SHARD_AXES = ("expert", "tensor")  # along which one layer's matrices are cut
+
+
+def stage_meshes(config: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[tuple[Mesh, ...], ...]:
+    """[replica][stage] -> Mesh over the first `config.size` devices."""
+    found = list(jax.devices() if devices is None else devices)
+    if len(found) < config.size:
+        counts = f"{config.data} x {config.pipe} x {config.seq} x {config.expert} x {config.tensor}"
+        raise MeshError(
+            f"mesh {config} needs data x pipe x seq x expert x tensor = {counts} = {config.size} devices; "
+            f"there are {len(found)} ({found[0].platform if found else 'none'})"
+        )
+    processes = len({device.process_index for device in found[: config.size]})
+    if processes > 1 and (config.data > 1 or config.pipe > 1):
+        what = "mesh.data" if config.data > 1 else "mesh.pipe"
+        raise MeshError(
+            f"{what} > 1 over {processes} processes: an engine drives replicas and stages of its own process only; "
+            "spread mesh.tensor over processes, or start one engine a process behind the gateway"
+        )
+    shape = (config.data, config.pipe, config.seq, config.expert, config.tensor)
+    grid = np.array(found[: config.size], dtype=object).reshape(shape)
+    auto = (AxisType.Auto,) * len(STAGE_AXES)
+    return tuple(tuple(Mesh(stage, STAGE_AXES, axis_types=auto) for stage in replica) for replica in grid)
