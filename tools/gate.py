@@ -223,11 +223,12 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
     """A few rows of x, a wide batch and a prefill, on layers of an 8B model."""
     import jax.numpy as jnp
 
-    from pallas_kernels.quant_matmul import mosaic_sm90, packing
+    from pallas_kernels.quant_matmul import mosaic_sm90, packing, widen_sm90
 
     functions = {"int8": mosaic_sm90.int8_matmul, "int4": mosaic_sm90.int4_matmul, "fp8": mosaic_sm90.fp8_matmul}
     groups = {"int8": (None,), "int4": (128, 64, 32), "fp8": (None, 128)}[kind]
-    for M, K, N in ((8, 4096, 28672), (64, 14336, 4096), (2048, 4096, 6144)):
+    widening = {"int8": widen_sm90.int8_matmul, "int4": widen_sm90.int4_matmul}
+    for M, K, N in ((8, 4096, 28672), (64, 14336, 4096), (512, 4096, 6144)):
         for group in groups:
             dtype = jnp.bfloat16 if kind == "int4" else jnp.float32
             scale = _array((N,) if group is None else (K // group, N), dtype)
@@ -239,10 +240,13 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
             arrays = _array((M, K), jnp.bfloat16), weight, scale
             call = functools.partial(functions[kind], out_dtype=jnp.bfloat16)
             label = f"{M} x {K} x {N}" + (f" group {group}" if group else "")
-            allowance = 24 if kind == "int4" and M == 64 and group < 128 else 0  # scalars of a unit
+            allowance = 24 if kind == "int4" and M == 64 and group != 128 else 0  # scalars of a unit
             yield Case("mosaic_sm90", label, call, arrays, allowance)
             if kind == "int4":
                 yield Case("mosaic_sm90", f"{label} zeros", call, (*arrays, scale), allowance)
+            if kind != "fp8" and M == 512:
+                call = functools.partial(widening[kind], out_dtype=jnp.bfloat16)
+                yield Case("widen_sm90", label, call, arrays)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {

@@ -21,6 +21,11 @@ for _kind in ("int8", "int4", "fp8"):
     _op = f"quant_matmul.{_kind}"
     register(_op, "mosaic_sm90", imported(f"{_ROOM}.mosaic_sm90:{_kind}_matmul"), platforms=("gpu",))
     register(_op, "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:{_kind}_matmul"), platforms=("interpret",))
+    if _kind != "fp8":
+        register(_op, "widen_sm90", imported(f"{_ROOM}.widen_sm90:{_kind}_matmul"), platforms=("gpu",))
+        register(
+            _op, "widen_sm90_interpret", imported(f"{_ROOM}.interpreted:{_kind}_widened"), platforms=("interpret",)
+        )
     if _kind == "int4":
         register(_op, "jax_triton", imported(f"{_ROOM}.jax_triton:int4_matmul"), platforms=("gpu",))
     register(_op, "reference", imported(f"{_ROOM}.reference:{_kind}_matmul"))

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quant_matmul import mosaic_sm90
+from pallas_kernels.quant_matmul import mosaic_sm90, widen_sm90
 
 MOST_PRODUCTS = 2**25  # M * N * K
+MOST_WORDS = 2**16
 PROGRAMS = 2
 
 
@@ -29,6 +30,22 @@ def int4_matmul(x: jax.Array, words: jax.Array, *rest: Any, **options: Any) -> j
 
 def fp8_matmul(x: jax.Array, weight: jax.Array, *rest: Any, **options: Any) -> jax.Array:
     return _run(mosaic_sm90.fp8_matmul, weight.shape[0], 8, x, weight, *rest, **options)
+
+
+def int8_widened(x: jax.Array, words: jax.Array, scale: jax.Array, *, out_dtype: Any) -> jax.Array:
+    return widen_sm90.int8_matmul(x, words, scale, out_dtype=out_dtype, **_small(x, words))
+
+
+def int4_widened(
+    x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None = None, *, out_dtype: Any
+) -> jax.Array:
+    return widen_sm90.int4_matmul(x, words, scale, zero, out_dtype=out_dtype, **_small(x, words))
+
+
+def _small(x: jax.Array, words: jax.Array) -> dict[str, Any]:
+    if words.size > MOST_WORDS:
+        raise NotImplementedError(f"{words.size} words would keep the interpreter busy for minutes")
+    return {"programs": PROGRAMS, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
 
 
 def _run(kernel: Callable[..., jax.Array], N: int, bits: int, x: jax.Array, *rest: Any, **options: Any) -> jax.Array:

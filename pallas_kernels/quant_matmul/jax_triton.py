@@ -8,13 +8,16 @@ jax-triton is no dependency: this module is imported only when the backend is as
 (which needs Triton >= 3.6) beside JAX; without them the import error is the reason it declines with.
 """
 
+# A Triton kernel is Python in name only: its parameters have no Python types.
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax_triton  # type: ignore[import-not-found]
+import jax_triton
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 

@@ -26,10 +26,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import packing, reference
 
 BLOCK = 128  # inputs accumulated at once; decides bits
 ROWS = 64  # outputs a warpgroup
+MOST_NARROW_ROWS = 512  # of e4m3 x: beyond, the tensor cores are what bounds the product
 CHUNK = 32  # columns that leave through shared memory at once
 SHARED_BYTES = 222 * 1024  # of 227 KiB; barriers take some
 TILES = BLOCK // packing.TILE  # packed tiles a block and warpgroup
@@ -44,12 +46,10 @@ class Blocks:
     stages: int = 8  # blocks in flight
     programs: int = 132
     cluster: int = 1  # programs of neighbouring outputs that fetch x together
-    fence: bool = True  # EXPERIMENT: order ordinary reads before the copy engine's writes
-    stream_only: bool = False  # EXPERIMENT: fetch everything, multiply nothing
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """What the weight is made of."""
 
     name: str  # int8, int4, e4m3
@@ -73,13 +73,13 @@ class _Kind:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """What the kernel knows when it is compiled."""
 
     M: int
     N: int
     K: int
-    kind: _Kind
+    kind: Kind
     splits: int
     dtype: Any
     blocks: Blocks
@@ -147,8 +147,8 @@ def int8_matmul(
     **options: Any,
 ) -> jax.Array:
     """W = scale * q."""
-    refuse(x, words.shape[0] * ROWS)
-    return _multiply(_Kind("int8"), x, (words, scale), out_dtype, **options)
+    refuse(x)
+    return _multiply(Kind("int8"), x, (words, scale), out_dtype, **options)
 
 
 def int4_matmul(
@@ -161,8 +161,8 @@ def int4_matmul(
     **options: Any,
 ) -> jax.Array:
     """W = scale * (q - zero); without `zero`, q is signed."""
-    refuse(x, words.shape[0] * ROWS)
-    kind = _Kind("int4", group=x.shape[1] // scale.shape[0], zeros=zero is not None)
+    refuse(x)
+    kind = Kind("int4", group=x.shape[1] // scale.shape[0], zeros=zero is not None)
     return _multiply(kind, x, (words, scale) if zero is None else (words, scale, zero), out_dtype, **options)
 
 
@@ -176,20 +176,24 @@ def fp8_matmul(
     **options: Any,
 ) -> jax.Array:
     """x is rounded to e4m3 by XLA, which fuses that into what made x."""
-    refuse(x, weight.shape[0])
+    refuse(x)
+    if scale.ndim == 1 and x.shape[0] > MOST_NARROW_ROWS:
+        raise NotImplementedError(
+            f"{x.shape[0]} rows, more than {MOST_NARROW_ROWS}, are faster in XLA's own e4m3 product (measured)"
+        )
     narrow, scales = reference.narrowed(x, scale.ndim == 2, x_scale)
-    kind = _Kind("e4m3", group=None if scale.ndim == 1 else BLOCK, by_row=True)
+    kind = Kind("e4m3", group=None if scale.ndim == 1 else BLOCK, by_row=True)
     return _multiply(kind, narrow, (weight, scale, scales), out_dtype, **options)
 
 
-def refuse(x: jax.Array, N: int) -> None:
+def refuse(x: jax.Array) -> None:
     """NotImplementedError for what this implementation does not do."""
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"WGMMA takes bfloat16 activations here, got {x.dtype}")
 
 
 def _multiply(
-    kind: _Kind,
+    kind: Kind,
     x: jax.Array,
     weights: tuple[jax.Array, ...],  # the weight, its scales, and zeros or scales of x
     out_dtype: Any,
@@ -199,7 +203,10 @@ def _multiply(
     interpret: Any = None,
 ) -> jax.Array:
     (M, K), N = x.shape, weights[0].shape[0] * (1 if kind.narrow else ROWS)
-    blocks = blocks or default_blocks(M, N, kind.bits)
+    if blocks is None:
+        blocks = tuning.choose(
+            "quant_matmul/mosaic_sm90", tuning_key(kind.name, M, N, K), default_blocks(M, N, kind.bits)
+        )
     if extra := -M % blocks.columns:
         x = jnp.pad(x, ((0, extra), (0, 0)))
         if kind.by_row:
@@ -207,7 +214,7 @@ def _multiply(
             weights = (*others, jnp.pad(x_scale, ((0, 0),) * (x_scale.ndim - 1) + ((0, extra),)))
     splits = splits or splits_of(N, K)
     dtype = jnp.dtype(out_dtype if splits == 1 else jnp.float32)
-    shape = _Shape(M + extra, N, K, kind, splits, dtype, blocks, interpret is not None)
+    shape = Shape(M + extra, N, K, kind, splits, dtype, blocks, interpret is not None)
     return _summed(_call(shape, (x, *weights), interpret), M, out_dtype)
 
 
@@ -215,6 +222,10 @@ def _summed(parts: jax.Array, M: int, dtype: Any) -> jax.Array:
     """The sum of the ranges, left to XLA, which fuses it into whatever reads it."""
     total = functools.reduce(jnp.add, [parts[split] for split in range(parts.shape[0])])
     return total[:M].astype(dtype)
+
+
+def tuning_key(kind: str, M: int, N: int, K: int) -> str:
+    return f"{kind} {pl.next_power_of_2(M)} x {K} x {N}"
 
 
 def default_blocks(M: int, N: int, bits: int) -> Blocks:
@@ -228,7 +239,7 @@ def default_blocks(M: int, N: int, bits: int) -> Blocks:
     return Blocks(warpgroups, columns, stages)
 
 
-def _call(shape: _Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.Array:
+def _call(shape: Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.Array:
     def kernel(*arrays: Any) -> None:
         x, w, scales, *extra, out = arrays
         zero = extra.pop(0) if shape.kind.zeros else None
@@ -257,7 +268,7 @@ def _call(shape: _Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.A
     )(*inputs)
 
 
-def _scratch(shape: _Shape, scale_dtype: Any) -> tuple[Any, ...]:
+def _scratch(shape: Shape, scale_dtype: Any) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform  # typed as abstract in 0.11
     swizzle: Any = plgpu.SwizzleTransform
     blocks = shape.blocks
@@ -284,7 +295,7 @@ def _scratch(shape: _Shape, scale_dtype: Any) -> tuple[Any, ...]:
     )
 
 
-def _barriers(shape: _Shape) -> tuple[Any, ...]:
+def _barriers(shape: Shape) -> tuple[Any, ...]:
     copies = 2 + shape.kind.zeros + (0 if shape.kind.group is None else 1 + shape.kind.by_row)
     stages, warpgroups = shape.blocks.stages, shape.blocks.warpgroups
     full = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
@@ -294,7 +305,7 @@ def _barriers(shape: _Shape) -> tuple[Any, ...]:
     return full, plgpu.ClusterBarrier(collective_axes=("share",), num_barriers=stages, num_arrivals=warpgroups)
 
 
-def _walk(shape: _Shape, visit: Any) -> jax.Array:
+def _walk(shape: Shape, visit: Any) -> jax.Array:
     """visit(unit, blocks seen before) for this program's share; how many blocks it saw."""
     programs, program, cluster = shape.clusters, lax.axis_index("program"), shape.blocks.cluster
     tiles_n, tiles_m = shape.N // (shape.outputs * cluster), shape.M // shape.blocks.columns
@@ -325,7 +336,7 @@ def _registers(blocks: Blocks) -> tuple[int, int] | None:
     return (fetching, computing) if launched < 248 else None
 
 
-def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
+def _memory_warpgroup(shape: Shape, refs: _Refs) -> None:
     blocks = shape.blocks
     if registers := _registers(blocks):
         plgpu.set_max_registers(registers[0], action="decrease")
@@ -364,7 +375,7 @@ def _memory_warpgroup(shape: _Shape, refs: _Refs) -> None:
         plgpu.barrier_wait(refs.free.at[lax.rem(done, jnp.int32(blocks.stages))])
 
 
-def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
+def _compute_warpgroup(shape: Shape, refs: _Refs, wg: jax.Array) -> None:
     if registers := _registers(shape.blocks):
         plgpu.set_max_registers(registers[1], action="increase")
     blocks = shape.blocks
@@ -373,17 +384,15 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
         def step(number: jax.Array, total: jax.Array) -> jax.Array:
             slot = lax.rem(before + number, jnp.int32(blocks.stages))
             plgpu.barrier_wait(refs.full.at[slot])
-            if not blocks.stream_only:
-                total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
-            if blocks.fence:
-                plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
+            total = (_narrow_block if shape.kind.narrow else _block)(shape, refs, wg, slot, total)
+            plgpu.commit_smem()  # ordinary reads before the copy engine overwrites
             plgpu.barrier_arrive(refs.free.at[slot])
             return total
 
         output = unit.output * shape.outputs + wg * ROWS
         scale = None
         if shape.kind.group is None:  # asked for now: nothing waits for it until the end
-            scale = plgpu.load(refs.scale.at[pl.ds(output, ROWS)], layout=_by_output(), optimized=False)
+            scale = plgpu.load(refs.scale.at[pl.ds(output, ROWS)], layout=by_output(), optimized=False)
         start = plgpu.layout_cast(jnp.zeros((ROWS, blocks.columns), jnp.float32), plgpu.Layout.WGMMA)
         total = lax.fori_loop(0, unit.last - unit.first, step, start)
         if scale is not None:
@@ -395,10 +404,10 @@ def _compute_warpgroup(shape: _Shape, refs: _Refs, wg: jax.Array) -> None:
         _store(shape, refs, wg, unit, total, output)
 
     _walk(shape, visit)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the end of the kernel makes writes visible
 
 
-def _by_output() -> Any:
+def by_output() -> Any:
     """The layout of one number an output beside an accumulator."""
     return plgpu.Layout.WGMMA.reduce(1)
 
@@ -408,7 +417,7 @@ def _by_row() -> Any:
     return plgpu.Layout.WGMMA.reduce(0)
 
 
-def _narrow_block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, total: jax.Array) -> jax.Array:
+def _narrow_block(shape: Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, total: jax.Array) -> jax.Array:
     """total plus one block's product of e4m3 operands, both in shared memory."""
     weights = refs.w_smem.at[slot, pl.ds(wg * ROWS, ROWS)]
     if shape.interpret:
@@ -423,7 +432,7 @@ def _narrow_block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, to
         product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, shape.blocks.columns), jnp.float32))
     if shape.kind.group is not None:
         mine = pl.ds(wg * ROWS, ROWS)
-        scale = plgpu.load(refs.scale_smem.at[slot, 0, mine], layout=_by_output(), optimized=False)
+        scale = plgpu.load(refs.scale_smem.at[slot, 0, mine], layout=by_output(), optimized=False)
         x_scale = plgpu.load(
             refs.x_scale_smem.at[slot, 0, pl.ds(0, shape.blocks.columns)], layout=_by_row(), optimized=False
         )
@@ -431,7 +440,7 @@ def _narrow_block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, to
     return total + product
 
 
-def _block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, total: jax.Array) -> jax.Array:
+def _block(shape: Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, total: jax.Array) -> jax.Array:
     """total plus one block's product, group by group."""
     size = BLOCK // shape.kind.groups
     loaded = refs.w_smem.at[slot, wg]
@@ -441,19 +450,19 @@ def _block(shape: _Shape, refs: _Refs, wg: jax.Array, slot: jax.Array, total: ja
         zero = None
         mine = pl.ds(wg * ROWS, ROWS)
         if shape.kind.zeros:
-            zero = plgpu.load(refs.zero_smem.at[slot, group, mine], layout=_by_output(), optimized=False)
+            zero = plgpu.load(refs.zero_smem.at[slot, group, mine], layout=by_output(), optimized=False)
             zero = zero.astype(jnp.float32)
-        weights = _widen(shape, words, zero, group * size, size)
+        weights = widen(shape, words, zero, group * size, size)
         columns = refs.x_smem.at[slot, :, pl.ds(group * size, size)]
         product = _product(shape, weights, columns)
         if shape.kind.group is not None:
-            scale = plgpu.load(refs.scale_smem.at[slot, group, mine], layout=_by_output(), optimized=False)
+            scale = plgpu.load(refs.scale_smem.at[slot, group, mine], layout=by_output(), optimized=False)
             product *= lax.broadcast_in_dim(scale.astype(jnp.float32), product.shape, [0])
         total += product
     return total
 
 
-def _product(shape: _Shape, weights: jax.Array, columns: Any) -> jax.Array:
+def _product(shape: Shape, weights: jax.Array, columns: Any) -> jax.Array:
     """[64, columns] in f32. The interpreter (up to 0.12) has no WGMMA with an operand in registers."""
     if shape.interpret:
         x = columns[...]
@@ -477,7 +486,7 @@ def _on_a_cpu(weights: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def _widen(shape: _Shape, words: jax.Array, zero: jax.Array | None, start: int, size: int) -> jax.Array:
+def widen(shape: Shape, words: jax.Array, zero: jax.Array | None, start: int, size: int) -> jax.Array:
     """bf16[64, size] of the block's inputs from `start`: q, or q - zero."""
     if shape.interpret:
         values = jnp.concatenate(
@@ -487,7 +496,7 @@ def _widen(shape: _Shape, words: jax.Array, zero: jax.Array | None, start: int, 
         return (wide if zero is None else wide - zero[:, None]).astype(jnp.bfloat16)
     layout = plgpu.Layout.WG_STRIDED(words.shape, vec_size=4)
     arguments = (words,) if zero is None else (words, zero)
-    kinds = (layout,) if zero is None else (layout, _by_output())
+    kinds = (layout,) if zero is None else (layout, by_output())
 
     @plgpu.inline_mgpu(
         arg_types=kinds, return_type=plgpu.ShapeDtypeStruct((ROWS, size), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
@@ -549,7 +558,7 @@ def _widen_registers(bits: int, words: Any, zero: Any, start: int, size: int) ->
     return mgpu.FragmentedArray(_registers=out, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
 
-def _store(shape: _Shape, refs: _Refs, wg: jax.Array, unit: _Unit, total: jax.Array, output: jax.Array) -> None:
+def _store(shape: Shape, refs: _Refs, wg: jax.Array, unit: _Unit, total: jax.Array, output: jax.Array) -> None:
     staged = refs.out_smem.at[wg]
     size = min(CHUNK, shape.blocks.columns)
     for column in range(0, shape.blocks.columns, size):

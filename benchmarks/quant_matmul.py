@@ -1,7 +1,7 @@
 """One GPU call: quantised products against float64, then tile choices against bf16, layer by layer. Prints and stops in
 time.
 
-python -m benchmarks.quant_sweep --out DIR [--seconds 140] [--part check,small,variants,triton,large]
+python -m benchmarks.quant_matmul --out DIR [--seconds 140] [--part check,small,variants,large]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kernels import seconds
-from pallas_kernels.quant_matmul import api, mosaic_sm90, packing, reference, triton
+from pallas_kernels.quant_matmul import api, mosaic_sm90, packing, reference, widen_sm90
 from pallas_kernels.quant_matmul.specs import LAYERS, QUANT_MATMUL_SPECS, QuantMatmulSpec
 
 CONTRACT = (((1,), (1,)), ((), ()))
@@ -51,12 +51,16 @@ def check(pool: ThreadPoolExecutor, kinds: list[str]) -> Callable[[], None]:
         expected = x @ spec.weight(arrays).T
         call = jax.jit(functools.partial(CALLS[spec.kind], implementation="mosaic_sm90"))
         waiting.append((spec.name, expected, arrays, pool.submit(call.lower(*arrays).compile)))
+        if spec.kind != "fp8":
+            call = jax.jit(functools.partial(CALLS[spec.kind], implementation="widen_sm90"))
+            waiting.append((f"{spec.name} widened", expected, arrays, pool.submit(call.lower(*arrays).compile)))
     rows: list[Any] = []
     for kind, group in (("int8", None), ("int4", 128), ("fp8", None)):
         if kind not in kinds:
             continue
         spec = QuantMatmulSpec("bits", kind, M=200, N=256, K=1024, group=group)
-        x, *rest = (None if a is None else jnp.asarray(a) for a in spec.inputs())
+        given = spec.inputs()
+        x, rest = jnp.asarray(given[0]), [None if a is None else jnp.asarray(a) for a in given[1:]]
         call = jax.jit(functools.partial(CALLS[kind], implementation="mosaic_sm90"))
         for first, last in ((0, 200), (3, 4), (3, 19), (3, 67)):
             part = x[first:last]
@@ -70,7 +74,7 @@ def check(pool: ThreadPoolExecutor, kinds: list[str]) -> Callable[[], None]:
                 say(f"check {name}: {error:.1e}")
             except Exception as error:
                 say(f"check {name}: FAILED {type(error).__name__} {str(error)[:300]}")
-        whole = None
+        whole = np.zeros(0)
         for kind, first, last, part, rest, compiled in rows:
             try:
                 got = np.asarray(compiled.result()(part, *rest)).view(np.uint32)
@@ -100,10 +104,6 @@ def make_weights(kind: str, K: int, N: int, count: int) -> Any:
             w = jax.random.normal(a, (N, K), jnp.bfloat16).astype(jnp.float8_e4m3fn)
             return w, jnp.full((K // 128, N), 0.02, jnp.float32)
         scale4 = (jax.random.uniform(b, (K // 128, N)) * 0.01 + 0.001).astype(jnp.bfloat16)
-        if kind == "t4":
-            return jax.random.bits(a, (N, K // 2), jnp.uint8), scale4
-        if kind == "t8":
-            return jax.lax.bitcast_convert_type(jax.random.bits(a, (N, K), jnp.uint8), jnp.int8), jnp.full((N,), 1e-3)
         bits = 4 if kind.startswith("int4") else 8
         shape = (N // 64, K // 64, packing.rows_of(bits), 128)
         words = jax.lax.bitcast_convert_type(jax.random.bits(a, shape, jnp.uint32), jnp.int32)
@@ -162,7 +162,7 @@ class Sweep:
     def show(self, r: dict[str, Any]) -> None:
         base = {(r["layer"], r["M"]): r["us"] for r in self.rows if r["kind"] == "bf16"}.get((r["layer"], r["M"]))
         K, N = LAYERS[r["layer"]]
-        size = {"bf16": 2, "int4": 0.5156, "int4z": 0.531, "t4": 0.5156}.get(r["kind"], 1.0)
+        size = {"bf16": 2, "int4": 0.5156, "int4z": 0.531}.get(r["kind"], 1.0)
         say(
             f"{r['layer']:8s} M{r['M']:<5d} {r['kind']:6s} {r['label']:36s} {r['us']:8.1f} us "
             f"{K * N * size / r['us'] / 1e6:5.2f} TB/s {2 * r['M'] * K * N / r['us'] / 1e6:6.0f} TF "
@@ -184,35 +184,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=140)
     parser.add_argument("--kinds", default="int8,int4,fp8")
-    parser.add_argument("--part", default="check,small,variants,triton,large")
+    parser.add_argument("--part", default="check,small,variants,large")
     options = parser.parse_args()
     parts, kinds = options.part.split(","), options.kinds.split(",")
     sweep = Sweep(options.seconds)
-    if "anatomy" in parts:
-        N = LAYERS["gate_up"][1]
-        LAYERS["tiny"] = (128, 256)
-        sweep.add("tiny", 8, "bf16", "xla", bf16)
-        sweep.add("tiny", 8, "int8", "mosaic", mosaic("int8", 8, 256))
-        sweep.add("tiny", 8, "int8", "1 warpgroup", mosaic("int8", 8, 256, warpgroups=1, stages=2))
-        sweep.add("gate_up", 8, "bf16", "xla", bf16)
-        for kind in ("int8", "int4", "fp8"):
-            sweep.add("gate_up", 8, kind, "mosaic", mosaic(kind, 8, N))
-            sweep.add("gate_up", 8, kind, "stream only", mosaic(kind, 8, N, stream_only=True))
-            sweep.add("gate_up", 8, kind, "stream only, 2 wg", mosaic(kind, 8, N, stream_only=True, warpgroups=2))
-            stages = mosaic_sm90.default_blocks(8, N, 4 if kind == "int4" else 8).stages
-            two = dict(warpgroups=2, programs=264, stages=max(2, stages))
-            sweep.add("gate_up", 8, kind, "stream only, 2 wg x 264", mosaic(kind, 8, N, stream_only=True, **two))
-        sweep.add("down", 8, "bf16", "xla", bf16)
-        for splits in (4, 8):
-            sweep.add(
-                "down",
-                8,
-                "int8",
-                f"stream only, splits {splits}",
-                mosaic("int8", 8, 4096, splits=splits, stream_only=True),
-            )
-        say(f"{len(sweep.jobs)} jobs lowered")
-        sweep.run()
     if "jt" in parts:
         spec = QuantMatmulSpec("jt", "int4", M=9, N=256, K=512, group=128, scale_dtype="bfloat16")
         arrays = spec.inputs()
@@ -239,7 +214,6 @@ def main() -> None:
             for kind in kinds:
                 sweep.add(layer, 64, kind, "cluster 2", mosaic(kind, 64, N, cluster=2))
                 sweep.add(layer, 64, kind, "cluster 4", mosaic(kind, 64, N, cluster=4))
-                sweep.add(layer, 1, kind, "no fence", mosaic(kind, 1, N, fence=False))
                 stages = mosaic_sm90.default_blocks(1, N, 4 if kind == "int4" else 8).stages
                 two = dict(warpgroups=2, programs=264, stages=max(2, stages))
                 sweep.add(layer, 1, kind, "2 warpgroups x 264", mosaic(kind, 1, N, **two))
@@ -251,26 +225,18 @@ def main() -> None:
             sweep.add("qkv", 1, "int4", f"splits {splits}", mosaic("int4", 1, 6144, splits=splits))
     if "large" in parts:
         N = LAYERS["gate_up"][1]
-        sweep.add("gate_up", 2048, "bf16", "xla", bf16)
-        for kind in kinds:
-            sweep.add("gate_up", 2048, kind, "mosaic", mosaic(kind, 2048, N))
-            for cluster in (2, 4):
-                sweep.add("gate_up", 2048, kind, f"cluster {cluster}", mosaic(kind, 2048, N, cluster=cluster))
-        call = functools.partial(CALLS["fp8"], implementation="reference", out_dtype=jnp.bfloat16)
-        sweep.add("gate_up", 2048, "fp8", "xla", call)
-    say(f"{len(sweep.jobs)} jobs lowered")
-    sweep.run()
-    if "triton" in parts:
-        for layer, splits in (("gate_up", 1),):
-            for M in (1, 16):
-                for bits in (4, 8):
-                    b = triton.Blocks(outputs=64, splits=splits, num_stages=6)
-                    call = functools.partial(triton.matmul, bits=bits, blocks=b, out_dtype=jnp.bfloat16)
-                    sweep.add(layer, M, f"t{bits}", "triton 64 stages 6", call)
+        wide = {"int4": widen_sm90.int4_matmul, "int8": widen_sm90.int8_matmul}
+        for M in (128, 512, 2048):
+            sweep.add("gate_up", M, "bf16", "xla", bf16)
+            for kind in kinds:
+                if M <= 512 or kind != "fp8":
+                    sweep.add("gate_up", M, kind, "mosaic", mosaic(kind, M, N))
+                if kind in wide:
+                    sweep.add("gate_up", M, kind, "widened", functools.partial(wide[kind], out_dtype=jnp.bfloat16))
     say(f"{len(sweep.jobs)} jobs lowered")
     sweep.run()
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quant_sweep.json").write_text(json.dumps(sweep.rows, indent=1))
+    (options.out / "quant_matmul.json").write_text(json.dumps(sweep.rows, indent=1))
     say("done")
 
 
