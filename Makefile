@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-mesh test-gpu bench gate lock clean
+.PHONY: help demo test check test-mesh test-gpu test-ray bench gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ test-mesh: .venv/.dev ## every mix of parallelisms on simulated devices; rewrite
 
 test-gpu: ## kernels and engine on the GPU of this machine
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/pallas_kernels
+
+test-ray: .venv/.dev ## two replicas on a Ray cluster of two nodes on this machine (installs the extra ray)
+	@$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[ray]'
+	@$(PYTEST) -m ray tests/ray
 
 bench: ## decode, prefill and throughput of an 8B shape on this machine's GPU
 	@PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/shapes.py llama-3.1-8b build

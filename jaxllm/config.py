@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "JAXLLM_FAULT": "fault",
 }
 API_KEY_VARIABLE = "JAXLLM_API_KEY"  # read by `environment_api_key`: a secret is no setting that gets printed
-FRONT_TABLE = "server"  # of a recipe: the front's settings, which the engine does not read
+OTHER_TABLES = ("server", "gateway", "launch")  # of a recipe: settings of the front, which the engine does not read
 PLATFORM_DEFAULTS = {
     "cpu": {"page_size": 16, "max_num_seqs": 16, "token_budget": 512, "growth": 4, "dtype": "float32"},
     "gpu": {"page_size": 64, "max_num_seqs": 256, "token_budget": 8192, "growth": 2, "dtype": "bfloat16"},
@@ -304,7 +304,7 @@ def load(
     from_environ = {ENVIRONMENT[name]: value for name, value in environment(environ).items()}
     values: dict[tuple[str, str], Any] = {}
     if toml_path is not None:
-        recipe = {name: value for name, value in _read_toml(toml_path).items() if name != FRONT_TABLE}
+        recipe = {name: value for name, value in _read_toml(toml_path).items() if name not in OTHER_TABLES}
         values |= _flatten(recipe, f" in {os.fspath(toml_path)}")
     values |= _flatten(from_environ, " (from the environment)")
     values |= _flatten(overrides, "")
@@ -314,11 +314,11 @@ def load(
     return EngineConfig(**top)
 
 
-def load_front_table(toml_path: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The front's table of a recipe; empty when there is none."""
-    table = _read_toml(toml_path).get(FRONT_TABLE, {}) if toml_path is not None else {}
+def load_table(toml_path: str | os.PathLike[str] | None, name: str) -> dict[str, Any]:
+    """One of a recipe's OTHER_TABLES; empty when there is none."""
+    table = _read_toml(toml_path).get(name, {}) if toml_path is not None else {}
     if not isinstance(table, dict):
-        raise ConfigError(f"{FRONT_TABLE} = {table!r}: must be a table of settings")
+        raise ConfigError(f"{name} = {table!r}: must be a table of settings")
     return table
 
 

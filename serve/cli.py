@@ -21,6 +21,9 @@ from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
 from serve.commands.bench import add_commands as add_bench_commands
+from serve.commands.gateway import command as gateway_command
+from serve.commands.launch import command as launch_command
+from serve.commands.plan import command as plan_command
 from serve.commands.serve import command as serve_command
 
 if TYPE_CHECKING:
@@ -223,6 +226,9 @@ def env(
 
 app.command("serve")(serve_command)
 add_bench_commands(app, lambda model, config, settings: open_llm(model, config, settings))
+app.command("gateway")(gateway_command)
+app.command("launch")(launch_command)
+app.command("plan")(plan_command)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -22,6 +22,7 @@ from jaxllm.config import load
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
+from jaxllm.engine.group import GroupPlace
 from jaxllm.engine.loop import EngineBroken, EngineLoop, Send, watch
 from jaxllm.engine.messages import Command, Event, Failed
 
@@ -87,7 +88,12 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
 
     config = load(settings.get("config_file"), **settings.get("overrides", {}))
     faults = parse_faults(config.fault)
-    engine, report = start(config)
+    if "group" in settings:
+        from jaxllm.engine.group_start import lead
+
+        engine, report = lead(msgspec.convert(settings["group"], GroupPlace), config)
+    else:
+        engine, report = start(config)
     if faults:
         engine.runner = FaultyRunner(engine.runner, faults)
     facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}

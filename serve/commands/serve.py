@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxllm.config import ConfigError, environment_api_key, load, load_front_table, model_directory, show
+from jaxllm.config import ConfigError, environment_api_key, load, load_table, model_directory, show
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.messages import Ready
 from serve.settings import FrontSettings, hash_key
@@ -49,6 +49,11 @@ ENGINE_FLAGS = (
     "scheduling_policy",
     "seed",
     "log_level",
+    "data_parallel_size",
+    "pipeline_parallel_size",
+    "context_parallel_size",
+    "expert_parallel_size",
+    "tensor_parallel_size",
 )
 FRONT_FLAGS = {  # flag -> setting
     "host": "host",
@@ -151,6 +156,11 @@ def command(
     dtype: Annotated[str | None, typer.Option()] = None,
     load_format: Annotated[str | None, typer.Option(help="auto, or dummy for random weights.")] = None,
     scheduling_policy: Annotated[str | None, typer.Option("--scheduling-policy", "--schedule-policy")] = None,
+    data_parallel_size: Annotated[int | None, typer.Option("--data-parallel-size", "--dp-size", "-dp")] = None,
+    pipeline_parallel_size: Annotated[int | None, typer.Option("--pipeline-parallel-size", "--pp-size", "-pp")] = None,
+    context_parallel_size: Annotated[int | None, typer.Option("--context-parallel-size", "-cp")] = None,
+    expert_parallel_size: Annotated[int | None, typer.Option("--expert-parallel-size", "--ep-size", "-ep")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option("--tensor-parallel-size", "--tp-size", "-tp")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--random-seed")] = None,
     max_queue: Annotated[int | None, typer.Option("--max-queue", "--max-queued-requests", parser=size)] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds that requests in flight get at the end.")] = None,
@@ -190,7 +200,7 @@ def _serve(given: dict[str, Any]) -> int:
         "keys": read_keys(given.get("api_key"), given.get("api_key_file"), environment_api_key()),
         "admin_keys": read_keys(given.get("admin_key"), None),
     }
-    settings = front_settings(load_front_table(config), flags, engine_config.model.path, keys)
+    settings = front_settings(load_table(config, "server"), flags, engine_config.model.path, keys)
     if given["print_config"]:
         typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
         return 0

@@ -252,11 +252,11 @@ def test_the_engine_leaves_the_front_its_table_of_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("max_num_seqs = 3\n[server]\nport = 9000\n")
     assert cfg.load(recipe, environ={}).scheduler.max_num_seqs == 3
-    assert cfg.load_front_table(recipe) == {"port": 9000}
-    assert cfg.load_front_table(None) == {}
+    assert cfg.load_table(recipe, "server") == {"port": 9000}
+    assert cfg.load_table(None, "server") == {}
     recipe.write_text("server = 5\n")
     with pytest.raises(ConfigError, match="server = 5: must be a table"):
-        cfg.load_front_table(recipe)
+        cfg.load_table(recipe, "server")
 
 
 def test_the_api_key_comes_from_the_environment_and_is_in_no_config():

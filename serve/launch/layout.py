@@ -1,0 +1,183 @@
+"""What a launch will start: a recipe resolved into processes, each with its command, and what each device will hold.
+
+In: the engine's config, the launch, gateway and server tables, this process's place. Out: a Layout, which prints
+itself for --dry-run. Starts nothing and imports no JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.graph.models.config import ModelConfig
+from jaxllm.tools.planner import MemoryUse, dims_of, memory_use
+from serve.launch.settings import LaunchSettings, Place
+from sharding.axes import MeshConfig, stage_layers
+from sharding.axes import check as check_mesh
+
+JAXLLM = (sys.executable, "-m", "serve.cli")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Process:
+    """One to be started here or elsewhere."""
+
+    name: str
+    command: tuple[str, ...]
+    gpus: tuple[str, ...] | None = None  # which it sees; None: not limited
+    where: str = "here"
+
+    def __str__(self) -> str:
+        seen = "" if self.gpus is None else f"CUDA_VISIBLE_DEVICES={','.join(self.gpus)} "
+        return f"{self.name} ({self.where}): {seen}{shlex.join(('jaxllm', *self.command[len(JAXLLM) :]))}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    kind: str  # one process, processes, replicas, ray
+    mesh: MeshConfig
+    place: Place
+    processes: tuple[Process, ...]
+    memory: MemoryUse
+    gateway: bool = False
+
+    def __str__(self) -> str:
+        axes = " x ".join(f"{name} {getattr(self.mesh, name)}" for name in ("data", "pipe", "seq", "expert", "tensor"))
+        lines = [f"mesh: {self.mesh} ({axes} = {self.mesh.size} devices)"]
+        lines.append(f"launch: {self.kind}, {len(self.processes)} processes (place: {self.place.source})")
+        lines.append(f"bytes per device: {self.memory}")
+        return "\n".join([*lines, *(f"  {process}" for process in self.processes)])
+
+
+def read_model(directory: Path) -> ModelConfig:
+    return ModelConfig.from_directory(directory)
+
+
+def gpu_slices(count: int, each: int, visible: list[str] | None) -> list[tuple[str, ...]]:
+    """Which GPUs each of `count` processes sees."""
+    have = visible if visible is not None else [str(i) for i in range(count * each)]
+    if len(have) < count * each:
+        raise ConfigError(
+            f"fewer devices than the mesh: {count} processes x {each} GPUs = {count * each}, and CUDA_VISIBLE_DEVICES "
+            f"names {len(have)}"
+        )
+    return [tuple(have[i * each : (i + 1) * each]) for i in range(count)]
+
+
+def without_data(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """A replica's flags: how many there are is the launcher's business."""
+    at = overrides.index("--data-parallel-size") if "--data-parallel-size" in overrides else len(overrides)
+    return overrides[:at] + overrides[at + 2 :]
+
+
+def lay_out(
+    config: EngineConfig,
+    launch: LaunchSettings,
+    place: Place,
+    model: ModelConfig,
+    *,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    server: dict[str, Any],
+    gateway: dict[str, Any],
+    visible: list[str] | None,
+    on_gpu: bool,
+) -> Layout:
+    """Raises ConfigError or MeshError with the arithmetic."""
+    mesh = config.mesh
+    replica = dataclasses.replace(mesh, data=1)
+    check_mesh(model, replica)
+    stage_layers(model.num_layers, mesh.pipe)
+    memory = memory_use(dims_of(model), replica, config)
+    base = (*JAXLLM, "serve", *(("-c", str(recipe)) if recipe else ()), *without_data(overrides))
+    if launch.mode == "ray":
+        return _ray(base, launch, place, mesh, memory, gateway, server)
+    if place.processes > 1:
+        return _processes(launch, place, mesh, memory, recipe, overrides)
+    if mesh.data > 1:
+        return _replicas(base, launch, place, mesh, memory, gateway, server, visible if on_gpu else None, on_gpu)
+    if launch.mode == "multihost":
+        raise ConfigError("launch.mode = 'multihost' and one process: give --num-processes and --coordinator")
+    return Layout("one process", mesh, place, (Process("server", base),), memory)
+
+
+def _processes(
+    launch: LaunchSettings,
+    place: Place,
+    mesh: MeshConfig,
+    memory: MemoryUse,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+) -> Layout:
+    if mesh.data > 1:
+        raise ConfigError(
+            f"mesh.data = {mesh.data} in {place.processes} processes of one engine: launch each replica by itself "
+            "with data = 1 and put jaxllm gateway before them, or use launch.mode = 'ray'"
+        )
+    if mesh.pipe > 1:
+        raise ConfigError(
+            f"mesh.pipe = {mesh.pipe} in {place.processes} processes: pipeline stages live in one process; spread "
+            "mesh.tensor over processes, or give one process all stages"
+        )
+    if mesh.size % place.processes:
+        raise ConfigError(f"mesh {mesh}: {mesh.size} devices do not divide over {place.processes} processes")
+    here = launch.mode == "local" or (launch.mode == "auto" and launch.process_id < 0 and place.source == "settings")
+    found = []
+    for rank in range(place.processes):
+        command = (*JAXLLM, "launch", *(("-c", str(recipe)) if recipe else ()), *overrides)
+        command += ("--coordinator", place.coordinator, "--num-processes", str(place.processes))
+        command += ("--process-id", str(rank))
+        where = "here" if here or rank == place.rank else "another host"
+        found.append(Process(f"rank {rank}{' (leads, serves HTTP)' if not rank else ''}", command, where=where))
+    return Layout("processes here" if here else "processes", mesh, place, tuple(found), memory)
+
+
+def _replicas(
+    base: tuple[str, ...],
+    launch: LaunchSettings,
+    place: Place,
+    mesh: MeshConfig,
+    memory: MemoryUse,
+    gateway: dict[str, Any],
+    server: dict[str, Any],
+    visible: list[str] | None,
+    on_gpu: bool,
+) -> Layout:
+    slices: list[Any] = gpu_slices(mesh.data, mesh.replica_size, visible) if on_gpu else [None] * mesh.data
+    found, urls = [], []
+    for replica, gpus in enumerate(slices):
+        port = launch.replica_port + replica
+        command = (*base, "--data-parallel-size", "1", "--host", "127.0.0.1", "--port", str(port))
+        urls.append(f"http://127.0.0.1:{port}")
+        found.append(Process(f"replica {replica}", command, gpus))
+    host, port = gateway.get("host", server.get("host")), gateway.get("port", server.get("port"))
+    command = (*JAXLLM, "gateway", "--workers", ",".join(urls))
+    command += (("--host", str(host)) if host else ()) + (("--port", str(port)) if port is not None else ())
+    found.append(Process("gateway", command))
+    return Layout("replicas and gateway", mesh, place, tuple(found), memory, gateway=True)
+
+
+def _ray(
+    base: tuple[str, ...],
+    launch: LaunchSettings,
+    place: Place,
+    mesh: MeshConfig,
+    memory: MemoryUse,
+    gateway: dict[str, Any],
+    server: dict[str, Any],
+) -> Layout:
+    each = max(1, launch.processes)
+    if mesh.replica_size % each:
+        raise ConfigError(f"mesh {mesh}: {mesh.replica_size} devices of a replica do not divide over {each} processes")
+    found = []
+    for replica in range(mesh.data):
+        command = (*base, "--data-parallel-size", "1", "--host", "NODE", "--port", "ANY")
+        found += [Process(f"replica {replica} process {rank}", command, where="a ray actor") for rank in range(each)]
+    found.append(Process("gateway", (*JAXLLM, "gateway", "--workers", "the replicas' addresses")))
+    return Layout("ray", mesh, place, tuple(found), memory, gateway=True)
