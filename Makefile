@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Where no registry is reachable (the GPU machine) the system's own Python runs the GPU targets.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help demo test check test-mesh test-gpu test-ray bench gate lock clean
+.PHONY: help demo test check test-mesh test-gpu test-ray test-clients test-api test-faults test-ui soak bench gate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,35 @@ demo: .venv/.runtime ## a code completion, a chat answer and a JSON extraction f
 
 test: .venv/.dev ## the whole suite on this machine's CPU
 	@$(PYTEST) -n 2 --dist loadscope
+
+.clients/.done: .venv/.dev tests/clients/requirements.txt tests/clients/package.json tests/clients/setup.sh
+	@tests/clients/setup.sh
+	@touch $@
+
+test-clients: .clients/.done ## openai (Python, npm), litellm and langchain-openai against `jaxllm serve`
+	@mkdir -p build
+	@set -o pipefail; $(BIN)/python tests/helpers/served.py -- tests/clients/run.sh 2>&1 | tee build/clients.txt
+
+.api/.done: .venv/.dev tests/api/setup.sh
+	@tests/api/setup.sh
+	@touch $@
+
+test-api: .api/.done ## schemathesis against /openapi.json, EXAMPLES=200 an operation, what is allowed and what is not
+	@mkdir -p build
+	@set -o pipefail; $(BIN)/python tests/helpers/served.py --api-key key -- tests/api/run.sh 2>&1 | tee build/api.txt
+
+test-faults: .venv/.dev ## faults of section 3 that need starts of their own: caches, damaged models, signals
+	@$(PYTEST) -m "faults or not faults" tests/serve -k fault
+
+.venv/.ui: .venv/.dev
+	@tools/setup.sh dev,ui
+	@touch $@
+
+test-ui: .venv/.ui ## the web page in a real Chromium (Debian's chromium and chromium-driver), also against the real server
+	@$(PYTEST) -m browser tests/serve/ui
+
+soak: .venv/.dev ## random requests and cancels for MINUTES=20; memory flat, pages whole, nothing compiled
+	@$(BIN)/python tests/soak/soak.py --minutes $(or $(MINUTES),20) --out build/soak.json
 
 check: .venv/.dev ## format, lint, types, import contracts, sizes
 	@$(BIN)/ruff format --check .
@@ -53,4 +82,4 @@ lock: .venv/.dev ## rewrite requirements.lock from .venv
 	@tools/lock.sh
 
 clean: ## remove what make created
-	@rm -rf .venv .jax_cache build dist
+	@rm -rf .venv .clients .api .jax_cache build dist

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import tuning
 from pallas_kernels.matmul import streamed_sm90 as kernel
 
 Stage, Blocks = kernel.Stage, kernel.Blocks
 BF, F32 = jnp.bfloat16, jnp.float32
-SHAPES = {"llama-8b": (8, 4096, 4096, 14336, 6144), "qwen3-0.6b": (8, 1024, 2048, 3072, 4096)}  # L, D, O, F, Q
+SHAPES = {"llama-8b": (8, 4096, 4096, 14336, 6144), "qwen3-0.6b": (8, 1024, 2048, 3072, 4096)}  # L, D, NH, F, Q
 
 
 def say(**row: Any) -> None:
@@ -37,9 +38,8 @@ def best(run: Callable[..., Any], *args: Any, reps: int = 10) -> float:
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        for _ in range(reps):
-            out = run(*args)
-        jax.block_until_ready(out)
+        outs = [run(*args) for _ in range(reps)]
+        jax.block_until_ready(outs[-1])
         times.append((time.perf_counter() - start) / reps)
     return min(times)
 
@@ -49,10 +49,10 @@ def normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
     return (jax.random.normal(key, shape, F32) * scale).astype(BF)
 
 
-def layer_weights(seed: int, D: int, O: int, F: int, Q: int) -> tuple[jax.Array, ...]:
+def layer_weights(seed: int, D: int, NH: int, F: int, Q: int) -> tuple[jax.Array, ...]:
     k = jax.random.split(jax.random.key(seed), 6)
     return (
-        normal(k[0], (D, O), O**-0.5),
+        normal(k[0], (D, NH), NH**-0.5),
         normal(k[1], (2 * F, D), D**-0.5),
         normal(k[2], (D, F), F**-0.5),
         normal(k[3], (Q, D), D**-0.5),
@@ -61,11 +61,11 @@ def layer_weights(seed: int, D: int, O: int, F: int, Q: int) -> tuple[jax.Array,
     )
 
 
-def stages(D: int, O: int, F: int, Q: int) -> tuple[Any, ...]:
+def stages(D: int, NH: int, F: int, Q: int) -> tuple[Any, ...]:
     return (
-        Stage(0, O, D, residual=1, normed=True),
+        Stage(0, NH, D, residual=1, normed=0),
         Stage(-1, D, F, gated=True, scaled_by=0),
-        Stage(-2, F, D, residual=-1, normed=True),
+        Stage(-2, F, D, residual=-1, normed=0),
         Stage(-3, D, Q, scaled_by=2),
     )
 
@@ -91,20 +91,16 @@ def plain_layer(a: jax.Array, x: jax.Array, w: tuple[jax.Array, ...]) -> tuple[j
 def chain_layer(a: jax.Array, x: jax.Array, w: tuple[jax.Array, ...], **kw: Any) -> tuple[jax.Array, ...]:
     wo, wg, wd, wq, n1, n2 = w
     st = stages(x.shape[1], wo.shape[1], wd.shape[1], wq.shape[0])
-    o = kernel.chain([a, x], [wo, wg, wd, wq], [n1, None, n2, None], [None] * 4, st, **kw)
+    o = kernel.chain([a, x], [wo, wg, wd, wq], [n1[None], None, n2[None], None], [None] * 4, st, **kw)
     return o[3][0], o[2][0], o[0][0], o[1][0]
 
 
-def error(got: jax.Array, want: jax.Array) -> float:
+def error(got: Any, want: Any) -> float:
     g, w = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(g - w) / np.linalg.norm(w))
 
 
-def blocks_for(M: int, depth: int = 64) -> Any:
-    slots, x_slots = {8: (12, 8), 16: (12, 6), 32: (10, 5), 64: (8, 4), 128: (6, 3)}[kernel.padded(M)]
-    if depth == 128:
-        slots, x_slots = slots // 2, max(2, x_slots // 2)
-    return Blocks(depth=depth, slots=slots, x_slots=x_slots)
+blocks_for = kernel.blocks_for
 
 
 def smoke() -> None:
@@ -117,15 +113,15 @@ def smoke() -> None:
 def correct() -> None:
     _, *dims = SHAPES["llama-8b"]
     w = layer_weights(1, *dims)
-    D, O = dims[0], dims[1]
-    a, x = normal(jax.random.key(5), (128, O), 1.0), normal(jax.random.key(6), (128, D), 1.0)
+    D, NH = dims[0], dims[1]
+    a, x = normal(jax.random.key(5), (128, NH), 1.0), normal(jax.random.key(6), (128, D), 1.0)
     want = [np.asarray(each) for each in jax.jit(plain_layer)(a, x, w)]
     rows: dict[int, Any] = {}
     for M in (8, 32, 128, 1):
         run = jax.jit(functools.partial(chain_layer, blocks=blocks_for(M)))
         try:
             got = [np.asarray(each) for each in run(a[:M], x[:M], w)]
-            same = all(np.array_equal(g, np.asarray(h)) for _ in range(20) for g, h in zip(got, run(a[:M], x[:M], w)))
+            same = all(np.array_equal(g, np.asarray(h)) for _ in range(10) for g, h in zip(got, run(a[:M], x[:M], w)))
         except Exception as fault:
             say(what="correct", M=M, failed=str(fault)[:600])
             continue
@@ -135,8 +131,45 @@ def correct() -> None:
             M=M,
             errors=dict(zip(("qkv", "x2", "x1", "h"), (error(g, e[:M]) for g, e in zip(got, want)))),
             repeats_equal=same,
-            rows_equal_M8=all(np.array_equal(g[:8], h[: M]) for g, h in zip(got, rows.get(8, got))),
+            rows_equal_M8=all(np.array_equal(g[:8], h[:M]) for g, h in zip(got, rows.get(8, got))),
         )
+
+
+def tune() -> None:
+    """Which buffers stream fastest, on the largest product; the best goes where the kernels look for it."""
+    K, N, L = 4096, 28672, 4
+    ws = [normal(jax.random.key(i), (N, K), K**-0.5) for i in range(L)]
+    found: dict[str, dict[str, Any]] = {}
+    for M, choices in TUNED.items():
+        x, times = normal(jax.random.key(7), (M, K), 1.0), {}
+        for choice in choices:
+            blocks = Blocks(**choice)
+            run = many(functools.partial(single, blocks=blocks))
+            began = time.time()
+            try:
+                times[blocks] = best(run, x, ws, reps=20) / L
+                say(what="tune", M=M, **choice, us=round(times[blocks] * 1e6, 1), took=round(time.time() - began, 1))
+            except Exception as fault:
+                say(what="tune", M=M, **choice, failed=str(fault)[:300])
+        same_bits = {blocks: s for blocks, s in times.items() if blocks.depth == Blocks().depth}
+        if same_bits:
+            won = min(same_bits, key=lambda blocks: same_bits[blocks])
+            found[f"rows {M}"] = {"slots": won.slots, "x_slots": won.x_slots}
+    device = tuning.device_name()
+    if device and found:
+        path = tuning.save({"streamed_sm90": found}, device, "python -m benchmarks.chain tune")
+        say(what="tuned", file=path.name, **found)
+
+
+def _choice(slots: int, x_slots: int, depth: int = 64) -> dict[str, int]:
+    return {"slots": slots, "x_slots": x_slots, "depth": depth}
+
+
+TUNED = {
+    8: [_choice(12, 8), _choice(12, 12), _choice(6, 6, 128)],
+    32: [_choice(10, 5), _choice(10, 10), _choice(9, 12)],
+    128: [_choice(6, 3), _choice(5, 5), _choice(5, 4)],
+}
 
 
 def barrier() -> None:
@@ -161,67 +194,65 @@ def whole(layer: Callable[..., Any], M: int, ws: Any) -> float:
 
     D, Q = ws[0][0].shape[0], ws[0][3].shape[0]
     a, x = normal(jax.random.key(5), (M, Q), 1.0), normal(jax.random.key(6), (M, D), 1.0)
-    return best(run, a, x, ws, reps=20)
+    began = time.time()
+    lowered = run.lower(a, x, ws)
+    middle = time.time()
+    compiled = lowered.compile()
+    say(what="compile", lower=round(middle - began, 1), compile=round(time.time() - middle, 1))
+    return best(compiled, a, x, ws, reps=40)
+
+
+def report(what: str, shape: str, M: int, ws: Any, layer: Callable[..., Any]) -> None:
+    L, D, NH, F, Q = SHAPES[shape]
+    began = time.time()
+    try:
+        s = whole(layer, M, ws)
+    except Exception as fault:  # each choice's failure is reported, and the rest still measured
+        traceback.print_exc(limit=-2)
+        say(what=what, shape=shape, M=M, failed=str(fault)[:300])
+        return
+    terabytes = 2e-12 * L * (D * NH + 3 * D * F + Q * D)
+    took = round(time.time() - began, 1)
+    say(what=what, shape=shape, M=M, us_layer=round(s * 1e6 / L, 1), TBps=round(terabytes / s, 3), took=took)
 
 
 def chains() -> None:
-    for name, (L, *dims) in SHAPES.items():
+    for shape, (L, *dims) in SHAPES.items():
         ws = [layer_weights(i, *dims) for i in range(L)]
-        D, O, F, Q = dims
-        gigabytes = 2e-9 * L * (D * O + 3 * D * F + Q * D)
-
-        def report(what: str, M: int, layer: Callable[..., Any]) -> None:
-            began = time.time()
-            try:
-                s = whole(layer, M, ws)
-                say(what=what, shape=name, M=M, us_layer=round(s * 1e6 / L, 1),
-                    TBps=round(gigabytes / 1e3 / s, 3), took=round(time.time() - began, 1))
-            except Exception as fault:
-                traceback.print_exc(limit=-2)
-                say(what=what, shape=name, M=M, failed=str(fault)[:300])
-
-        def ours(what: str, M: int, blocks: Any = None, **kw: Any) -> None:
-            report(what, M, functools.partial(chain_layer, blocks=blocks or blocks_for(M), **kw))
-
-        ours("chain", 8)
-        ours("chain pdl", 8, pdl=True)
-        ours("chain", 32)
-        ours("chain", 128)
-        if name == "llama-8b":
-            ours("chain depth 128", 8, blocks_for(8, 128))
-            ours("chain slots 6", 8, Blocks(slots=6))
-            ours("chain no fence", 8, fence=False)
-            ours("chain", 1)
-            ours("chain", 64)
-            report("xla", 8, plain_layer)
-            report("xla", 32, plain_layer)
-            report("xla", 128, plain_layer)
+        for M in (8, 32, 128):
+            report("chain", shape, M, ws, functools.partial(chain_layer, blocks=blocks_for(M)))
+            report("xla", shape, M, ws, plain_layer)
+        report("chain pdl", shape, 8, ws, functools.partial(chain_layer, blocks=blocks_for(8), pdl=True))
         del ws
+
+
+def single(x: jax.Array, w: jax.Array, blocks: Any = None) -> jax.Array:
+    """One product by the streamed kernel."""
+    stage = Stage(0, x.shape[1], w.shape[0])
+    return kernel.chain([x], [w], [None], [None], (stage,), blocks=blocks or blocks_for(x.shape[0]))[0][0]
+
+
+def rounded(x: jax.Array, w: jax.Array) -> jax.Array:
+    return project(x, w).astype(BF)
 
 
 def matmuls() -> None:
-    for K, N in ((4096, 28672), (4096, 4096), (14336, 4096)):
-        L = max(2, min(8, int(2e9 // (K * N * 2))))
+    for K, N in ((4096, 28672), (4096, 4096), (4096, 6144), (14336, 4096)):
+        L, M = max(2, min(8, int(2e9 // (K * N * 2)))), 8
         ws = [normal(jax.random.key(i), (N, K), K**-0.5) for i in range(L)]
-        for M in (8,):
-            x = normal(jax.random.key(7), (M, K), 1.0)
-
-            def ours(x: jax.Array, w: jax.Array, M: int = M) -> jax.Array:
-                return kernel.chain([x], [w], [None], [None], (Stage(0, K, N),), blocks=blocks_for(M))[0][0]
-
-            for label, f in (("xla", lambda x, w: project(x, w).astype(BF)), ("ours", ours)):
-                try:
-                    run = jax.jit(lambda x, ws, f=f: [f(x, w) for w in ws])
-                    s = best(run, x, ws, reps=5) / L
-                    say(what="matmul", kind=label, K=K, N=N, M=M, us=round(s * 1e6, 1),
-                        TBps=round(K * N * 2e-12 / s, 3))
-                except Exception as fault:
-                    say(what="matmul", kind=label, K=K, N=N, M=M, failed=str(fault)[:300])
+        x = normal(jax.random.key(7), (M, K), 1.0)
+        for label, product in (("xla", rounded), ("ours", single)):
+            s = best(many(product), x, ws, reps=5) / L
+            say(what="matmul", kind=label, K=K, N=N, M=M, us=round(s * 1e6, 1), TBps=round(K * N * 2e-12 / s, 3))
         del ws
 
 
+def many(product: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return jax.jit(lambda x, ws: [product(x, w) for w in ws])
+
+
 if __name__ == "__main__":
-    known = {"smoke": smoke, "correct": correct, "barrier": barrier, "chain": chains, "matmul": matmuls}
+    known = {"smoke": smoke, "tune": tune, "correct": correct, "barrier": barrier, "chain": chains, "matmul": matmuls}
     for each in sys.argv[1:] or known:
         began = time.time()
         try:

@@ -174,7 +174,7 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
     spec = KVCacheSpec(model.num_layers, local.num_kv_heads, model.head_dim, PAGE, pages, jnp.dtype(jnp.bfloat16))
     kv = allocate(home.kv_shapes(spec))
     counts = jnp.zeros((max(batches) + 1, model.vocab_size), jnp.uint16, device=home.whole)
-    graph = Graph(abstract(local, jnp.bfloat16)[0], model, PAGE, pages, False, placement)
+    graph = Graph(abstract(local, jnp.bfloat16)[0], model, PAGE, pages, placement=placement)
     start = time.perf_counter()
     ladder = Ladder(batches, (), width)
     jobs = [job for job in compiling.jobs_of(graph, ladder, params, kv, counts) if job[0][0] == "step"]

@@ -143,6 +143,7 @@ class LLM:
         self.engine: EngineLike = engine
         self._outputs = OutputProcessor(engine.tokenizer)
         self._boxes: dict[str, deque[RequestOutput]] = {}  # request id -> where its updates are awaited
+        self._process = os.getpid()
 
     def _start(
         self,
@@ -313,6 +314,11 @@ class LLM:
     # ---- the loop ----
 
     def _request(self, job: _Job, request_id: str | None, priority: int) -> tuple[Request, str | None]:
+        if os.getpid() != self._process:
+            raise JaxLLMError(
+                f"this LLM belongs to process {self._process}, and a fork of it cannot use the device: "
+                "make an LLM in the process that uses it (start it with multiprocessing's spawn)"
+            )
         text, prompt = job.read()
         try:
             request = self.engine.make_request(

@@ -24,6 +24,7 @@ from jaxllm import chat_template
 from jaxllm.chat_template import GUARD_CLOSE, GUARD_OPEN, ChatError, Marks, Message
 from jaxllm.core import JaxLLMError
 
+Render = Callable[[str, Mapping[str, Any]], str]  # a template's source and its variables -> the text
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -177,6 +178,7 @@ class Tokenizer:
         self._token_bytes = TokenBytes(rust, spec.get("decoder"))
         self._inside: dict[int, bytes] = {}
         self._compiled: dict[str, Any] = {}
+        self.render_elsewhere: Render | None = None  # a server's: with limits, see template_process
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
@@ -258,15 +260,18 @@ class Tokenizer:
 
     # messages -> text and ids
 
-    def _template(self, name: str | None, tools: object) -> Any:
+    def _template(self, name: str | None, tools: object) -> Callable[[Mapping[str, Any]], str]:
         if name is None:
             name = "tool_use" if tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
             have = f"it has {', '.join(sorted(self.templates))}" if self.templates else "it has none"
             raise ChatError(f"this model has no chat template named {name!r} ({have}); use generate with a text prompt")
+        elsewhere, source = self.render_elsewhere, self.templates[name]
+        if elsewhere is not None:
+            return lambda variables: elsewhere(source, variables)
         if name not in self._compiled:
-            self._compiled[name] = chat_template.compile_template(self.templates[name])
-        return self._compiled[name]
+            self._compiled[name] = chat_template.compile_template(source)
+        return lambda variables: chat_template.render(self._compiled[name], variables)
 
     def apply_chat_template(
         self,
@@ -282,16 +287,14 @@ class Tokenizer:
         return self._renderer(tools, add_generation_prompt, template)(*conversation)
 
     def _renderer(self, tools: object, add_generation_prompt: bool, template: str | None) -> Callable[..., str]:
-        compiled = self._template(template, tools)
+        fill = self._template(template, tools)
         fixed = {**self.special, "add_generation_prompt": add_generation_prompt, "strftime_now": chat_template.clock()}
 
         def render(messages: object, tools: object, template_args: Mapping[str, Any] | None) -> str:
             taken = (chat_template.OWN_VARIABLES | self.special.keys()) & set(template_args or ())
             if taken:
                 raise ChatError(f"template_args may not set {', '.join(sorted(taken))}")
-            return chat_template.render(
-                compiled, {**(template_args or {}), **fixed, "messages": messages, "tools": tools}
-            )
+            return fill({**(template_args or {}), **fixed, "messages": messages, "tools": tools})
 
         return render
 

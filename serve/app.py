@@ -16,7 +16,7 @@ from typing import Any, cast
 import pydantic
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve import anthropic, native, probes
@@ -32,6 +32,7 @@ from serve.ui.assets import load_assets, ui_routes
 log = logging.getLogger(__name__)
 
 Handler = Callable[..., Awaitable[ASGIApp]]
+LONG_S = 900.0  # for what waits for requests in flight, or reads weights
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,21 @@ TABLE: tuple[Entry, ...] = (
         "Forget cached pages (admin)",
         empty_body=True,
     ),
-    Entry("POST", "/sleep", probes.missing("sleep"), None, "Not implemented (admin)", empty_body=True),
-    Entry("POST", "/wake_up", probes.missing("wake_up"), None, "Not implemented (admin)", empty_body=True),
     Entry(
-        "POST", "/update_weights", probes.missing("update_weights"), None, "Not implemented (admin)", empty_body=True
+        "POST",
+        "/sleep",
+        probes.operation("sleep", protocol.SleepBody, LONG_S),
+        protocol.SleepBody,
+        "Free the device (admin)",
+        empty_body=True,
+    ),
+    Entry("POST", "/wake_up", probes.operation("wake_up", timeout_s=LONG_S), None, "Back (admin)", empty_body=True),
+    Entry(
+        "POST",
+        "/update_weights",
+        probes.operation("update_weights", protocol.UpdateWeightsBody, LONG_S),
+        protocol.UpdateWeightsBody,
+        "Other weights of the same shapes (admin)",
     ),
     Entry("POST", "/start_profile", probes.operation("start_profile"), None, "Start a trace (admin)", empty_body=True),
     Entry("POST", "/stop_profile", probes.operation("stop_profile"), None, "End a trace (admin)", empty_body=True),
@@ -122,7 +134,9 @@ class Endpoint:
 
 
 def _documents(front: Front) -> list[Entry]:
-    document = describe(TABLE, PUBLIC, ADMIN)
+    settings = front.settings
+    public = PUBLIC | {"/metrics"} if settings.public_metrics else PUBLIC
+    document = describe(TABLE, public, ADMIN, keys=bool(settings.keys))
 
     async def openapi(front: Front, call: Call) -> Answer:
         return as_json(document)
@@ -147,7 +161,7 @@ def build_app(front: Front) -> Gate:
             for task in tasks:
                 task.cancel()
             await front.client.close()
-            front.pool.shutdown(wait=False, cancel_futures=True)
+            front.close()
 
     async def refused(request: Any, error: Exception) -> ASGIApp:
         assert isinstance(error, HTTPException)
@@ -157,7 +171,11 @@ def build_app(front: Front) -> Gate:
         }
         message, code = known.get(error.status_code, (str(error.detail), None))
         shown = request.url.path if len(request.url.path) <= 80 else request.url.path[:77] + "..."
-        wrong = ApiError(error.status_code, f"{message}: {request.method} {shown!a}", code=code)
+        allow = None
+        if error.status_code == 405:
+            here = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+            allow = ", ".join(sorted({method for route in here for method in getattr(route, "methods", None) or ()}))
+        wrong = ApiError(error.status_code, f"{message}: {request.method} {shown!a}", code=code, allow=allow)
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             await respond(send, wrong, scope["method"])

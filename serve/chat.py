@@ -6,16 +6,13 @@ Knows nothing of options or of how the model was loaded; `serve.cli` does.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from jaxllm.core import FinishReason, RequestError, RequestOutput, RequestTimings, SamplingParams
-
-if TYPE_CHECKING:
-    from jaxllm.llm import LLM
 
 HELP = "/reset forgets the conversation, /quit ends it, ctrl-c stops an answer."
 
@@ -68,11 +65,17 @@ def listen(deltas: Iterable[RequestOutput], out: TextIO) -> Heard:
     return heard
 
 
+class Talker(Protocol):
+    """What a conversation needs: an LLM has it, and a model behind a URL."""
+
+    def stream_chat(self, messages: list[dict[str, Any]], params: SamplingParams, /) -> Generator[RequestOutput]: ...
+
+
 @dataclass
 class Conversation:
     """Messages so far, and the model that answers."""
 
-    llm: LLM
+    llm: Talker
     params: SamplingParams
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)

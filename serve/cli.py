@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from jaxllm.config import ConfigError, load
+from jaxllm.config import ConfigError, environment_api_key, load
 from jaxllm.core import JaxLLMError, RequestError, SamplingParams
 from serve import chat as terminal
 from serve.commands.bench import add_commands as add_bench_commands
@@ -173,12 +173,25 @@ def chat(
     min_p: MinP = None,
     seed: Seed = None,
     settings: Settings = None,
+    url: Annotated[
+        str | None, typer.Option(help="Talk with a server of OpenAI's API instead of loading a model.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key; else JAXLLM_API_KEY.")] = None,
 ) -> None:
     """Talk with the model; /reset forgets, /quit ends, ctrl-c stops an answer. Piped lines are answered one by one."""
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     _check_params(**sampling, max_tokens=max_tokens)
-    llm = open_llm(model, config, settings)
-    params = _params(llm, **sampling).replace(max_tokens=max_tokens)  # None: as far as the context goes
+    llm: Any
+    if url is not None:
+        from serve.remote import open_remote
+
+        wanted: dict[str, Any] = {**sampling, "max_tokens": max_tokens}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        llm = open_remote(url, model, api_key or environment_api_key(), list(given))
+        params = SamplingParams(**given)
+    else:
+        llm = open_llm(model, config, settings)
+        params = _params(llm, **sampling).replace(max_tokens=max_tokens)  # None: as far as the context goes
     interactive = sys.stdin.isatty()
     if interactive:
         typer.echo(terminal.HELP, err=True)
@@ -205,7 +218,7 @@ def build(
     settings: Settings = None,
 ) -> None:
     """Compile every executable a model needs into a folder: a start with --set cache_dir=FOLDER finds them there."""
-    given = _settings(settings) | {"cache_dir": str(out)}
+    given: dict[str, Any] = _settings(settings) | {"cache_dir": str(out)}
     chosen = load(config, model=model, **given)
     from jaxllm.engine.startup import build as compile_into
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxllm.core import Request
 from jaxllm.engine.decoding.stop import TokenPieces
-from jaxllm.engine.messages import Abort, Add, Beat, Control, Event, Failed, News, Ready, Reply, Step
+from jaxllm.engine.messages import Abort, Add, Beat, Control, Event, Failed, Ready, Reply, Step
 from serve.errors import ApiError, from_engine
 from serve.links import Link
 from serve.streams import Piece, Reader, Stream
@@ -69,6 +69,8 @@ class Health:
             return self.trouble(unhealthy_s) or "the engine is starting"
         if self.beat.paused:
             return "paused"
+        if self.beat.asleep:
+            return "asleep"
         if self.beat.sick:
             return "numerical errors in several steps in a row"
         return self.trouble(unhealthy_s)
@@ -88,6 +90,7 @@ class EngineClient:
         self.supervision = supervision or Supervision()
         self.streams: dict[str, Stream] = {}
         self.on_lost: Callable[[str], None] = lambda why: None
+        self.on_gap: Callable[[float], None] = lambda seconds: None  # between a stream's tokens
         self.on_ready: Callable[[], None] = lambda: None  # before the first request is taken
         self.aborted = 0
         self._tokenizer, self._limit, self._queue_timeout_s = tokenizer, stream_limit_tokens, queue_timeout_s
@@ -239,25 +242,25 @@ class EngineClient:
                 return "it was silent too long"
 
     def _dispatch(self, events: list[Event]) -> None:
-        pieces: list[tuple[str, Piece, bool]] = []
+        pieces: list[tuple[str, Piece, bool, str]] = []
         others: list[Event] = []
         for event in events:
             if isinstance(event, Step):
-                self._collect(event.news, pieces)
+                self._collect(event, pieces)
             else:
                 others.append(event)
                 if isinstance(event, Failed):
                     self._failure = event
         self._call(self._deliver, pieces, others)
 
-    def _collect(self, news: list[News], pieces: list[tuple[str, Piece, bool]]) -> None:
-        readers = self._readers
-        for one in news:
+    def _collect(self, step: Step, pieces: list[tuple[str, Piece, bool, str]]) -> None:
+        readers, version = self._readers, step.weights_version
+        for one in step.news:
             reader = readers.get(one.request_id)
             if reader is not None:
                 piece, cut = reader.read(one)
                 if piece is not None:
-                    pieces.append((one.request_id, piece, cut))
+                    pieces.append((one.request_id, piece, cut, version))
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
@@ -268,18 +271,24 @@ class EngineClient:
 
     # ---- on the event loop ----
 
-    def _deliver(self, pieces: list[tuple[str, Piece, bool]], events: list[Event]) -> None:
+    def _deliver(self, pieces: list[tuple[str, Piece, bool, str]], events: list[Event]) -> None:
         now = time.monotonic()
         self.health.heard_s = now
-        for request_id, piece, cut in pieces:
+        for request_id, piece, cut, version in pieces:
             stream = self.streams.get(request_id)
             if stream is None:
                 continue
             if cut:
                 self.link.send(Abort(request_id, None if piece.error else piece.index))
+            stream.weights_version = version
             if piece.token_ids:
-                stream.first_s = stream.first_s or now
+                if stream.last_s is None:
+                    stream.first_s = now
+                else:
+                    self.on_gap(now - stream.last_s)
                 stream.last_s = now
+            if piece.began_s is not None:
+                stream.began_running_s = piece.began_s
             stream.put(piece)
             if stream.finished:
                 self._forget(stream)

@@ -18,13 +18,15 @@ from typing import Any
 import msgspec
 import zmq
 
-from jaxllm.config import load
+from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
 from jaxllm.engine.group import GroupPlace
 from jaxllm.engine.loop import EngineBroken, EngineLoop, Send, watch
 from jaxllm.engine.messages import Command, Event, Failed
+from jaxllm.engine.retry import ShrinkingRunner
+from serve.logs import log_to_stderr
 
 HUNG, BROKEN, CANNOT_START = 70, 71, 1
 Build = Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]
@@ -84,6 +86,7 @@ def follow_parent() -> None:
 
 def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     """The real engine; JAX is imported here and not before."""
+    from jaxllm.engine.replicas import ReplicatedEngine
     from jaxllm.engine.startup import start
 
     config = load(settings.get("config_file"), **settings.get("overrides", {}))
@@ -94,8 +97,11 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         engine, report = lead(msgspec.convert(settings["group"], GroupPlace), config)
     else:
         engine, report = start(config)
+    if isinstance(engine, ReplicatedEngine):  # as many schedules as replicas: the gateway's business
+        raise ConfigError("mesh: one server runs one replica; start several with `jaxllm launch`, behind the gateway")
     if faults:
         engine.runner = FaultyRunner(engine.runner, faults)
+    engine.runner = ShrinkingRunner(engine.runner)
     facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
     facts["dtype"] = engine.config.model.dtype
     if report.memory is not None:
@@ -119,6 +125,11 @@ def run(build: Build) -> int:
         send(Failed(str(error) or type(error).__name__, CANNOT_START))
         channel.close()
         return CANNOT_START
+    except Exception as error:  # ours to mend: people get the trace, clients only that it failed
+        logging.getLogger(__name__).exception("the engine cannot start")
+        send(Failed(f"{type(error).__name__} while starting", CANNOT_START))
+        channel.close()
+        return CANNOT_START
     loop = EngineLoop(engine, channel.receive, send)
     watch(loop.progress, channel.sender(), lambda: os._exit(HUNG), stall_s=settings.get("stall_s", 60.0), beat_s=0.5)
     gc.collect()
@@ -132,7 +143,7 @@ def run(build: Build) -> int:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr("WARNING", "engine ")
     code = run(build_engine)
     sys.stderr.flush()
     os._exit(code)  # daemon threads may sit in the device's calls

@@ -22,6 +22,8 @@ ENGINE_STATUS = {
     "engine_died": 503,
     "shutting_down": 503,
     "not_supported": 501,
+    "invalid_state": 409,
+    "asleep": 503,
 }
 FIELD_NAMES = {"prompt_token_ids": "prompt", "id": "request_id"}
 SHOWN = 400  # characters of a message that may quote what a user sent
@@ -39,10 +41,12 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
         close: bool = False,
+        allow: str | None = None,
     ) -> None:
+        """`allow`: of a 405, the methods that there are."""
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message[:SHOWN], param, code
-        self.retry_after_s, self.close = retry_after_s, close
+        self.retry_after_s, self.close, self.allow = retry_after_s, close, allow
 
     @property
     def type(self) -> str:
@@ -59,10 +63,12 @@ class ApiError(Exception):
         found = [(b"content-type", b"application/json")]
         if self.retry_after_s is not None:
             found.append((b"retry-after", str(max(1, round(self.retry_after_s))).encode()))
-        elif self.status in (408, 429) or self.status >= 500:
+        elif self.status in (408, 409, 429) or self.status >= 500:
             found.append((b"x-should-retry", b"false"))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
+        if self.allow is not None:
+            found.append((b"allow", self.allow.encode()))
         if self.close:
             found.append((b"connection", b"close"))
         return found
@@ -102,5 +108,5 @@ def from_engine(text: str) -> ApiError:
     code, _, param = code.partition("/")
     param = FIELD_NAMES.get(param, param)
     status = ENGINE_STATUS.get(code, 500)
-    retry = {"queue_timeout": 5.0, "engine_died": 10.0, "shutting_down": 10.0}.get(code)
+    retry = {"queue_timeout": 5.0, "engine_died": 10.0, "shutting_down": 10.0, "asleep": 10.0}.get(code)
     return ApiError(status, message or "the engine failed", param=param or None, code=code, retry_after_s=retry)

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxllm.core import Request, RequestError
 from jaxllm.engine.intake import Intake
+from jaxllm.template_process import TemplateProcesses
 from serve.admission import Admission, RateLimit
 from serve.client import EngineClient
 from serve.errors import ApiError, from_request_error, invalid
@@ -46,6 +47,7 @@ class Front:
     pool: ThreadPoolExecutor = field(init=False)
     parsers: tuple[str | None, str | None] = field(init=False)  # of tool calls and of reasoning
     stored: Store = field(init=False)  # of /v1/responses
+    templates: TemplateProcesses = field(init=False)
 
     def __post_init__(self) -> None:
         self.intake = Intake(vocab_size=0, max_model_len=0, tokenizer=self.tokenizer)
@@ -54,6 +56,9 @@ class Front:
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="text")
         self.parsers = parser_names(self.settings, self.tokenizer)
         self.stored = Store(self.settings.max_stored_responses)
+        self.templates = TemplateProcesses(self.settings.template_timeout_s)
+        if self.tokenizer is not None and self.tokenizer.templates:
+            self.tokenizer.render_elsewhere = self.templates
         self.client.on_ready = self.adopt
         self.metrics.bind(self.client, self.admission)
 
@@ -70,6 +75,10 @@ class Front:
     async def off_loop[T](self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs what takes time (tokenizing, templates) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.templates.close()
 
     # ---- names ----
 
@@ -200,22 +209,33 @@ async def collect(stream: Stream) -> list[Piece]:
     return list(whole.values())
 
 
-async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Piece] | None]]:
-    """(which stream, its news) as they come, until all have ended; None = a sign of life is due."""
-    if len(streams) == 1:
-        while (pieces := await streams[0].next()) != []:
-            yield 0, pieces
-        return
-    waits = {asyncio.ensure_future(stream.next()): i for i, stream in enumerate(streams)}
-    try:
-        while waits:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for one in done:
-                i, pieces = waits.pop(one), one.result()
-                if pieces == []:
-                    continue
-                waits[asyncio.ensure_future(streams[i].next())] = i
-                yield i, pieces
-    finally:
-        for one in waits:
+class Merged:
+    """Several streams as one: `next` gives (which stream, its news), None when all have ended; news None = a sign of
+    life is due. A context, so that what waits is let go."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self._streams = streams
+        self._waits: dict[asyncio.Future[list[Piece] | None], int] = {}
+        self._done: list[tuple[int, list[Piece] | None]] = []
+
+    async def __aenter__(self) -> Merged:
+        if len(self._streams) > 1:
+            self._waits = {asyncio.ensure_future(stream.next()): i for i, stream in enumerate(self._streams)}
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for one in self._waits:
             one.cancel()
+
+    async def next(self) -> tuple[int, list[Piece] | None] | None:
+        if len(self._streams) == 1:  # almost always, and on the way of every token
+            pieces = await self._streams[0].next()
+            return None if pieces == [] else (0, pieces)
+        while not self._done and self._waits:
+            done, _ = await asyncio.wait(self._waits, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                i, pieces = self._waits.pop(one), one.result()
+                if pieces != []:
+                    self._waits[asyncio.ensure_future(self._streams[i].next())] = i
+                    self._done.append((i, pieces))
+        return self._done.pop(0) if self._done else None

@@ -6,14 +6,17 @@ Knows nothing of routes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from serve.admission import Admission
+from serve.logs import StderrLog
 from serve.streams import Stream
 
 if TYPE_CHECKING:
@@ -36,8 +39,10 @@ VLLM = {
 class EngineCollector(Collector):
     """The engine's counters as of its last heartbeat."""
 
-    def __init__(self, client: EngineClient, admission: Admission, vllm_model: str | None) -> None:
-        self._client, self._admission, self._vllm_model = client, admission, vllm_model
+    def __init__(
+        self, client: EngineClient, admission: Admission, vllm_model: str | None, dropped: Callable[[], int]
+    ) -> None:
+        self._client, self._admission, self._vllm_model, self._dropped = client, admission, vllm_model, dropped
 
     def collect(self) -> Iterable[Metric]:
         health = self._client.health
@@ -50,6 +55,7 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("jaxllm_requests_aborted", "requests taken back", value=self._client.aborted)
         yield CounterMetricFamily("jaxllm_requests_rejected", "requests refused at the queue", self._admission.rejected)
         yield GaugeMetricFamily("jaxllm_sequences_admitted", "sequences under way", value=self._admission.slots)
+        yield CounterMetricFamily("jaxllm_log_lines_dropped", "log lines not written (disk full?)", self._dropped())
         yield GaugeMetricFamily("jaxllm_streams_open", "streams under way", value=len(self._client.streams))
         if self._vllm_model is not None:
             yield from self._vllm(health.beat.stats, self._vllm_model)
@@ -65,11 +71,33 @@ class EngineCollector(Collector):
         yield usage
 
 
+class Gaps(Collector):
+    """The histogram of the times between tokens. Counted once a token by one thread: a list, no locks."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names, self._counts, self._sum = tuple(names), [0] * (len(SECONDS) + 1), 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        reached = list(itertools.accumulate(self._counts))
+        buckets = [(str(float(edge)), float(count)) for edge, count in zip((*SECONDS, float("inf")), reached)]
+        buckets[-1] = ("+Inf", buckets[-1][1])
+        for name in self._names:
+            yield HistogramMetricFamily(name, "from one token of a stream to the next", buckets, self._sum)
+
+
 class FrontMetrics:
-    def __init__(self, vllm_model: str | None = None) -> None:
+    def __init__(self, vllm_model: str | None = None, log: StderrLog | None = None) -> None:
         self.registry = CollectorRegistry()
-        self._vllm_model = vllm_model
+        self._vllm_model, self._log = vllm_model, log
+        self.observers: list[Callable[[Stream], None]] = []  # told of every ended stream
         names = ("jaxllm", "vllm:") if vllm_model else ("jaxllm",)
+        prefixes = [name if name.endswith(":") else f"{name}_" for name in names]
+        self.gaps = Gaps(f"{prefix}inter_token_latency_seconds" for prefix in prefixes)
+        self.registry.register(self.gaps)
         self.requests = Counter("jaxllm_requests", "ended requests", ["outcome"], registry=self.registry)
         self.tokens = Counter("jaxllm_tokens_delivered", "tokens given to clients", registry=self.registry)
         self._histograms = {
@@ -86,19 +114,30 @@ class FrontMetrics:
                 "time_to_first_token": "from arrival to the first token",
                 "time_per_output_token": "mean gap between the tokens of a request",
                 "e2e_request_latency": "from arrival to the last token",
+                "request_queue_time": "from arrival to a place in the batch",
+                "request_prefill_time": "from a place in the batch to the first token",
+                "request_decode_time": "from the first token to the last",
             }.items()
         }
 
     def bind(self, client: EngineClient, admission: Admission) -> None:
-        self.registry.register(EngineCollector(client, admission, self._vllm_model))
+        client.on_gap = self.gaps.observe
+        dropped = (lambda: 0) if self._log is None else (lambda log=self._log: log.dropped)
+        self.registry.register(EngineCollector(client, admission, self._vllm_model, dropped))
 
     def ended(self, stream: Stream) -> None:
         self.requests.labels(stream.outcome).inc()
         self.tokens.inc(stream.num_tokens)
+        for observer in self.observers:
+            observer(stream)
         if stream.first_s is None or stream.last_s is None:
             return
         self._observe("time_to_first_token", stream.first_s - stream.began_s)
         self._observe("e2e_request_latency", stream.last_s - stream.began_s)
+        self._observe("request_decode_time", stream.last_s - stream.first_s)
+        if stream.began_running_s is not None:
+            self._observe("request_queue_time", stream.began_running_s - stream.began_s)
+            self._observe("request_prefill_time", stream.first_s - stream.began_running_s)
         each = stream.num_tokens / stream.request.params.n
         if each > 1:
             self._observe("time_per_output_token", (stream.last_s - stream.first_s) / (each - 1))

@@ -132,6 +132,8 @@ class Gate:
             log.exception("a route failed; request %s", request_id)
             if not started:
                 await respond(sending, ApiError(500, "internal error", code="internal_error"), scope["method"])
+        finally:
+            scope.pop("jaxllm.call", None)  # it leads back to the scope: garbage that only a collection would find
 
     # ---- the judgements ----
 

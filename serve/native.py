@@ -92,6 +92,7 @@ def _result(stream: Stream, piece: Piece) -> dict[str, Any]:
         "prompt_tokens": len(stream.request.prompt_token_ids),
         "completion_tokens": len(piece.token_ids),
         "cached_tokens": stream.num_cached,
+        "weight_version": stream.weights_version or None,
     }
     if piece.logprobs:
         meta["output_token_logprobs"] = [[one.logprob, one.token_id, None] for one in piece.logprobs]

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import pydantic
 from pydantic.json_schema import models_json_schema
 
+from serve.answers import content_of
+
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -29,6 +31,19 @@ ERROR_SCHEMA = {
         }
     },
 }
+ANTHROPIC_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+ANTHROPIC_ERRORS = frozenset({("POST", "/v1/messages")})
 STYLE = "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}code,pre{font-size:.9em}"
 
 
@@ -45,22 +60,33 @@ class Line(Protocol):
     @property
     def summary(self) -> str: ...
 
+    @property
+    def empty_body(self) -> bool: ...
 
-def describe(table: Sequence[Line], public: Collection[str], admin: Collection[str]) -> dict[str, Any]:
+
+def describe(
+    table: Sequence[Line], public: Collection[str], admin: Collection[str], *, keys: bool = True
+) -> dict[str, Any]:
+    """`keys`: whether this server asks for one; admin routes always do."""
     models = [line.body for line in table if line.body is not None]
     _, schemas = models_json_schema(
         [(model, "validation") for model in dict.fromkeys(models)], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, dict[str, Any]] = {}
     problem = {"description": "an error", "content": {"application/json": {"schema": {"$ref": _ref("Error")}}}}
+    either = {"anyOf": [{"$ref": _ref("Error")}, {"$ref": _ref("AnthropicError")}]}
+    other = {"description": "an error", "content": {"application/json": {"schema": either}}}
     for line in table:
         path = re.sub(r":path}", "}", line.path)
         names = re.findall(r"{(\w+)}", path)
         operation: dict[str, Any] = {
             "summary": line.summary,
             "operationId": f"{line.method.lower()}{re.sub(r'[^a-z0-9]+', '_', path)}".rstrip("_"),
-            "responses": {"200": {"description": "done"}, "default": problem},
-            "security": [] if path in public else [{"admin" if path in admin else "key": []}],
+            "responses": {
+                "200": {"description": "done", "content": content_of(line.method, path)},
+                "default": other if (line.method, path) in ANTHROPIC_ERRORS else problem,
+            },
+            "security": [{"admin": []}] if path in admin else [{"key": []}] if keys and path not in public else [],
         }
         if names:
             operation["parameters"] = [
@@ -68,7 +94,10 @@ def describe(table: Sequence[Line], public: Collection[str], admin: Collection[s
             ]
         if line.body is not None:
             schema = {"$ref": _ref(line.body.__name__)}
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+            operation["requestBody"] = {
+                "required": not line.empty_body,
+                "content": {"application/json": {"schema": schema}},
+            }
         paths.setdefault(path, {})[line.method.lower()] = operation
     scheme = {"type": "http", "scheme": "bearer"}
     return {
@@ -76,7 +105,7 @@ def describe(table: Sequence[Line], public: Collection[str], admin: Collection[s
         "info": {"title": "jaxllm", "version": "1"},
         "paths": paths,
         "components": {
-            "schemas": {**schemas.get("$defs", {}), "Error": ERROR_SCHEMA},
+            "schemas": {**schemas.get("$defs", {}), "Error": ERROR_SCHEMA, "AnthropicError": ANTHROPIC_SCHEMA},
             "securitySchemes": {"key": scheme, "admin": scheme},
         },
     }

@@ -6,9 +6,9 @@ import importlib.metadata
 import math
 from typing import Any
 
-from serve.errors import ApiError
 from serve.front import Front
 from serve.middleware import Call
+from serve.openai.protocol import Body, parse
 from serve.responses import Answer, as_json
 
 
@@ -62,19 +62,11 @@ async def server_info(front: Front, call: Call) -> Answer:
     )
 
 
-def operation(name: str) -> Any:
+def operation(name: str, body: type[Body] = Body, timeout_s: float = 30.0) -> Any:
     """A route that is one of the engine's operations."""
 
     async def run(front: Front, call: Call, raw: dict[str, Any]) -> Answer:
-        return as_json(await front.client.control(name))
-
-    return run
-
-
-def missing(what: str) -> Any:
-    """A route that peers have and this server does not, said so."""
-
-    async def run(front: Front, call: Call, raw: dict[str, Any]) -> Answer:
-        raise ApiError(501, f"{what} is not implemented by this server", code="not_implemented")
+        arguments = parse(body, raw).model_dump()
+        return as_json(await front.client.control(name, timeout_s, **arguments))
 
     return run

@@ -14,6 +14,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import ApiError
+from serve.wire import body_writer
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,20 @@ EVENT_STREAM = [
 def event(value: Any, name: str | None = None) -> bytes:
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class TextEvent:
+    """An event of which only one text changes from time to time: the JSON around it is made once."""
+
+    _PLACE = "\0"
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        """`make` gives the event's value around a text."""
+        before, _, after = event(make(self._PLACE)).rpartition(orjson.dumps(self._PLACE))
+        self._before, self._after = before, after
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + orjson.dumps(text) + self._after
 
 
 def error_event(error: ApiError) -> bytes:
@@ -66,10 +81,11 @@ class EventStream:
             first = await anext(events, b"")  # an error here is still a status of its own
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
             send = scope["jaxllm.call"].send
-            await send({"type": "http.response.body", "body": first, "more_body": True})
+            write = body_writer(send)
+            await write(first)
             try:
                 async for chunk in events:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    await write(chunk)
             except ApiError as error:
                 if error.status != 499:
                     await send({"type": "http.response.body", "body": self.describe(error), "more_body": True})

@@ -86,7 +86,7 @@ def calm_gc() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    gc.set_threshold(20_000, 20, 50)
 
 
 class Lifetime:

@@ -43,8 +43,10 @@ class FrontSettings:
     stall_s: float = 60.0  # a step that lasts longer ends the engine with exit code 70
     unhealthy_s: float = 10.0
     metrics_compat_vllm: bool = False
+    otlp_traces_endpoint: str | None = None
     tool_parser: str = "auto"  # a name of serve.openai.parsers.output, "none", or what the chat template shows
     reasoning_parser: str = "auto"
+    template_timeout_s: float = 2.0  # for rendering one conversation
     max_stored_responses: int = 256
     template_variables: frozenset[str] = field(
         default=frozenset({"enable_thinking", "thinking", "thinking_budget", "reasoning_effort", "custom_instructions"})

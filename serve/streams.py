@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from jaxllm.core import FinishReason, Request, TokenLogprobs
 from jaxllm.engine.decoding.stop import TokenPieces
+from jaxllm.engine.decoding.text import TextAssembler
 from jaxllm.engine.messages import News
-from serve.assemble import TextAssembler
 from serve.errors import ApiError, from_engine
 
 
@@ -32,6 +32,7 @@ class Piece:
     stop_reason: int | str | None = None
     num_cached: int = 0
     error: str | None = None
+    began_s: float | None = None
 
     def join(self, later: Piece) -> None:
         self.text += later.text
@@ -71,7 +72,7 @@ class Reader:
     def _assemble(self, news: News) -> tuple[Piece, bool]:
         index, assembler, finish = news.index, self._assemblers[news.index], news.finish_reason
         piece = Piece(index, finish_reason=finish, stop_reason=news.stop_reason, num_cached=news.num_cached)
-        piece.prompt_logprobs = list(news.prompt_logprobs)
+        piece.prompt_logprobs, piece.began_s = list(news.prompt_logprobs), news.began_s
         if news.token_id is not None:
             piece.token_ids = [news.token_id]
             if self._wants_logprobs and news.logprobs is not None:
@@ -96,6 +97,8 @@ class Stream:
         self.began_s = time.monotonic()
         self.first_s: float | None = None
         self.last_s: float | None = None
+        self.began_running_s: float | None = None  # when it left the engine's queue
+        self.weights_version = ""  # of the weights behind the latest token
         self.num_tokens, self.num_cached = 0, 0
         self._limit, self._on_drop = limit_tokens, on_drop
         self._inbox: dict[int, Piece] = {}

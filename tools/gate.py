@@ -129,6 +129,16 @@ def paged_attention_decode_cases() -> Iterator[Case]:
     yield Case("triton", "H128 e4m3 pages", scaled, (*arrays, _array((8,), jnp.float32)))
 
 
+def matmul_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.matmul import mosaic_sm90
+
+    for rows in (8, 64, 128):
+        arrays = _array((rows, 4096), jnp.bfloat16), _array((6144, 4096), jnp.bfloat16)
+        yield Case("mosaic_sm90", f"4096 to 6144 rows {rows}", lambda x, w: mosaic_sm90.matmul(x, w, None), arrays)
+
+
 def decode_chain_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
@@ -148,7 +158,7 @@ def decode_chain_cases() -> Iterator[Case]:
         (8, 1024, 2048, 3072, 4096, 0),
         (128, 1024, 2048, 3072, 4096, 256),  # at the ends of stages
     ):
-        shapes = (T, D), (T, O), (D, O), (D,), (2 * F, D), (D, F), (D,), (Q, D)
+        shapes = (T, D), (T, O), (D, O), (2, D), (2 * F, D), (D, F), (2, D), (Q, D)
         arrays = tuple(_array(shape, jnp.bfloat16) for shape in shapes)
         yield Case("mosaic_sm90", f"D{D} rows {T}", layer, arrays, allowance)
         if T == 1:
@@ -161,11 +171,11 @@ def grouped_matmul_cases() -> Iterator[Case]:
     from pallas_kernels.grouped_matmul import mosaic_sm90
 
     D, F, E = 2048, 768, 128
-    for N, tiles in ((8, 8), (32, 112), (16, 200), (64, 300), (128, 640)):
+    for N, tiles in ((1, 8), (8, 64), (9, 72), (32, 112), (16, 200), (64, 300), (128, 640)):
         for gated in (True, False):
             K, rows = (D, 2 * F) if gated else (F, D)
             product = functools.partial(mosaic_sm90.tiles_matmul, gated=gated)
-            x = _array((1 if gated and N in (8, 32) else tiles, N, K), jnp.bfloat16)
+            x = _array((1, N, K) if gated and N in (1, 8, 9, 32) else (tiles, -N // 8 * -8, K), jnp.bfloat16)
             arrays = x, _array((E, rows, K), jnp.bfloat16), _i32(tiles), _i32(1)
             yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N}", product, arrays)
 
@@ -210,6 +220,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "paged_attention.decode": paged_attention_decode_cases,
     "decode_chain": decode_chain_cases,
+    "matmul": matmul_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
     "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,7 +42,10 @@ from jaxllm.tokenizer import Tokenizer
 class StepOnDevice(Protocol):
     """A step that was launched."""
 
-    waits: bool  # for `choose`: a token mask follows from the step before
+    @property
+    def waits(self) -> bool:
+        """For `choose`: a token mask follows from the step before."""
+        ...
 
     @property
     def ready(self) -> bool: ...
@@ -59,6 +63,26 @@ class StepRunner(Protocol):
     def hidden_states(self, token_ids: SequenceOf[int], start: int, pages: SequenceOf[int]) -> NDArray[np.float32]: ...
 
 
+class Residency(Protocol):
+    """Where weights and pages are; see jaxllm.engine.residency."""
+
+    version: str
+    updates: int
+    asleep: int
+
+    def sleep(self, level: int) -> None: ...
+
+    def wake_up(self) -> None: ...
+
+    def check(self, directory: Path, /) -> object: ...
+
+    def update(self, directory: Path, version: str | None) -> None: ...
+
+    def start_trace(self) -> Path: ...
+
+    def stop_trace(self) -> Path: ...
+
+
 @dataclass
 class Engine:
     config: EngineConfig
@@ -68,6 +92,7 @@ class Engine:
     tokenizer: Tokenizer | None = None  # None: token ids in, token ids out
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
+    residency: Residency | None = None  # None where there is no device
     intake: Intake = field(init=False)
     _in_flight: tuple[StepPlan, StepOnDevice] | None = None
     _busy_s: float | None = None  # when the device was last seen to work, while there is work for it
@@ -126,9 +151,12 @@ class Engine:
             self.scheduler.metrics.exposed_host_s += now - self._busy_s
         self._busy_s = now
 
-    def add(self, request: Request) -> list[Sequence]:
-        """Queue the request's n sequences; RequestError if they can never run, and then nothing is queued."""
-        grammar = self._grammar(request)
+    def add(self, request: Request, grammar: Grammar | None = None) -> list[Sequence]:
+        """Queue the request's n sequences; RequestError if they can never run, and then nothing is queued.
+
+        `grammar` is what `prepare` gave; without it, this waits for the request's grammar.
+        """
+        grammar = grammar or self._grammar(request)
         sequences = [Sequence(request, index, grammar=grammar) for index in range(request.params.n)]
         for sequence in sequences:  # alike in length: if one is refused, the first is
             self.scheduler.add(sequence)
@@ -143,12 +171,9 @@ class Engine:
         self.scheduler.finish(sequence, reason, stop_reason)
 
     def prepare(self, request: Request) -> Future[CompiledGrammar] | None:
-        """What `add` would wait for: the request's grammar being compiled. None: `add` is immediate."""
+        """The request's grammar, being compiled or ready. None: it asks for none, and `add` is immediate."""
         spec = request.params.grammar
-        if spec is None or self.grammars is None:
-            return None
-        future = self.grammars.submit(spec)
-        return None if future.done() else future
+        return None if spec is None or self.grammars is None else self.grammars.submit(spec)
 
     def _grammar(self, request: Request) -> Grammar | None:
         spec = request.params.grammar

@@ -5,6 +5,8 @@ at those steps (counted from 1). Knows nothing of schedulers, processes or HTTP.
   nan_row=R   row R of the step reports non-finite logits        host_row=R  sampling row R fails on the host
   raise=N     the step and the N-1 after it raise                hang=S      the step sleeps S seconds
   exit=C      the process ends at once with code C
+  oom=N       the step and the N-1 launches after it find no device memory
+  lost=1      the step finds the device gone
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from jaxllm.engine.engine import StepOnDevice, StepRunner
 
 NUMERICAL = "numerical_error: the model's logits for this sequence are not finite"
 HOST = "internal_error: choosing this sequence's token failed"
-KINDS = ("nan_row", "host_row", "raise", "hang", "exit")
+KINDS = ("nan_row", "host_row", "raise", "hang", "exit", "oom", "lost")
 
 
 class InjectedFault(RuntimeError):
@@ -80,7 +82,11 @@ class FaultyRunner:
         for fault in self.faults:
             if fault.kind == "raise" and fault.step <= self.step < fault.step + fault.value:
                 raise InjectedFault(f"fault point: step {self.step}")
+            if fault.kind == "oom" and fault.step <= self.step < fault.step + fault.value:
+                raise InjectedFault("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
         for fault in due:
+            if fault.kind == "lost":
+                raise InjectedFault("INTERNAL: CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure")
             if fault.kind == "hang":
                 time.sleep(fault.value)
             if fault.kind == "exit":

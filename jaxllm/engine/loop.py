@@ -7,6 +7,7 @@ processes, text or HTTP.
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import logging
 import threading
@@ -17,16 +18,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.core import FinishReason, Request, RequestError, Sequence, TokenOutput
-from jaxllm.engine.embedding import embed
+from jaxllm.core import FinishReason, Grammar, JaxLLMError, Request, RequestError, Sequence, TokenOutput
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
+from jaxllm.engine.operations import OPERATIONS, Operation, Refused, reset_prefix_cache
+from jaxllm.engine.retry import is_device_lost
 
 log = logging.getLogger(__name__)
 
 Receive = Callable[[float], list[Command]]  # waits at most so many seconds for the first command
 Send = Callable[[Event], None]
-Operation = Callable[["EngineLoop", dict[str, Any]], Any]  # a value, or a generator to advance once a turn
 
 IDLE_WAIT_S = 0.5
 PREPARE_WAIT_S = 0.005  # between looks at a grammar that compiles, while nothing else is to do
@@ -46,6 +47,7 @@ class Progress:
     turn_began_s: float | None = None  # None between turns
     paused: bool = False
     sick: bool = False
+    asleep: bool = False
     stats: dict[str, float] = field(default_factory=dict)
 
     def stalled_s(self) -> float:
@@ -53,7 +55,7 @@ class Progress:
         return 0.0 if began is None else time.monotonic() - began
 
     def beat(self) -> Beat:
-        return Beat(self.stalled_s(), self.paused, self.sick, self.stats)
+        return Beat(self.stalled_s(), self.paused, self.sick, self.stats, self.asleep)
 
 
 @dataclass
@@ -71,7 +73,11 @@ class EngineLoop:
     progress: Progress = field(default_factory=Progress)
     stopped: bool = False
     step_failures: int = 0
+    holding: bool = False  # new requests wait outside, until an operation that needs an empty engine is done
     _flights: dict[str, _Flight] = field(default_factory=dict)
+    _queued: dict[str, _Flight] = field(default_factory=dict)  # those that never ran
+    _begun: dict[str, float] = field(default_factory=dict)  # when each came into the batch, until it is told
+    _held: dict[str, tuple[Add, Grammar | None]] = field(default_factory=dict)
     _preparing: dict[str, tuple[Add, Future[Any]]] = field(default_factory=dict)  # requests whose grammar compiles
     _jobs: deque[tuple[int, Generator[None, None, Any]]] = field(default_factory=deque)
     borrowed: set[int] = field(default_factory=set)  # pages that a job holds
@@ -138,44 +144,90 @@ class EngineLoop:
 
     def _add(self, command: Add) -> None:
         """A grammar compiles in its own worker meanwhile; the steps of others go on."""
+        if self.progress.asleep:
+            self._fail(command.request.id, "asleep: the engine is asleep; wake it up first")
+            return
         future = self.engine.prepare(command.request)
-        if future is not None:
-            self._preparing[command.request.id] = (command, future)
-        else:
+        if future is None:
             self._admit(command)
+        elif future.done():
+            self._admit_with(command, future)
+        else:
+            self._preparing[command.request.id] = (command, future)
 
     def _admit_prepared(self) -> None:
+        now = time.monotonic()
         for request_id, (command, future) in list(self._preparing.items()):
             if future.done():
                 del self._preparing[request_id]
-                error = future.exception()
-                if error is None:
-                    self._admit(command)
-                elif isinstance(error, RequestError):
-                    self._refuse(command.request, error)
-                else:
-                    log.error("compiling a grammar failed", exc_info=error)
-                    why = "internal_error: compiling this request's grammar failed"
-                    self.send(Step([News(request_id, 0, None, "error", error=why)]))
+                self._admit_with(command, future)
+            elif (deadline := _deadline(command)) is not None and now > deadline:
+                del self._preparing[request_id]
+                self._fail(request_id, "queue_timeout: waited too long for its grammar to compile")
+
+    def _admit_with(self, command: Add, future: Future[Any]) -> None:
+        """With the grammar in hand: looking it up again could mean compiling it again, here."""
+        error = future.exception()
+        if error is None:
+            self._admit(command, future.result())
+        elif isinstance(error, RequestError):
+            self._refuse(command.request, error)
+        else:
+            log.error("compiling a grammar failed", exc_info=error)
+            self._fail(command.request.id, "internal_error: compiling this request's grammar failed")
+
+    def _fail(self, request_id: str, error: str) -> None:
+        self.send(Step([News(request_id, 0, None, "error", error=error)]))
 
     def _refuse(self, request: Request, error: RequestError) -> None:
         spec = request.params.grammar
         code = "invalid_schema" if spec is not None and error.field == spec.field else "invalid_request"
-        self.send(Step([News(request.id, 0, None, "error", error=f"{code}/{error.field}: {error}")]))
+        self._fail(request.id, f"{code}/{error.field}: {error}")
 
-    def _admit(self, command: Add) -> None:
+    def _admit(self, command: Add, grammar: Grammar | None = None) -> None:
         request = command.request
+        if self.holding:
+            self._held[request.id] = command, grammar
+            return
         try:
-            sequences = self.engine.add(request)
+            sequences = self.engine.add(self._salted(request), grammar)
         except RequestError as error:
             self.engine.abort(request.id)
             self._refuse(request, error)
             return
-        deadline = None if command.queue_timeout_s is None else request.arrival_s + command.queue_timeout_s
-        self._flights[request.id] = _Flight(sequences, deadline)
+        self._flights[request.id] = self._queued[request.id] = _Flight(sequences, _deadline(command))
+
+    def _salted(self, request: Request) -> Request:
+        """Pages that other weights computed must not be found."""
+        keeper = self.engine.residency
+        if keeper is None or not keeper.updates:
+            return request
+        return dataclasses.replace(request, cache_salt=f"{keeper.updates}/{request.cache_salt}")
+
+    def release(self) -> None:
+        """What waited outside comes in."""
+        self.holding = False
+        held, self._held = self._held, {}
+        for command, grammar in held.values():
+            if self.progress.asleep:
+                self._fail(command.request.id, "asleep: the engine is asleep; wake it up first")
+            else:
+                self._admit(command, grammar)
+
+    def end_all(self) -> None:
+        """Every request in flight ends here as aborted, and hears of it."""
+        news = []
+        for request_id, flight in list(self._flights.items()):
+            for sequence in reversed(flight.sequences):
+                if not sequence.finished:
+                    self.engine.scheduler.finish(sequence, FinishReason.ABORT)
+                    news.append(News(request_id, sequence.index, None, "abort"))
+            self._forget_if_done(request_id)
+        self.send(Step(news))
 
     def _abort(self, command: Abort) -> None:
         self._preparing.pop(command.request_id, None)
+        self._held.pop(command.request_id, None)
         flight = self._flights.get(command.request_id)
         if flight is None:
             return  # crossed in flight with its end
@@ -191,6 +243,8 @@ class EngineLoop:
             return
         try:
             value = operation(self, command.arguments)
+        except EngineBroken:
+            raise
         except Exception as error:  # one operation's failure must not end the streams
             self._answer_failure(command.id, error)
             return
@@ -204,35 +258,48 @@ class EngineLoop:
             next(job)
         except StopIteration as end:
             self.send(Reply(number, end.value))
+        except EngineBroken:
+            raise
         except Exception as error:
             self._answer_failure(number, error)
         else:
             self._jobs.append((number, job))
 
     def _answer_failure(self, number: int, error: Exception) -> None:
-        log.error("an operation failed", exc_info=error)
-        code = "numerical_error" if isinstance(error, FloatingPointError) else "internal_error"
-        self.send(Reply(number, error=f"{code}: {type(error).__name__}"))
+        if isinstance(error, Refused):
+            self.send(Reply(number, error=f"{error.code}: {error}"))
+        elif isinstance(error, JaxLLMError):
+            self.send(Reply(number, error=f"invalid_request: {error}"))
+        else:
+            log.error("an operation failed", exc_info=error)
+            code = "numerical_error" if isinstance(error, FloatingPointError) else "internal_error"
+            self.send(Reply(number, error=f"{code}: {type(error).__name__}"))
 
     # ---- steps ----
 
     def _step(self, step: Callable[[], list[TokenOutput]]) -> None:
         try:
             outputs = step()
-        except Exception:
-            self._recover()
+        except Exception as error:
+            self._recover(error)
             return
         self._failed_in_a_row = 0
         self._watch_numbers(outputs)
+        if self._queued:
+            self._note_begun()
         if outputs:
-            self.send(Step([_news(output) for output in outputs]))
+            keeper = self.engine.residency
+            version = "" if keeper is None else keeper.version
+            self.send(Step([_news(output, self._begun) for output in outputs], version))
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget_if_done(output.sequence.request.id)
 
-    def _recover(self) -> None:
+    def _recover(self, error: Exception) -> None:
         """A step raised: every request in flight ends with one error each; what the host knows must balance after."""
         log.exception("a step failed; %d requests end with an error", len(self._flights))
+        if is_device_lost(error):
+            raise EngineBroken("the device is lost") from error
         self.step_failures += 1
         self._failed_in_a_row += 1
         news = []
@@ -242,14 +309,24 @@ class EngineLoop:
                     self.engine.scheduler.finish(sequence, FinishReason.ERROR)
                     news.append(News(request_id, sequence.index, None, "error", error=STEP_FAILED))
         self._flights.clear()
+        self._queued.clear()
+        self._begun.clear()
         self.send(Step(news))
         reset_prefix_cache(self, {})
         try:
             self.engine.scheduler.check(self.borrowed)
-        except AssertionError as error:
-            raise EngineBroken(f"the books do not balance after a failed step: {error}") from error
+        except AssertionError as imbalance:
+            raise EngineBroken(f"the books do not balance after a failed step: {imbalance}") from imbalance
         if self._failed_in_a_row >= 2:
             raise EngineBroken("two steps in a row failed")
+
+    def _note_begun(self) -> None:
+        """When requests came into the batch; their first news will say so."""
+        now = time.monotonic()
+        for request_id, flight in list(self._queued.items()):
+            if not _never_ran(flight):
+                self._begun[request_id] = now
+                del self._queued[request_id]
 
     def _watch_numbers(self, outputs: list[TokenOutput]) -> None:
         bad = any(output.error is not None and output.error.startswith("numerical_error") for output in outputs)
@@ -266,17 +343,19 @@ class EngineLoop:
         self._next_sweep_s = now + SWEEP_S
         late = [
             request_id
-            for request_id, flight in self._flights.items()
+            for request_id, flight in self._queued.items()
             if flight.queue_deadline_s is not None and now > flight.queue_deadline_s and _never_ran(flight)
         ]
         for request_id in late:
             self._abort(Abort(request_id))
-            self.send(Step([News(request_id, 0, None, "error", error="queue_timeout: waited too long in the queue")]))
+            self._fail(request_id, "queue_timeout: waited too long in the queue")
 
     def _forget_if_done(self, request_id: str) -> None:
         flight = self._flights.get(request_id)
         if flight is not None and all(sequence.finished for sequence in flight.sequences):
             del self._flights[request_id]
+            self._queued.pop(request_id, None)
+            self._begun.pop(request_id, None)
 
     def measure(self) -> None:
         stats = self.engine.scheduler.metrics.as_dict()
@@ -293,12 +372,16 @@ class EngineLoop:
         self.progress.stats = stats
 
 
+def _deadline(command: Add) -> float | None:
+    return None if command.queue_timeout_s is None else command.request.arrival_s + command.queue_timeout_s
+
+
 def _never_ran(flight: _Flight) -> bool:
     """Admission gives a row at once, and a preempted sequence has been admitted before."""
     return all(s.row is None and not s.num_preempted and not s.num_output for s in flight.sequences)
 
 
-def _news(output: TokenOutput) -> News:
+def _news(output: TokenOutput, begun: dict[str, float]) -> News:
     sequence = output.sequence
     return News(
         sequence.request.id,
@@ -310,50 +393,8 @@ def _news(output: TokenOutput) -> News:
         output.error,
         output.logprobs,
         output.prompt_logprobs,
+        begun.pop(sequence.request.id, None) if begun else None,
     )
-
-
-# ---- operations ----
-
-
-def pause(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, Any]:
-    loop.progress.paused = True
-    return {"paused": True}
-
-
-def resume(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, Any]:
-    loop.progress.paused = False
-    return {"paused": False}
-
-
-def reset_prefix_cache(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Forgets every cached page that no running sequence holds."""
-    scheduler = loop.engine.scheduler
-    count = scheduler.pool.num_cached
-    if count:
-        scheduler.cache.evict(count)
-    return {"evicted_pages": count}
-
-
-def check(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, float]:
-    """The books balance; what they say now."""
-    loop.engine.scheduler.check(loop.borrowed)
-    loop.measure()
-    return loop.progress.stats
-
-
-def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, None, list[float]]:
-    engine = loop.engine
-    return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
-
-
-OPERATIONS: dict[str, Operation] = {
-    "pause": pause,
-    "resume": resume,
-    "reset_prefix_cache": reset_prefix_cache,
-    "check": check,
-    "embed": embedding,
-}
 
 
 # ---- beside the loop ----

@@ -7,6 +7,7 @@ executables say they need before any page is allocated.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,24 @@ def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
     return activations + sampler + logits_bytes(config, model)
 
 
+def machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(phase: str, plan: MemoryPlan | None, device: Device) -> str:
+    """What to say when the device refused memory that the plan, or nothing, had foreseen."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    seen = ""
+    if stats:
+        free = (stats["bytes_limit"] - stats["bytes_in_use"]) / GIB
+        seen = f"; {free:.2f} GiB of {stats['bytes_limit'] / GIB:.2f} GiB are free for this process"
+    return (
+        f"out of device memory while making {phase} on {device.device_kind}{seen}. Another process may hold the device "
+        "(nvidia-smi shows which): end it, or lower cache.memory_fraction, scheduler.max_num_seqs or "
+        f"scheduler.token_budget{'' if plan is None else chr(10) + str(plan)}"
+    )
+
+
 def plan_memory(
     config: EngineConfig,
     model: ModelConfig,
@@ -81,8 +100,10 @@ def plan_memory(
     useful = config.scheduler.max_num_seqs * width  # more can never be held at one time
     room = config.cache.cpu_cache_bytes if limit is None else limit - weights_bytes - workspace
     pages = config.cache.num_pages or min(useful, room // spec.bytes_per_page)
+    if limit is None and config.cache.num_pages:  # a CPU names no limit; asked for more than it has, it dies
+        room = machine_bytes() - weights_bytes - workspace
     plan = MemoryPlan(limit, weights_bytes, workspace, spec.bytes_per_page, pages, spec.page_size)
-    if pages < 1 or (limit is not None and plan.cache_bytes > room):
+    if pages < 1 or plan.cache_bytes > room:
         raise DoesNotFitError(
             f"{plan}\nthe cache needs {max(pages, 1) * spec.bytes_per_page / GIB:.2f} GiB and {room / GIB:.2f} GiB "
             "is left: lower cache.num_pages, scheduler.max_num_seqs or scheduler.token_budget, "

@@ -26,7 +26,7 @@ class Abort(msgspec.Struct, tag="abort", frozen=True):
 
 
 class Control(msgspec.Struct, tag="control", frozen=True):
-    """One of loop.OPERATIONS; answered by a Reply of the same id."""
+    """One of operations.OPERATIONS; answered by a Reply of the same id."""
 
     id: int
     operation: str
@@ -54,10 +54,12 @@ class News(msgspec.Struct, array_like=True, frozen=True, gc=False):
     error: str | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    began_s: float | None = None  # once, by this machine's monotonic clock: when the request came into the batch
 
 
 class Step(msgspec.Struct, tag="step", frozen=True):
     news: list[News]
+    weights_version: str = ""  # of the weights that this step was computed with
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -80,6 +82,7 @@ class Beat(msgspec.Struct, tag="beat", frozen=True):
     paused: bool
     sick: bool  # numerical errors in several steps in a row
     stats: dict[str, float]
+    asleep: bool = False
 
 
 class Reply(msgspec.Struct, tag="reply", frozen=True):

@@ -23,7 +23,8 @@ from jaxllm.core import (
     TokenLogprobs,
     TokenOutput,
 )
-from jaxllm.engine.decoding.stop import IncrementalDetokenizer, StopChecker, TokenPieces
+from jaxllm.engine.decoding.stop import TokenPieces
+from jaxllm.engine.decoding.text import TextAssembler
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +75,7 @@ class _Completion:
         self.error: str | None = None
         self.num_tokens = 0
         self._params = params
-        self._detokenizer = None
-        if tokenizer is not None and params.detokenize:
-            self._detokenizer = IncrementalDetokenizer(
-                tokenizer,
-                prompt_token_ids=request.prompt_token_ids,
-                skip_special_tokens=params.skip_special_tokens,
-            )
-        self._checker = StopChecker(tuple(params.stop), include_stop_str=params.include_stop_str_in_output)
+        self._assembler = TextAssembler(tokenizer, request)
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -97,26 +91,19 @@ class _Completion:
                 self._cumulative_logprob += output.logprobs.logprob
             # The token that stops a sequence is listed, but its text is shown only on request.
             if output.finish_reason is not FinishReason.STOP or self._params.include_stop_str_in_output:
-                self._show(output.token_id)
-        if self._checker.matched is not None:
-            self._finish(FinishReason.STOP, self._checker.matched)
+                self._text.append(self._assembler.push(output.token_id))
+        if self._assembler.stopped_by is not None:
+            self._finish(FinishReason.STOP, self._assembler.stopped_by)
         elif output.finish_reason is not None:
             self.error = output.error
             self.finish(output.finish_reason, output.sequence.stop_reason)
-
-    def _show(self, token_id: int) -> None:
-        if self._detokenizer is not None:
-            may_stop = self.num_tokens > self._params.min_tokens
-            self._text.append(self._checker.push(self._detokenizer.push(token_id), may_stop=may_stop))
 
     def _finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """The end came from elsewhere: what was held back is text after all."""
-        if self._detokenizer is not None:
-            self._text.append(self._checker.push(self._detokenizer.flush(), may_stop=False))
-            self._text.append(self._checker.flush())
+        self._text.append(self._assembler.finish())
         self._finish(reason, stop_reason)
 
     def fail(self, error: str) -> None:

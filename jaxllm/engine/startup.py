@@ -25,9 +25,17 @@ from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.memory import MemoryPlan, estimate_workspace_bytes, logits_bytes, plan_memory
+from jaxllm.engine.memory import (
+    DoesNotFitError,
+    MemoryPlan,
+    estimate_workspace_bytes,
+    logits_bytes,
+    out_of_memory,
+    plan_memory,
+)
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
+from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all
@@ -68,7 +76,12 @@ class StartReport:
 @contextmanager
 def _timed(report: StartReport, phase: str) -> Iterator[None]:
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise DoesNotFitError(out_of_memory(phase, report.memory, jax.devices()[0])) from error
     report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - start
     log.info("%s: %.2f s", phase, report.seconds[phase])
 
@@ -91,6 +104,12 @@ def start(
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
         replicas = [homes_of(model_config, stages, config.mesh) for stages in meshes]
+        if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+            largest = tokenizer.vocab_size - 1
+            raise ConfigError(
+                f"{directory / 'tokenizer.json'}: token ids up to {largest}, but config.json has "
+                f"vocab_size = {model_config.vocab_size}: they must be below it"
+            )
     _plan(config, replicas[0], _shapes(config, model_config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
     engines = []
@@ -101,7 +120,25 @@ def start(
             scheduler = _scheduler(config, num_pages, runner)
             engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
     log.info("%s", report)
-    return engines[0] if len(engines) == 1 else ReplicatedEngine(tuple(engines)), report
+    if len(engines) > 1:
+        return ReplicatedEngine(tuple(engines)), report
+    if replicas[0][0].placement is None:
+        engines[0].residency = _residency(engines[0].runner, model_config, config, replicas[0], directory)
+    return engines[0], report
+
+
+def _residency(
+    runner: Runner, model_config: ModelConfig, config: EngineConfig, homes: tuple[Home, ...], directory: Path
+) -> Residency:
+    """Of a model that lies on one device: spread ones cannot yet sleep or be given new weights."""
+
+    def read(source: Path) -> Params:
+        dummy = source == directory and config.model.load_format == "dummy"
+        model = config.model if dummy else dataclasses.replace(config.model, load_format="auto")
+        again = dataclasses.replace(config, model=model)
+        return _params(again, model_config, homes, source, lambda phase, share: None)[0]
+
+    return Residency(runner, lambda source: loader.check(source, model_config), read, directory)
 
 
 def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:
@@ -233,7 +270,7 @@ def _compile(
         report.memory, specs = _plan(config, homes, params, workspace)
         pages = specs[0].num_pages
         graphs = [
-            Graph(graphdef, home.model, page_size, pages, reference, home.placement)
+            Graph(graphdef, home.model, page_size, pages, reference, placement=home.placement)
             for graphdef, home in zip(graphdefs, homes)
         ]
         kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]

@@ -74,6 +74,7 @@ class Graph:
     num_pages: int
     # Pin jnp attention and single products: to tell a kernel's fault from the model's.
     reference_attention: bool = False
+    chained: bool = False  # one kernel from attention to attention: batch-invariant, not yet faster than XLA's products
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
     placement: Placement | None = None
 
@@ -92,9 +93,9 @@ class Graph:
 
     def onward(self, exchange: Exchange) -> Onward:
         """What is done between two attentions: shards of a layer must meet on the way."""
-        if self.reference_attention or exchange is not ALONE:
-            return functools.partial(plainly, exchange=exchange)
-        return _onward
+        if self.chained and exchange is ALONE:
+            return _onward
+        return plainly if exchange is ALONE else functools.partial(plainly, exchange=exchange)
 
     @property
     def context(self) -> Context | None:

@@ -2,7 +2,8 @@
 
 In: attention's output, the residual stream and weights stored [out, in]. Out: the residual stream after the layer, and
 the next layer's merged queries, keys and values. Sums are f32; results have the inputs' dtype. A row's bits depend
-neither on the other rows nor on how many there are, where a kernel says so. This module knows no model and no heads.
+neither on the other rows nor on how many there are, where a kernel says so. A layer's two norm weights come as one
+array, because XLA keeps a kernel that gets a slice out of its CUDA graphs. This module knows no model and no heads.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Dense:
     """The weights of a layer's second part."""
 
     o: jax.Array  # [D, O]
-    norm: jax.Array  # [D], of the feed-forward block
+    norms: jax.Array  # [2, D]; the second is the feed-forward block's
     gate_up: jax.Array  # [2F, D]: all of gate, then up
     down: jax.Array  # [D, F]
     o_bias: jax.Array | None = None  # [D]
@@ -36,7 +37,7 @@ class Dense:
 class Following:
     """The weights of the next layer's first part."""
 
-    norm: jax.Array  # [D]
+    norms: jax.Array  # [2, D]; the first is attention's
     qkv: jax.Array  # [Q, D]
     bias: jax.Array | None = None  # [Q]
 
@@ -54,10 +55,10 @@ def decode_chain(
     """x' = x + o(mixed); x'' = x' + down(silu(gate) * up) of norm(x'); qkv(norm(x'')) -> (x''[T, D], qkv[T, Q])."""
     T, D = x.shape
     F = layer.down.shape[1]
-    shapes = {
+    shapes: dict[str, tuple[jax.Array, tuple[int, ...]]] = {
         "mixed": (mixed, (T, mixed.shape[-1])),
         "o": (layer.o, (D, mixed.shape[-1])),
-        "norm": (layer.norm, (D,)),
+        "norms": (layer.norms, (2, D)),
         "gate_up": (layer.gate_up, (2 * F, D)),
         "down": (layer.down, (D, F)),
     }
@@ -65,7 +66,7 @@ def decode_chain(
         shapes["o_bias"] = layer.o_bias, (D,)
     if following is not None:
         Q = following.qkv.shape[0]
-        shapes |= {"next norm": (following.norm, (D,)), "next qkv": (following.qkv, (Q, D))}
+        shapes |= {"next norms": (following.norms, (2, D)), "next qkv": (following.qkv, (Q, D))}
         if following.bias is not None:
             shapes["next bias"] = following.bias, (Q,)
     for name, (array, wanted) in shapes.items():

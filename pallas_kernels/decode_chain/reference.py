@@ -11,16 +11,13 @@ from pallas_kernels.decode_chain.api import Dense, Following
 def decode_chain(
     x: jax.Array, mixed: jax.Array, layer: Dense, following: Following | None, *, eps: float
 ) -> tuple[jax.Array, jax.Array | None]:
-    with jax.named_scope("output"):
-        x = x + _linear(mixed, layer.o, layer.o_bias)
-    with jax.named_scope("mlp"):
-        gate_up = _linear(rms_norm(x, layer.norm, eps), layer.gate_up, None)
-        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-        x = x + _linear((jax.nn.silu(gate) * up).astype(x.dtype), layer.down, None)
+    x = x + _linear(mixed, layer.o, layer.o_bias)
+    gate_up = _linear(rms_norm(x, layer.norms[1], eps), layer.gate_up, None)
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    x = x + _linear((jax.nn.silu(gate) * up).astype(x.dtype), layer.down, None)
     if following is None:
         return x, None
-    with jax.named_scope("project"):
-        return x, _linear(rms_norm(x, following.norm, eps), following.qkv, following.bias)
+    return x, _linear(rms_norm(x, following.norms[0], eps), following.qkv, following.bias)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -38,11 +38,11 @@ class ChainSpec:
             "x": normal(self.T, D),
             "mixed": normal(self.T, O),
             "o": normal(D, O, scale=O**-0.5),
-            "norm": normal(D, scale=0.1, shift=1.0),
+            "norms": normal(2, D, scale=0.1, shift=1.0),
             "gate_up": normal(2 * F, D, scale=D**-0.5),
             "down": normal(D, F, scale=F**-0.5),
             "o_bias": normal(D) if self.biases else None,
-            "next_norm": normal(D, scale=0.1, shift=1.0) if Q else None,
+            "next_norms": normal(2, D, scale=0.1, shift=1.0) if Q else None,
             "next_qkv": normal(Q, D, scale=D**-0.5) if Q else None,
             "next_bias": normal(Q) if self.biases and Q else None,
         }

@@ -8,7 +8,7 @@ Weight rows are the wide side of the tensor cores' product (M = 64 a warpgroup's
 A fixed number of programs deals out (tile, block of rows) units; sums run along K in one order whatever N is.
 A kernel that is `early` starts before the one that makes its tokens has ended (programmatic dependent launch): weights,
 and which experts are wanted, do not depend on that one, so one warp fetches them at once while another waits to fetch
-tokens. Narrow kernels take less than half the shared memory, so that two of them fit a multiprocessor.
+tokens. A program takes all of a multiprocessor's shared memory: two smaller ones side by side measured slower.
 It does not know routing: plan.py makes tiles of it.
 """
 
@@ -26,7 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 SHARED_BYTES = 226 * 1024  # of the 227 KB a program may have; the rest is barriers
-NARROW = 32  # tokens a tile up to which two programs share a multiprocessor
 ROWS = 64  # weight rows of one instruction
 HELD = 2 * ROWS  # weight rows a compute warpgroup holds: gate and up, or two blocks of rows
 SWIZZLED = 64  # elements of a 128-byte row of shared memory
@@ -125,7 +124,7 @@ def tiles_matmul(
     N = pl.cdiv(T, 8) * 8
     blocks = blocks or default_blocks(N, K)
     refuse(x, w, gated, blocks)
-    if interpret is not None:  # the copy engine fills up what is not there; its interpreter does not
+    if T > 8 or interpret is not None:  # up to 8 the copy engine fills up what is not there; its interpreter does not
         x = jnp.pad(x, ((0, 0), (0, N - T), (0, 0)))
     rows = w.shape[1] // 2 if gated else w.shape[1]
     stages = min(blocks.stages, _stages_that_fit(N, blocks))
@@ -156,8 +155,6 @@ def tiles_matmul(
 
 def default_blocks(N: int, K: int) -> Blocks:
     """Few tokens: one warpgroup keeps up with memory. Many: two share each token's block."""
-    if N <= NARROW:
-        return Blocks(block_k=128, stages=3 if N <= 16 else 2) if K % 128 == 0 else Blocks(block_k=64, stages=6)
     if N < 128:
         return Blocks(block_k=128 if K % 128 == 0 else 64)
     return Blocks(warpgroups=2, block_k=64)

@@ -67,8 +67,9 @@ def sorted_tiles(expert_ids: jax.Array, E: int, N: int) -> Plan:
     ids = jnp.where((ids >= 0) & (ids < E), ids, E)
     every = jnp.arange(E, dtype=jnp.int32)
     sizes = (ids[:, None] == every[None, :]).sum(axis=0, dtype=jnp.int32)
-    ends = jnp.cumsum((sizes + N - 1) // N, dtype=jnp.int32)
-    starts = ends - (sizes + N - 1) // N
+    filled = (sizes + N - 1) // N
+    ends = jnp.cumsum(filled, dtype=jnp.int32)
+    starts = ends - filled
     tile = jnp.arange(tiles, dtype=jnp.int32)
     experts = jnp.minimum((ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E - 1)
     row = starts.at[ids].get(mode="clip") * N + _rank_within(ids, E)
@@ -76,7 +77,8 @@ def sorted_tiles(expert_ids: jax.Array, E: int, N: int) -> Plan:
     token = jnp.arange(P, dtype=jnp.int32) // k
     tokens = jnp.zeros(tiles * N, jnp.int32).at[row].set(token, mode="drop")
     place = jnp.minimum(row, tiles * N - 1).reshape(T, k)
-    return Plan(experts, ends[-1:], place, tokens.reshape(tiles, N))
+    live = filled.sum(dtype=jnp.int32)[None]  # not a slice, which XLA may hand over in place: kernels want it aligned
+    return Plan(experts, live, place, tokens.reshape(tiles, N))
 
 
 def _rank_within(ids: jax.Array, E: int) -> jax.Array:

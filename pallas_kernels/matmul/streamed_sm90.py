@@ -25,6 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tuning
+
 ROWS = 128  # of a weight tile; gated stages: 64 of gate and the 64 of up that belong to them
 HALF = 64
 CHUNK = 32  # rows of x whose sums are finished at a time
@@ -41,7 +43,7 @@ class Stage:
     gated: bool = False  # W has 2 * outs rows, gate then up
     scaled_by: int | None = None  # the stage whose sums of squares scale the rows
     residual: int | None = None  # external input (>= 0) or -1 - s: stage s's sum
-    normed: bool = False  # also write (sum * norm weight), handed on instead, and sums of squares
+    normed: int | None = None  # row of its norm weights: also write (sum * norm weight), handed on, and sums of squares
     bias: bool = False
     wide: bool = False  # f32 out
 
@@ -61,18 +63,19 @@ class Blocks:
 
     depth: int = 64
     programs: int = 132
-    slots: int = 11  # weight blocks in flight
-    x_slots: int = 8  # activation blocks in flight
+    slots: int = 12  # weight blocks in flight
+    x_slots: int = 12  # activation blocks in flight: they queue behind the weights, so as many
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """How a chain is cut up: what every warp of every program works out for itself."""
+
     M: int
     stages: tuple[Stage, ...]
     blocks: Blocks
     eps: float
     interpret: bool
-    fence: bool
     pdl: bool
 
     def steps(self, stage: Stage) -> int:
@@ -85,15 +88,15 @@ class _Plan:
     def first(self, stage: Stage, program: jax.Array) -> jax.Array:
         return lax.div(program * self.total(stage), jnp.int32(self.blocks.programs))
 
+    def final(self, stage: Stage, tile: Any) -> Any:
+        """The program that has a tile's last block."""
+        return ((tile + 1) * (self.steps(stage) * self.blocks.programs) - 1) // self.total(stage)
+
     def pieces(self, stage: Stage) -> int:
         """The most programs that share a tile."""
         P, steps, total = self.blocks.programs, self.steps(stage), self.total(stage)
-        owner = [p for p in range(stage.tiles)]
-        most = 1
-        for tile in owner:
-            begin, end = tile * steps, (tile + 1) * steps - 1
-            most = max(most, ((end + 1) * P - 1) // total - ((begin + 1) * P - 1) // total + 1)
-        return most
+        begins = [((tile * steps + 1) * P - 1) // total for tile in range(stage.tiles)]
+        return max(self.final(stage, tile) - begin + 1 for tile, begin in enumerate(begins))
 
 
 def padded(M: int) -> int:
@@ -104,9 +107,10 @@ def padded(M: int) -> int:
 
 
 def blocks_for(M: int) -> Blocks:
-    """As much of shared memory as there is for weights in flight."""
-    slots, x_slots = {8: (12, 8), 16: (12, 6), 32: (10, 5), 64: (8, 4), 128: (6, 3)}[padded(M)]
-    return Blocks(slots=slots, x_slots=x_slots)
+    """As much of shared memory as there is for blocks in flight, or what was measured."""
+    rows = padded(M)
+    slots = {8: 12, 16: 11, 32: 10, 64: 8, 128: 5}[rows]
+    return tuning.choose("streamed_sm90", f"rows {rows}", Blocks(slots=slots, x_slots=slots))
 
 
 def refuse(M: int, stages: tuple[Stage, ...], blocks: Blocks) -> None:
@@ -128,40 +132,41 @@ def _async_proxy_fence() -> None:
 
     @plgpu.inline_mgpu()
     def fence(_: Any) -> None:
-        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
         from jax._src.lib.mlir.dialects import llvm
 
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.proxy.async.global;", "", has_side_effects=True)
 
-    fence()
+    run: Any = fence  # its one argument is the compiler's
+    run()
 
 
 def chain(
     inputs: Sequence[jax.Array],  # external activations, [M, *]
     weights: Sequence[jax.Array],  # a stage's [out, in]
-    norms: Sequence[jax.Array | None],  # a stage's norm weight [outs] when normed
+    norms: Sequence[jax.Array | None],  # a normed stage's weights [n, outs]; whole, for the sake of CUDA graphs
     biases: Sequence[jax.Array | None],
     stages: tuple[Stage, ...],
     *,
     eps: float = 1e-5,
     blocks: Blocks = Blocks(),
     interpret: Any = None,
-    fence: bool = True,
     pdl: bool = False,
 ) -> list[tuple[jax.Array, ...]]:
-    """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares)."""
+    """For each stage, the arrays it writes: (sum,) or (sum, handed on, sums of squares).
+
+    `pdl` lets this launch's weights come in while the launch before it ends; a stream of such launches is what gains.
+    """
     M = inputs[0].shape[0]
     refuse(M, stages, blocks)
-    plan = _Plan(
-        padded(M), stages, blocks, eps, interpret is not None, fence and interpret is None, pdl and interpret is None
-    )
+    plan = Plan(padded(M), stages, blocks, eps, interpret is not None, pdl and interpret is None)
     outs: list[Any] = []
     places: list[tuple[int, ...]] = []
     for stage in stages:
         mine = [jax.ShapeDtypeStruct((M, stage.outs), jnp.float32 if stage.wide else jnp.bfloat16)]
-        if stage.normed:
+        if stage.normed is not None:
             mine.append(jax.ShapeDtypeStruct((M, stage.outs), jnp.bfloat16))
-            mine.append(jax.ShapeDtypeStruct((stage.tiles, plan.M), jnp.float32))
+            mine.append(jax.ShapeDtypeStruct((pl.cdiv(2 * stage.tiles, HALF) * HALF, plan.M), jnp.float32))
         places.append(tuple(range(len(outs), len(outs) + len(mine))))
         outs += mine
     outs.append(jax.ShapeDtypeStruct((blocks.programs, ROWS, plan.M), jnp.float32))  # pieces of shared tiles
@@ -252,7 +257,7 @@ class _Refs:
     y_full: Any
 
 
-def _scratch(plan: _Plan) -> tuple[Any, ...]:
+def _scratch(plan: Plan) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform
     swizzle: Any = plgpu.SwizzleTransform
     transforms = (tiling((8, 64)), swizzle(128))
@@ -269,7 +274,7 @@ def _scratch(plan: _Plan) -> tuple[Any, ...]:
     )
 
 
-def _barriers(plan: _Plan) -> tuple[Any, ...]:
+def _barriers(plan: Plan) -> tuple[Any, ...]:
     def barrier(count: int, arrivals: int = 1) -> Any:
         return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
 
@@ -282,14 +287,14 @@ def _barriers(plan: _Plan) -> tuple[Any, ...]:
 # The memory warpgroup.
 
 
-def _memory(plan: _Plan, r: _Refs) -> None:
+def _memory(plan: Plan, r: _Refs) -> None:
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
         pl.when(warp == 0)(lambda: _fetch_weights(plan, r))
         pl.when(warp == 1)(lambda: _fetch_activations(plan, r))
 
 
-def _fetch_weights(plan: _Plan, r: _Refs) -> None:
+def _fetch_weights(plan: Plan, r: _Refs) -> None:
     program = lax.axis_index("program")
     slots, depth = plan.blocks.slots, plan.blocks.depth
     before: Any = jnp.int32(0)
@@ -303,14 +308,11 @@ def _fetch_weights(plan: _Plan, r: _Refs) -> None:
             done = offset + i
             slot = lax.rem(done, jnp.int32(slots))
             pl.when(done >= slots)(lambda: plgpu.barrier_wait(r.w_free.at[slot]))
-            tile, step = lax.div(i, steps), lax.rem(i, steps)
-            columns = pl.ds(step * depth, depth)
+            tile, columns = lax.div(i, steps), pl.ds(lax.rem(i, steps) * depth, depth)
             for half in range(2):
                 row = tile * HALF + half * stage.outs if stage.gated else tile * ROWS + half * HALF
-                rows = pl.ds(row, HALF)
-                plgpu.copy_gmem_to_smem(
-                    w.at[rows, columns], r.w_smem.at[slot, pl.ds(half * HALF, HALF)], r.w_full.at[slot]
-                )
+                target = r.w_smem.at[slot, pl.ds(half * HALF, HALF)]
+                plgpu.copy_gmem_to_smem(w.at[pl.ds(row, HALF), columns], target, r.w_full.at[slot])
 
         pl.loop(first, last)(block)
         before = before + (last - first)
@@ -319,7 +321,7 @@ def _fetch_weights(plan: _Plan, r: _Refs) -> None:
     _drain(before, r.w_free, slots)
 
 
-def _fetch_activations(plan: _Plan, r: _Refs) -> None:
+def _fetch_activations(plan: Plan, r: _Refs) -> None:
     program = lax.axis_index("program")
     slots, depth = plan.blocks.x_slots, plan.blocks.depth
     if plan.pdl:
@@ -334,7 +336,7 @@ def _fetch_activations(plan: _Plan, r: _Refs) -> None:
                 plgpu.barrier_wait(r.done[maker])
             else:
                 _await(plan, r, maker)
-            if plan.fence:
+            if not plan.interpret:
                 _async_proxy_fence()
 
         def block(i: jax.Array, x: Any = x, offset: Any = before - first, steps: Any = steps) -> None:
@@ -373,7 +375,7 @@ class _Run:
     scale: jax.Array | None  # f32[M]
 
 
-def _compute(plan: _Plan, r: _Refs) -> None:
+def _compute(plan: Plan, r: _Refs) -> None:
     if plan.pdl:
         plgpu.griddepcontrol_wait()
     program = lax.axis_index("program")
@@ -389,7 +391,7 @@ def _compute(plan: _Plan, r: _Refs) -> None:
         tiles_before += stage.tiles
 
 
-def _segment(plan: _Plan, r: _Refs, run: _Run, program: jax.Array, tile: jax.Array) -> None:
+def _segment(plan: Plan, r: _Refs, run: _Run, program: jax.Array, tile: jax.Array) -> None:
     """This program's part of a tile: the whole, the first piece (which it completes) or a later one (handed over)."""
     steps = plan.steps(run.stage)
     begin = jnp.maximum(tile * steps, run.first)
@@ -409,19 +411,19 @@ def _segment(plan: _Plan, r: _Refs, run: _Run, program: jax.Array, tile: jax.Arr
     pl.when(mine)(lambda: _finish(plan, r, run, tile, program, acc, flag))
 
 
-def _fetch_residual(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
+def _fetch_residual(plan: Plan, r: _Refs, run: _Run, tile: jax.Array) -> None:
     source = r.residuals[run.number]
     assert run.stage.residual is not None
     if run.stage.residual < 0:
         _await(plan, r, -1 - run.stage.residual)
-        if plan.fence:
+        if not plan.interpret:
             _async_proxy_fence()
     for half in range(2):
         part = pl.ds(tile * ROWS + half * HALF, HALF)
         plgpu.copy_gmem_to_smem(source.at[pl.ds(0, plan.M), part], r.y_smem.at[half], r.y_full.at[0])
 
 
-def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax.Array:
+def _accumulate(plan: Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax.Array:
     """The product of `count` blocks that come `done` blocks after this program's first one: f32[128, M]."""
     b = plan.blocks
 
@@ -447,11 +449,12 @@ def _accumulate(plan: _Plan, r: _Refs, done: jax.Array, count: jax.Array) -> jax
     return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((ROWS, plan.M), jnp.float32))
 
 
-def _finish(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array, acc: jax.Array, flag: Any) -> None:
+def _finish(plan: Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Array, acc: jax.Array, flag: Any) -> None:
     """Add the other pieces of a tile, do what follows, hand the result on."""
     stage = run.stage
-    P, steps, total = plan.blocks.programs, plan.steps(stage), plan.total(stage)
-    others = lax.div((tile + 1) * (steps * P) - 1, jnp.int32(total)) - program
+    others = (
+        lax.div((tile + 1) * (plan.steps(stage) * plan.blocks.programs) - 1, jnp.int32(plan.total(stage))) - program
+    )
     if plan.pieces(stage) > 1:
         plgpu.semaphore_wait(flag, others, decrement=False, memory_scope="gpu")
     if stage.residual is not None:
@@ -463,10 +466,10 @@ def _finish(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Arra
     for half in range(1 if stage.gated else 2):
         here = pl.ds(tile * stage.width + half * HALF, HALF)
         plgpu.copy_smem_to_gmem(r.y_smem.at[half], r.sums[run.number].at[pl.ds(0, plan.M), here])
-        if stage.normed:
+        if stage.normed is not None:
             plgpu.copy_smem_to_gmem(r.z_smem.at[half], r.handed[run.number].at[pl.ds(0, plan.M), here])
     plgpu.wait_smem_to_gmem(0)
-    if plan.fence:
+    if not plan.interpret:
         _async_proxy_fence()
     if plan.interpret:
         plgpu.barrier_arrive(r.done[run.number])
@@ -475,7 +478,7 @@ def _finish(plan: _Plan, r: _Refs, run: _Run, tile: jax.Array, program: jax.Arra
 
 
 def _finish_rows(
-    plan: _Plan,
+    plan: Plan,
     r: _Refs,
     run: _Run,
     tile: jax.Array,
@@ -485,7 +488,7 @@ def _finish_rows(
     rows: Any,
 ) -> None:
     """What _finish does, up to shared memory, for some of the rows of x."""
-    stage, total_squares = run.stage, None
+    stage = run.stage
     for other in range(1, plan.pieces(stage)):
         place = jnp.minimum(program + other, plan.blocks.programs - 1)
         piece = plgpu.load(r.pieces.at[place, :, rows], layout=WGMMA, optimized=False)
@@ -505,14 +508,11 @@ def _finish_rows(
             part = part + plgpu.load(turned, layout=WGMMA, optimized=False).astype(jnp.float32)
         narrow = part.astype(jnp.bfloat16)
         turned[...] = narrow
-        if stage.normed:
+        if stage.normed is not None:
             wide = narrow.astype(jnp.float32)
-            weighted = (wide * _column(r.norms[run.number].at[here], wide.shape)).astype(jnp.bfloat16)
+            weighted = (wide * _column(r.norms[run.number].at[stage.normed, here], wide.shape)).astype(jnp.bfloat16)
             r.z_smem.at[half, rows].transpose((1, 0))[...] = weighted
-            squares = (wide * wide).sum(axis=0)
-            total_squares = squares if total_squares is None else total_squares + squares
-    if stage.normed:
-        r.squares[run.number][tile, rows] = total_squares
+            r.squares[run.number][tile * 2 + half, rows] = (wide * wide).sum(axis=0)
 
 
 def _column(ref: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -521,21 +521,24 @@ def _column(ref: Any, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(values, shape, [0])
 
 
-def _await(plan: _Plan, r: _Refs, number: int) -> None:
+def _await(plan: Plan, r: _Refs, number: int) -> None:
     if plan.interpret:  # the same thread made it
         return
     plgpu.semaphore_wait(r.done.at[number], plan.stages[number].tiles, decrement=False, memory_scope="gpu")
 
 
-def _scale(plan: _Plan, r: _Refs, stage: Stage) -> jax.Array:
+def _scale(plan: Plan, r: _Refs, stage: Stage) -> jax.Array:
     """1 / rms of each row, from the sums of squares of the tiles of the stage that made it."""
     assert stage.scaled_by is not None
     _await(plan, r, stage.scaled_by)
-    maker = plan.stages[stage.scaled_by]
-    layout = WGMMA.reduce(0)
-    total = None
-    for tile in range(maker.tiles):
-        part = plgpu.load(r.squares[stage.scaled_by].at[tile], layout=layout, optimized=False)
+    maker, total = plan.stages[stage.scaled_by], None
+    squares = r.squares[stage.scaled_by]
+    for first in range(0, 2 * maker.tiles, HALF):
+        part = plgpu.load(squares.at[pl.ds(first, HALF)], layout=WGMMA, optimized=False)
+        if 2 * maker.tiles - first < HALF:  # the rest is never written
+            row = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=WGMMA)
+            part = jnp.where(row < 2 * maker.tiles - first, part, jnp.zeros_like(part))
+        part = part.sum(axis=0)
         total = part if total is None else total + part
     assert total is not None
     return lax.rsqrt(total * (1.0 / maker.outs) + plan.eps)

@@ -20,6 +20,7 @@ import typer
 from jaxllm.config import ConfigError, load, model_directory, setting_names
 from jaxllm.core import SamplingParams
 from jaxllm.tools.figures import Figure, as_json, machine, table
+from serve.commands.bench_serve import serve as bench_serve
 
 if TYPE_CHECKING:
     from jaxllm.engine.metrics import Metrics
@@ -239,10 +240,13 @@ class Commands:
 def add_commands(app: typer.Typer, open_llm: OpenLLM) -> None:
     """`jaxllm bench …` and `jaxllm profile`."""
     commands = Commands(open_llm)
-    bench = typer.Typer(help="Measure decode step, prefill, throughput or start-up.", no_args_is_help=True)
+    bench = typer.Typer(
+        help="Measure decode step, prefill, throughput, start-up, or a server under load.", no_args_is_help=True
+    )
     bench.command("latency")(commands.latency)
     bench.command("throughput")(commands.throughput)
     bench.command("startup")(commands.startup)
     bench.command("first-token", hidden=True)(commands.first_token)
+    bench.command("serve")(bench_serve)
     app.add_typer(bench, name="bench")
     app.command("profile")(commands.profile)

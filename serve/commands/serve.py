@@ -5,6 +5,7 @@ What is wrong is said before anything slow starts: flags, the model's directory,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,6 +19,7 @@ import typer
 from jaxllm.config import ConfigError, environment_api_key, load, load_table, model_directory, show
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.messages import Ready
+from serve.logs import StderrLog, log_to_stderr
 from serve.settings import FrontSettings, hash_key
 
 GIB = 2**30
@@ -66,6 +68,7 @@ FRONT_FLAGS = {  # flag -> setting
     "allowed_origin": "allowed_origins",
     "tool_call_parser": "tool_parser",
     "reasoning_parser": "reasoning_parser",
+    "otlp_traces_endpoint": "otlp_traces_endpoint",
 }
 ModelArgument = Annotated[str | None, typer.Argument(help="Model directory; default: the bundled model.")]
 
@@ -170,6 +173,7 @@ def command(
     allowed_origin: Annotated[list[str] | None, typer.Option(help="CORS: an origin; repeatable.")] = None,
     tool_call_parser: Annotated[str | None, typer.Option(help="auto, none, or a format's name.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="auto, none, qwen3 or deepseek_r1.")] = None,
+    otlp_traces_endpoint: Annotated[str | None, typer.Option(help="OpenTelemetry: where spans go.")] = None,
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: its metric names beside ours.")] = None,
     in_process: Annotated[bool, typer.Option(help="Engine in a thread of this process, to debug.")] = False,
     print_config: Annotated[bool, typer.Option(help="Print what would be used, and exit.")] = False,
@@ -204,11 +208,9 @@ def _serve(given: dict[str, Any]) -> int:
     if given["print_config"]:
         typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
         return 0
-    logging.basicConfig(
-        level=engine_config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    handler = log_to_stderr(engine_config.log_level.upper())
     source = {"config_file": None if config is None else str(config), "overrides": overrides}
-    return run(settings, model_directory(engine_config.model.path), source, in_process=given["in_process"])
+    return run(settings, model_directory(engine_config.model.path), source, in_process=given["in_process"], log=handler)
 
 
 def show_front(settings: FrontSettings) -> str:
@@ -224,25 +226,21 @@ def show_front(settings: FrontSettings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_process: bool) -> int:
+def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_process: bool, log: StderrLog) -> int:
     """Binds, starts, serves; returns the exit code."""
-    from jaxllm.tokenizer import Tokenizer, TokenizerError
     from serve.client import EngineClient, Supervision
     from serve.engine_process import build_engine
     from serve.front import Front
     from serve.links import ProcessLink, ThreadLink
     from serve.metrics import FrontMetrics
     from serve.run import bind, serve
+    from serve.texts import open_tokenizer
+    from serve.tracing import make_tracer, span_observer
 
     bound = bind(settings)
-    tokenizer: Any = None
-    if (directory / "tokenizer.json").exists():
-        try:
-            tokenizer = Tokenizer.from_directory(directory)
-        except TokenizerError as error:
-            raise ConfigError(str(error)) from None
-    else:
-        logging.getLogger(__name__).warning("%s has no tokenizer.json: token ids only", directory)
+    tokenizer, warnings = open_tokenizer(directory)
+    for warning in warnings:
+        logging.getLogger(__name__).warning("%s", warning)
     if in_process:
         link: Any = ThreadLink(lambda: build_engine(source), settings.stall_s)
     else:
@@ -255,7 +253,11 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
         stream_limit_tokens=settings.stream_limit_tokens,
         queue_timeout_s=settings.queue_timeout_s,
     )
-    metrics = FrontMetrics(settings.model_names[0] if settings.metrics_compat_vllm else None)
+    metrics = FrontMetrics(settings.model_names[0] if settings.metrics_compat_vllm else None, log=log)
+    end_tracing = lambda: None  # noqa: E731
+    if settings.otlp_traces_endpoint is not None:
+        tracer, end_tracing = make_tracer(settings.otlp_traces_endpoint, "jaxllm")
+        metrics.observers.append(span_observer(tracer, settings.model_names[0]))
     try:
         front = Front(settings, client, metrics, tokenizer)
     except ValueError as error:
@@ -263,7 +265,11 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
 
     def on_ready(url: str) -> None:
         ready = client.health.ready
-        for line in start_lines(ready, settings, url) if ready is not None else ():
-            typer.echo(line)
+        with contextlib.suppress(OSError):  # a full disk behind standard output is no reason not to serve
+            for line in start_lines(ready, settings, url) if ready is not None else ():
+                typer.echo(line)
 
-    return serve(front, bound, on_ready)
+    try:
+        return serve(front, bound, on_ready)
+    finally:
+        end_tracing()

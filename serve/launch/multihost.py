@@ -125,7 +125,9 @@ def _follow(supervisor: Supervisor) -> int:
 
 def _front(source: dict[str, Any], server: dict[str, Any], directory: Path) -> int:
     from jaxllm.config import environment_api_key
-    from serve.commands.serve import front_settings, read_keys, run
+    from serve.commands.serve import front_settings, log_to_stderr, read_keys, run
 
     keys = {"keys": read_keys(None, None, environment_api_key()), "admin_keys": ()}
-    return run(front_settings(server, {}, str(directory), keys), directory, source, in_process=False)
+    return run(
+        front_settings(server, {}, str(directory), keys), directory, source, in_process=False, log=log_to_stderr("INFO")
+    )

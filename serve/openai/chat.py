@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -16,8 +15,8 @@ from serve.openai.messages import check_variables, render
 from serve.openai.params import chat_params, check_length, truncate
 from serve.openai.protocol import ChatBody, parse
 from serve.openai.tools import ToolPlan, deltas_of, merge_grammars, message_of, plan_tools
-from serve.openai.usage import usage_of
-from serve.responses import DONE, PING, Answer, EventStream, as_json, event
+from serve.openai.usage import usage_of, weights_of
+from serve.responses import DONE, PING, Answer, EventStream, TextEvent, as_json, event
 from serve.streams import Piece, Stream
 
 
@@ -68,6 +67,10 @@ class Chat:
             "model": front.check_model(body.model),
         }
         self.namer = Namer(front.tokenizer)
+        options = body.stream_options
+        usage = options is not None and options.continuous_usage_stats
+        self._text_only = not (body.logprobs or body.return_token_ids or usage)  # so are chunks in mid-stream
+        self._events: dict[int, TextEvent] = {}  # by choice
 
     async def whole(self, stream: Stream) -> Answer:
         body, choices = self.body, []
@@ -86,7 +89,7 @@ class Chat:
             if body.return_token_ids:
                 choice["token_ids"] = piece.token_ids
             choices.append(choice)
-        answer = {**self.head, "choices": choices, "usage": usage_of([stream])}
+        answer = {**self.head, **weights_of(stream), "choices": choices, "usage": usage_of([stream])}
         if body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(pieces[0].prompt_logprobs, self.namer)
         if body.return_token_ids:
@@ -121,29 +124,47 @@ class Chat:
             found[-1] |= {"finish_reason": self._reason(piece), "stop_reason": piece.stop_reason}
         return [one for one in found if one["delta"] or one["finish_reason"] or one["logprobs"] or "token_ids" in one]
 
-    async def events(self, stream: Stream) -> AsyncGenerator[bytes]:
+    def _plain(self, piece: Piece, head: dict[str, Any], with_usage: bool) -> bytes:
+        """The event of a piece that is only text, in mid-stream."""
+        found = self._events.get(piece.index)
+        if found is None:
+            chunk = {**head, "usage": None} if with_usage else head
+            choice = {"index": piece.index, "logprobs": None, "finish_reason": None}
+            found = self._events[piece.index] = TextEvent(
+                lambda text: {**chunk, "choices": [{**choice, "delta": {"content": text}}]}
+            )
+        return found(piece.text)
+
+    async def events(self, front: Front, call: Call) -> AsyncGenerator[bytes]:
         head, options, begun = {**self.head, "object": "chat.completion.chunk"}, self.body.stream_options, set[int]()
         with_usage = options is not None and options.include_usage
-        while (pieces := await stream.next()) != []:
-            if pieces is None:
-                yield PING
-                continue
-            chunks = []
-            for piece in pieces:
-                for choice in self._choices(piece, piece.index not in begun):
-                    chunk = {**head, "choices": [choice]}
-                    if self.body.return_token_ids and not begun:
-                        chunk["prompt_token_ids"] = list(self.request.prompt_token_ids)
-                    begun.add(piece.index)
-                    if with_usage:
-                        continuous = options is not None and options.continuous_usage_stats
-                        chunk["usage"] = usage_of([stream]) if continuous else None
-                    chunks.append(event(chunk))
-            if chunks:
-                yield b"".join(chunks)
-        if with_usage:
-            yield event({**head, "choices": [], "usage": usage_of([stream])})
-        yield DONE
+        text_only = self._text_only and not self.parsers
+        async with front.opened(call, [self.request]) as (stream,):
+            while (pieces := await stream.next()) != []:
+                if pieces is None:
+                    yield PING
+                    continue
+                if not begun:
+                    head |= weights_of(stream)
+                chunks = []
+                for piece in pieces:
+                    if text_only and piece.finish_reason is None and piece.index in begun:
+                        chunks.append(self._plain(piece, head, with_usage))
+                        continue
+                    for choice in self._choices(piece, piece.index not in begun):
+                        chunk = {**head, "choices": [choice]}
+                        if self.body.return_token_ids and not begun:
+                            chunk["prompt_token_ids"] = list(self.request.prompt_token_ids)
+                        begun.add(piece.index)
+                        if with_usage:
+                            continuous = options is not None and options.continuous_usage_stats
+                            chunk["usage"] = usage_of([stream]) if continuous else None
+                        chunks.append(event(chunk))
+                if chunks:
+                    yield b"".join(chunks)
+            if with_usage:
+                yield event({**head, "choices": [], "usage": usage_of([stream])})
+            yield DONE
 
 
 async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | EventStream:
@@ -156,12 +177,4 @@ async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | Even
         async with front.opened(call, [request]) as streams:
             return await chat.whole(streams[0])
 
-    async def events() -> AsyncGenerator[bytes]:
-        async with (
-            front.opened(call, [request]) as streams,
-            contextlib.aclosing(chat.events(streams[0])) as inner,
-        ):
-            async for chunk in inner:
-                yield chunk
-
-    return EventStream(events())
+    return EventStream(chat.events(front, call))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from jaxllm.core import MAX_N, Request, TokenLogprobs
-from serve.front import Front, collect, merged
+from serve.front import Front, Merged, collect
 from serve.middleware import Call
 from serve.openai.logprobs import Namer, completion_logprobs, completion_tops, prompt_logprobs
 from serve.openai.params import check_length, completion_params, prompts_of, truncate
 from serve.openai.protocol import MAX_PROMPTS, CompletionBody, parse
-from serve.openai.usage import usage_of
-from serve.responses import DONE, PING, Answer, EventStream, as_json, event
+from serve.openai.usage import usage_of, weights_of
+from serve.responses import DONE, PING, Answer, EventStream, TextEvent, as_json, event
 from serve.streams import Piece, Stream
 
 
@@ -52,6 +51,11 @@ class Completion:
         self.namer = Namer(front.tokenizer)
         self.score_only = body.max_tokens == 0
         self._offsets: dict[int, int] = {}  # by choice: characters of text so far
+        options = body.stream_options
+        usage = options is not None and options.continuous_usage_stats
+        told = body.logprobs is not None or body.prompt_logprobs is not None or body.return_token_ids
+        self._text_only = not (told or usage or self.score_only)  # chunks in mid-stream hold nothing but text
+        self._events: dict[int, TextEvent] = {}  # by choice
 
     def choice(self, which: int, piece: Piece, first: bool, *, whole: bool = False) -> dict[str, Any]:
         """A choice of the answer, or of one chunk of it."""
@@ -83,6 +87,21 @@ class Completion:
                 found["prompt_token_ids"] = list(request.prompt_token_ids)
         return found
 
+    def _chunk(self, number: int, text: str) -> dict[str, Any]:
+        choice = {"index": number, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
+        chunk = {**self.head, "choices": [choice]}
+        if self.body.stream_options is not None and self.body.stream_options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def plain(self, which: int, piece: Piece) -> bytes:
+        """The event of a piece that is only text, in mid-stream."""
+        number = which * self.body.n + piece.index
+        found = self._events.get(number)
+        if found is None:
+            found = self._events[number] = TextEvent(lambda text: self._chunk(number, text))
+        return found(piece.text)
+
     def usage(self, streams: list[Stream]) -> dict[str, Any]:
         return usage_of(streams, tokens=0 if self.score_only else None)
 
@@ -93,26 +112,33 @@ class Completion:
             for piece in pieces:
                 piece.prompt_logprobs = pieces[0].prompt_logprobs  # the prompt is one: the first speaks for all
                 choices.append(self.choice(which, piece, True, whole=True))
-        return as_json({**self.head, "choices": choices, "usage": self.usage(streams)})
+        return as_json({**self.head, **weights_of(streams[0]), "choices": choices, "usage": self.usage(streams)})
 
-    async def events(self, streams: list[Stream]) -> AsyncGenerator[bytes]:
+    async def events(self, call: Call) -> AsyncGenerator[bytes]:
         options, begun = self.body.stream_options, set[tuple[int, int]]()
-        async for which, pieces in merged(streams):
-            if pieces is None:
-                yield PING
-                continue
-            chunks = []
-            for piece in pieces:
-                first = (which, piece.index) not in begun
-                begun.add((which, piece.index))
-                chunk = {**self.head, "choices": [self.choice(which, piece, first)]}
-                if options is not None and options.include_usage:
-                    chunk["usage"] = self.usage(streams) if options.continuous_usage_stats else None
-                chunks.append(event(chunk))
-            yield b"".join(chunks)
-        if options is not None and options.include_usage:
-            yield event({**self.head, "choices": [], "usage": self.usage(streams)})
-        yield DONE
+        async with self.front.opened(call, self.requests) as streams, Merged(streams) as merged:
+            while (news := await merged.next()) is not None:
+                which, pieces = news
+                if pieces is None:
+                    yield PING
+                    continue
+                if not begun:
+                    self.head |= weights_of(streams[which])
+                chunks = []
+                for piece in pieces:
+                    first = (which, piece.index) not in begun
+                    if self._text_only and not first and piece.finish_reason is None:
+                        chunks.append(self.plain(which, piece))
+                        continue
+                    begun.add((which, piece.index))
+                    chunk = {**self.head, "choices": [self.choice(which, piece, first)]}
+                    if options is not None and options.include_usage:
+                        chunk["usage"] = self.usage(streams) if options.continuous_usage_stats else None
+                    chunks.append(event(chunk))
+                yield b"".join(chunks)
+            if options is not None and options.include_usage:
+                yield event({**self.head, "choices": [], "usage": self.usage(streams)})
+            yield DONE
 
 
 async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | EventStream:
@@ -125,12 +151,4 @@ async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | Even
         async with front.opened(call, requests) as streams:
             return await completion.whole(streams)
 
-    async def events() -> AsyncGenerator[bytes]:
-        async with (
-            front.opened(call, requests) as streams,
-            contextlib.aclosing(completion.events(streams)) as inner,
-        ):
-            async for chunk in inner:
-                yield chunk
-
-    return EventStream(events())
+    return EventStream(completion.events(call))

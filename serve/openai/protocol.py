@@ -173,6 +173,21 @@ class AbortBody(Body):
     rid: str | None = None
 
 
+class SleepBody(Body):
+    """Level 1 keeps the weights in host memory, level 2 drops them. `mode`: what becomes of requests in flight."""
+
+    level: Literal[1, 2] = 1
+    mode: Literal["wait", "abort"] = "wait"
+
+
+class UpdateWeightsBody(Body):
+    """Other weights of the same shapes, from a directory of the server's machine."""
+
+    path: str = pydantic.Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")
+    version: str | None = pydantic.Field(default=None, pattern=r"^[A-Za-z0-9._-]{1,96}$")
+    mode: Literal["wait", "abort"] = "wait"
+
+
 class AnthropicBody(Body):
     model: str | None = None
     messages: list[dict[str, Any]] = pydantic.Field(max_length=MAX_MESSAGES)

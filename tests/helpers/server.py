@@ -21,6 +21,8 @@ import httpx
 import uvloop
 from helpers.byte_model import build_engine, byte_tokenizer
 
+from jaxllm.config import BUNDLED_MODEL, model_directory
+from jaxllm.tokenizer import Tokenizer
 from serve.client import EngineClient, Supervision
 from serve.front import Front
 from serve.links import ProcessLink, ThreadLink
@@ -29,6 +31,7 @@ from serve.run import bind, make_server
 from serve.settings import FrontSettings, hash_key
 
 ADMIN = "admin-key"
+REAL = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_pages": 256, "max_model_len": 512}  # few executables
 HEAD = {"authorization": f"Bearer {ADMIN}"}
 
 
@@ -37,17 +40,37 @@ def settings(**changes):
 
 
 class Server:
-    def __init__(self, front_settings=None, *, process=False, wait=True, supervision=None, env_settings=None, **engine):
+    """`bundled`: settings of the real engine, which then runs the bundled model in a process of its own."""
+
+    def __init__(
+        self,
+        front_settings=None,
+        *,
+        process=False,
+        wait=True,
+        supervision=None,
+        env_settings=None,
+        bundled=None,
+        tokenizer=None,
+        **engine,
+    ):
         self._wait = wait
         self.settings = front_settings or settings()
-        if process:
+        if bundled is not None:
+            overrides = {**REAL, **bundled}
+            model = model_directory(overrides.get("model", BUNDLED_MODEL))
+            tokenizer = tokenizer or Tokenizer.from_directory(model)
+            config = {"overrides": overrides, **(env_settings or {})}
+            command = [sys.executable, "-m", "serve.engine_process"]
+            self.link = ProcessLink(command, json.dumps(config).encode())
+        elif process:
             command = [sys.executable, str(Path(__file__).with_name("engine_main.py"))]
             self.link = ProcessLink(
                 command, json.dumps({"engine": engine, **(env_settings or {})}).encode(), subprocess.DEVNULL
             )
         else:
             self.link = ThreadLink(partial(build_engine, **engine))
-        self.tokenizer = byte_tokenizer()
+        self.tokenizer = tokenizer or byte_tokenizer()
         client = EngineClient(
             self.link,
             self.tokenizer,
@@ -72,7 +95,7 @@ class Server:
         self.until(lambda: self._server.started)
         self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
         if self._wait:
-            self.wait_ready()
+            self.wait_ready(120)
         return self
 
     def __exit__(self, *_):
@@ -81,7 +104,7 @@ class Server:
         self._thread.join(20)
         assert not self._thread.is_alive()
 
-    def wait_ready(self, seconds=20.0):
+    def wait_ready(self, seconds=60.0):
         self.until(lambda: self.status("/ready") == 200 or self.lost, seconds)
         assert self.lost is None, self.lost
 

@@ -14,10 +14,10 @@ SPECS = CHAIN_SPECS + (REAL_CHAIN_SPECS if ON_GPU else ())
 def arguments(spec, rows=None):
     arrays = {name: None if array is None else jnp.asarray(array) for name, array in spec.inputs().items()}
     x, mixed = arrays["x"][:rows], arrays["mixed"][:rows]
-    layer = Dense(*(arrays[name] for name in ("o", "norm", "gate_up", "down", "o_bias")))
+    layer = Dense(*(arrays[name] for name in ("o", "norms", "gate_up", "down", "o_bias")))
     if arrays["next_qkv"] is None:
         return x, mixed, layer, None
-    return x, mixed, layer, Following(arrays["next_norm"], arrays["next_qkv"], arrays["next_bias"])
+    return x, mixed, layer, Following(arrays["next_norms"], arrays["next_qkv"], arrays["next_bias"])
 
 
 def run(name, *args):
@@ -36,11 +36,11 @@ def exact(spec):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * weight
 
     x = a["x"] + a["mixed"] @ a["o"].T + (0 if a["o_bias"] is None else a["o_bias"])
-    gate, up = np.split(norm(x, a["norm"]) @ a["gate_up"].T, 2, -1)
+    gate, up = np.split(norm(x, a["norms"][1]) @ a["gate_up"].T, 2, -1)
     x = x + (gate / (1 + np.exp(-gate)) * up) @ a["down"].T
     if a["next_qkv"] is None:
         return x, None
-    return x, norm(x, a["next_norm"]) @ a["next_qkv"].T + (0 if a["next_bias"] is None else a["next_bias"])
+    return x, norm(x, a["next_norms"][0]) @ a["next_qkv"].T + (0 if a["next_bias"] is None else a["next_bias"])
 
 
 @pytest.mark.parametrize(("name", "spec"), pairs("decode_chain", SPECS))
@@ -67,7 +67,7 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(spec):
 
 def test_wrong_shapes_raise_an_error_that_names_them():
     x, mixed, layer, following = arguments(ChainSpec("any", T=2, D=64, O=64, F=64, Q=64, dtype="float32"))
-    wrong = Dense(layer.o, layer.norm, layer.gate_up[:-1], layer.down)
+    wrong = Dense(layer.o, layer.norms, layer.gate_up[:-1], layer.down)
     with pytest.raises(ValueError, match=r"gate_up must be \[128, 64\] for x \[2, 64\], got \[127, 64\]"):
         decode_chain(x, mixed, wrong, following, eps=EPS)
     with pytest.raises(ValueError, match=r"mixed must be \[2, 64\]"):

@@ -256,10 +256,10 @@ def test_a_request_can_be_aborted_by_its_name(server):
     assert server.post("/abort", {"request_id": "long-one"}).json() == {"aborted": []}
 
 
-def test_what_is_not_implemented_says_so(server):
-    for path in ("/sleep", "/wake_up", "/update_weights", "/start_profile", "/stop_profile"):
+def test_what_an_engine_without_a_device_cannot_do_is_a_501(server):
+    for path in ("/sleep", "/wake_up", "/start_profile", "/stop_profile"):
         answer = server.http.post(path, headers=HEAD)
-        assert answer.status_code == 501
+        assert answer.status_code == 501, path
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
@@ -436,3 +436,25 @@ def test_a_long_prompt_does_not_hold_up_other_streams(server):
     thread.join(10)
     gaps.sort()
     assert gaps[len(gaps) // 2] < 0.05
+
+
+def test_a_stream_over_http_1_0_has_no_chunks_and_says_the_same(server):
+    body = json.dumps({"prompt": "hello", "max_tokens": 8, "temperature": 0, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n"
+    said = server.exchange(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    head, _, content = said.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    data = [line[6:] for line in content.decode().split("\n\n") if line]
+    assert data[-1] == "[DONE]"
+    assert "".join(json.loads(one)["choices"][0]["text"] for one in data[:-1]) == server.streamed_text()
+
+
+def test_a_chunk_in_mid_stream_has_the_keys_of_the_first_and_the_last(server):
+    for path, body in (("/v1/completions", {"prompt": "hello"}), ("/v1/chat/completions", {"messages": MESSAGES})):
+        for options in ({}, {"stream_options": {"include_usage": True}}):
+            chunks = server.events(path, {**body, "max_tokens": 6, **options})[:-1]
+            chunks = [chunk for chunk in chunks if chunk["choices"]]
+            assert {frozenset(chunk) for chunk in chunks} == {frozenset(chunks[0])}
+            kinds = [frozenset(chunk["choices"][0]) - {"stop_reason"} for chunk in chunks]
+            assert set(kinds) == {kinds[0]}
+            assert chunks[2]["choices"][0]["finish_reason"] is None

@@ -8,11 +8,8 @@ stops waiting and kills it, the child's own alarm ends it when the parent is gon
 from __future__ import annotations
 
 import json
-import os
 import resource
-import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +19,7 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
+from jaxllm.child import Child
 from jaxllm.core import GrammarKind, GrammarSpec, RequestError
 from jaxllm.engine.decoding.grammars import spec_key
 
@@ -44,12 +42,16 @@ class GrammarTrial:
     processes: int = 2
     restarts: int = 0
     _passed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # the latest, by key
-    _idle: LifoQueue[_Child | None] = field(default_factory=LifoQueue)  # None: a place for one more
+    _idle: LifoQueue[Child | None] = field(default_factory=LifoQueue)  # None: a place for one more
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         for _ in range(self.processes):
             self._idle.put(None)
+
+    @property
+    def _arguments(self) -> list[str]:
+        return [str(self.tokenizer_file), str(self.vocab_size), *map(str, self.eos_token_ids)]
 
     def __call__(self, spec: GrammarSpec) -> None:
         """Raises RequestError when the spec does not compile within the deadline. What passed is not tried again."""
@@ -65,7 +67,7 @@ class GrammarTrial:
         child = self._idle.get()
         try:
             if child is None:
-                child = _Child([str(self.tokenizer_file), str(self.vocab_size), *map(str, self.eos_token_ids)])
+                child = Child("jaxllm.engine.decoding.grammar_trial", self._arguments, START_S)
             answer = child.ask({**asdict(spec), "deadline_s": self.deadline_s}, self.deadline_s)
             if answer is None:
                 child.stop()
@@ -88,47 +90,6 @@ class GrammarTrial:
             if child is not None:
                 child.stop()
             self._idle.put(None)
-
-
-class _Child:
-    def __init__(self, arguments: list[str]) -> None:
-        command = [sys.executable, "-m", "jaxllm.engine.decoding.grammar_trial", *arguments]
-        root = str(Path(__file__).parents[3])
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
-        if self._read(START_S) is None:
-            self.stop()
-            raise RuntimeError("the process that tries grammars did not start")
-
-    def ask(self, question: dict[str, Any], deadline_s: float) -> dict[str, Any] | None:
-        """None: no answer in time, or the process is gone."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            return None
-        return self._read(deadline_s + 0.5)  # the child's alarm comes first
-
-    def _read(self, timeout_s: float) -> dict[str, Any] | None:
-        assert self._process.stdout is not None
-        line, end = b"", time.monotonic() + timeout_s
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
-            chunk = os.read(self._process.stdout.fileno(), 65536) if ready else b""
-            if not chunk:
-                return None
-            line += chunk
-        return json.loads(line)
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue
 
 
 # ---- the child ----

@@ -1,7 +1,8 @@
 """What lies between two attentions as one op, where the layers are plain: dense, and their weights plain arrays.
 
 In and out as `decoder.plainly`, with the op itself bound first. The op chooses a kernel by platform and shape; on
-machines without one it is the same arithmetic as `plainly`. Layers of other kinds, and weights of leaf types with their own matmul, go plainly.
+machines without one it is the same arithmetic as `plainly`. Layers of other kinds, and weights of leaf types with
+their own matmul, go plainly.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _dense(layer: Layer) -> Dense | None:
         return None
     o, gate_up, down = weights
     bias = None if attention.o_bias is None else attention.o_bias[...]
-    return Dense(o, layer.norms[...][1], gate_up, down, bias)
+    return Dense(o, layer.norms[...], gate_up, down, bias)
 
 
 def _following(layer: Layer) -> Following | None:
@@ -47,4 +48,4 @@ def _following(layer: Layer) -> Following | None:
     if not isinstance(qkv, jax.Array):
         return None
     bias = None if attention.qkv_bias is None else attention.qkv_bias[...]
-    return Following(layer.norms[...][0], qkv, bias)
+    return Following(layer.norms[...], qkv, bias)

@@ -59,7 +59,7 @@ class Layer(nnx.Module):
         return x + exchange.leave(self.mlp(read, exchange) if isinstance(self.mlp, MoE) else self.mlp(read))
 
 
-# onward(layer, the next or None, x[..., D], attention's output[..., NH]) -> the next x, and its qkv if there is one
+# onward(layer, the next layer or None, x[..., D], attention's output[..., NH]) -> the next x, and the next qkv or None
 Onward = Callable[[Layer, Layer | None, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
         """The residual stream after this model's layers. An `onward` that is given knows the exchange."""
         turned = rotations(positions, self.config.rope, self.config.head_dim)
         layers = list(self.layers)
-        qkv = layers[0].enter(x, exchange)
+        qkv: jax.Array | None = layers[0].enter(x, exchange)
         for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
             assert qkv is not None, "only the last layer has no next"
             x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))

@@ -28,6 +28,7 @@ from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.scheme import MATRICES, PLAIN, Scheme, complaint
 from jaxllm.graph.quant.stored import StoredTensor
 from jaxllm.graph.spread import PlaceLeaf
+from jaxllm.graph.weights import manifest
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, TOP_TENSORS, Part, leaves, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -64,6 +65,9 @@ def load(
 
     Raises WeightsError.
     """
+    damaged = manifest.problems(Path(directory))
+    if damaged:
+        raise WeightsError(Path(directory), damaged)
     found = check(Path(directory), config)
     total = sum(tensor.end - tensor.begin for tensor in (entry.tensor for entry in found))
     shapes = {path: leaf.shape for path, leaf in leaves(abstract(config)[1])}

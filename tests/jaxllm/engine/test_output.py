@@ -197,7 +197,7 @@ def test_a_fault_in_making_text_ends_that_request_alone(tokenizer, monkeypatch, 
     processor = OutputProcessor(tokenizer)
     for one in (good, bad):
         processor.add(one)
-    monkeypatch.setattr(processor._states["bad"].completions[0], "_show", lambda token: 1 / 0)
+    monkeypatch.setattr(processor._states["bad"].completions[0]._assembler, "push", lambda token: 1 / 0)
     sequences = [Sequence(bad), Sequence(good)]
     updates, ended = processor.process([TokenOutput(sequence, 40) for sequence in sequences])
     assert [(update.request_id, update.error) for update in updates] == [

@@ -35,4 +35,4 @@ class TextAssembler:
         """What was held back; the sequence has ended."""
         if self._detokenizer is None or self._stop.matched is not None:
             return ""
-        return self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+        return self._stop.push(self._detokenizer.flush(), may_stop=False) + self._stop.flush()
