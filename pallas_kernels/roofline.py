@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 BF16_BYTES = 2
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + BF16_BYTES / 128}
+WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + BF16_BYTES / 128}
 USABLE_MEMORY = 0.92  # of the device's, for weights and KV
 
 
@@ -271,18 +271,20 @@ def prefill_floor(
     )
 
 
-def workload_floor(model: ModelDims, lengths: Iterable[tuple[int, int]], device: Ceilings = H200) -> Floor:
+def workload_floor(
+    model: ModelDims, lengths: Iterable[tuple[int, int]], device: Ceilings = H200, *, weights: str = "bf16"
+) -> Floor:
     """Requests of (prompt, output) tokens, all there at once; `fits` is about all of them held to their end.
 
     Each prompt goes in one step, which gives its first token; then come decode steps of all that are unfinished.
     """
     requests = list(lengths)
-    prefill = [prefill_floor(model, prompt, device) for prompt, _ in requests]
+    prefill = [prefill_floor(model, prompt, device, weights=weights) for prompt, _ in requests]
     step_s = sum(floor.step_s for floor in prefill)
     read = [(floor.weight_bytes, 0.0) for floor in prefill]
     for made in range(1, max((out for _, out in requests), default=0)):
         contexts = [prompt + made for prompt, out in requests if out > made]
-        step = decode_floor(model, len(contexts), sum(contexts) / len(contexts), device)
+        step = decode_floor(model, len(contexts), sum(contexts) / len(contexts), device, weights=weights)
         step_s += step.step_s
         read.append((step.weight_bytes, step.kv_bytes))
     held = sum(prompt + out for prompt, out in requests) * model.kv_token_bytes()
@@ -291,7 +293,7 @@ def workload_floor(model: ModelDims, lengths: Iterable[tuple[int, int]], device:
         tokens_per_s=sum(out for _, out in requests) / step_s,
         weight_bytes=sum(weights for weights, _ in read),
         kv_bytes=sum(kv for _, kv in read),
-        fits=model.weight_bytes() + held <= USABLE_MEMORY * device.memory_bytes,
+        fits=model.weight_bytes(weights) + held <= USABLE_MEMORY * device.memory_bytes,
         all_reduce_s=0.0,
     )
 

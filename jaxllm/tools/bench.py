@@ -26,7 +26,7 @@ from jaxllm.core import JaxLLMError, RequestOutput, SamplingParams
 from jaxllm.engine.metrics import Metrics
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tools.figures import RATE, Figure, median_figure
-from pallas_kernels.roofline import H200, Ceilings, ModelDims, decode_floor, prefill_floor, workload_floor
+from pallas_kernels.roofline import H200, Ceilings, Experts, ModelDims, decode_floor, prefill_floor, workload_floor
 
 SHORT_OUT, LONG_OUT = 64, 192
 PROMPT_IDS = (10, 10_000)  # from, below
@@ -53,20 +53,34 @@ class Floors:
 
     dims: ModelDims
     device: Ceilings | None
+    weights: str = "bf16"  # how the linear layers are stored
 
     def decode_ms(self, batch: int, context: int) -> float | None:
         """At the nominal context, as published floors are; the steps that are timed read 64 to 192 tokens more."""
-        return self.device and decode_floor(self.dims, batch, context, self.device).step_s * 1e3
+        if self.device is None:
+            return None
+        return decode_floor(self.dims, batch, context, self.device, weights=self.weights).step_s * 1e3
 
     def prefill_ms(self, tokens: int) -> float | None:
-        return self.device and prefill_floor(self.dims, tokens, self.device).step_s * 1e3
+        if self.device is None:
+            return None
+        return prefill_floor(self.dims, tokens, self.device, weights=self.weights).step_s * 1e3
 
     def workload_tokens_per_s(self, lengths: Sequence[tuple[int, int]]) -> float | None:
-        return self.device and workload_floor(self.dims, lengths, self.device).tokens_per_s
+        if self.device is None:
+            return None
+        return workload_floor(self.dims, lengths, self.device, weights=self.weights).tokens_per_s
 
 
-def floors(config: ModelConfig, device_name: str) -> Floors:
-    """By the device's name as JAX gives it."""
+def floors(config: ModelConfig, device_name: str, quantization: str = "none") -> Floors:
+    """By the device's name as JAX gives it. Of an odd mix of shared and routed experts the shared one is rounded."""
+    experts = config.experts and Experts(
+        E=config.experts.count,
+        k=config.experts.per_token,
+        F=config.experts.d_ff,
+        shared=round(config.experts.shared_d_ff / config.experts.d_ff),
+        dense_layers=sum(not sparse for sparse in config.sparse_layers),
+    )
     dims = ModelDims(
         L=config.num_layers,
         D=config.d_model,
@@ -76,8 +90,10 @@ def floors(config: ModelConfig, device_name: str) -> Floors:
         F=config.d_ff,
         V=config.vocab_size,
         tied=config.tie_embeddings,
+        experts=experts,
     )
-    return Floors(dims, next((known for known in CEILINGS if known.name == device_name), None))
+    device = next((known for known in CEILINGS if known.name == device_name), None)
+    return Floors(dims, device, "bf16" if quantization == "none" else quantization)
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import random
 import subprocess
 import sys
 
@@ -121,3 +122,24 @@ def test_small_ops_count_what_they_move():
 def test_the_module_needs_no_jax():
     code = "import sys, pallas_kernels.roofline; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_workload_is_its_prefills_and_the_decode_steps_of_what_is_unfinished():
+    model = MODELS["llama-3.1-8b"]
+    whole = roofline.workload_floor(model, [(100, 3), (200, 2)])
+    steps = [
+        prefill_floor(model, 100),
+        prefill_floor(model, 200),
+        decode_floor(model, 2, 151),
+        decode_floor(model, 1, 102),
+    ]
+    assert whole.step_s == pytest.approx(sum(step.step_s for step in steps))
+    assert whole.tokens_per_s == pytest.approx(5 / whole.step_s)
+
+
+def test_the_peers_workload_has_the_published_floor():
+    source = random.Random(0)
+    prompts = [[source.randint(0, 10_000) for _ in range(source.randint(100, 1024))] for _ in range(256)]
+    lengths = [(len(prompt), source.randint(100, 1024)) for prompt in prompts]
+    assert roofline.workload_floor(MODELS["llama-3.1-8b"], lengths).tokens_per_s == pytest.approx(13_242, rel=2e-3)
+    assert roofline.workload_floor(MODELS["qwen3-0.6b"], lengths).tokens_per_s == pytest.approx(36_130, rel=2e-3)

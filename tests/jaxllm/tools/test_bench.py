@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.core import CompletionOutput, FinishReason, RequestOutput
 from jaxllm.engine.metrics import Metrics
-from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.config import ExpertsConfig, ModelConfig
 from jaxllm.tools import bench as tool
 from jaxllm.tools.bench import Bench, BenchError, floors, startup, workload
 
@@ -146,3 +146,19 @@ def test_an_error_of_a_request_is_told():
 
     with pytest.raises(BenchError, match="request 7 ended early: sick"):
         Bench(Failing(), floors(CONFIG, "some GPU")).throughput(2, (2, 3))
+
+
+def test_floors_know_experts_and_quantised_weights():
+    sparse = ModelConfig(
+        vocab_size=151936,
+        num_layers=48,
+        d_model=2048,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        d_ff=6144,
+        experts=ExpertsConfig(count=128, per_token=8, d_ff=768),
+    )
+    assert floors(sparse, "NVIDIA H200").decode_ms(32, 1024) == pytest.approx(13.1, abs=0.05)
+    assert floors(CONFIG, "NVIDIA H200", "int4").decode_ms(1, 1024) == pytest.approx(1.11, abs=5e-3)
+    assert floors(CONFIG, "NVIDIA H200", "fp8").decode_ms(1, 1024) == pytest.approx(1.90, abs=5e-3)
