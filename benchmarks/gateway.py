@@ -225,7 +225,7 @@ async def _ours(port: int) -> tuple[Callable[[bytes], Awaitable[bytes]], Callabl
 
 
 async def _aiohttp(port: int) -> tuple[Callable[[bytes], Awaitable[bytes]], Callable[[], Any]]:
-    import aiohttp
+    import aiohttp  # pyright: ignore[reportMissingImports]  # compared with, not a dependency
 
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 

@@ -166,7 +166,7 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
     )
     start = time.perf_counter()
     home = Home(model, jax.devices()[0], placement)
-    params = jax.block_until_ready(random.dummy(model, jnp.bfloat16, 0, home.device, home.place))
+    params = jax.block_until_ready(random.dummy(model, jnp.bfloat16, 0, home.device, place=home.place))
     loaded = time.perf_counter() - start
     width = -(-(CONTEXT + 64) // PAGE)
     pages = max(batches) * width

@@ -53,8 +53,11 @@ class GenerationError(JaxLLMError):
 class EngineLike(Protocol):
     """What LLM needs of an engine; tests give it one without a device."""
 
-    tokenizer: Tokenizer | None
-    default_params: SamplingParams
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def default_params(self) -> SamplingParams: ...
 
     def make_request(
         self,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.core import FinishReason, Request, SamplingParams, Sequence, TokenOutput
+from jaxllm.core import FinishReason, Grammar, Request, SamplingParams, Sequence, TokenOutput
 from jaxllm.engine.decoding.structured import GrammarCompiler
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.intake import Intake
@@ -154,11 +154,16 @@ class ReplicatedEngine:
     def prepare(self, request: Request) -> Future[Any] | None:
         return self.engines[0].prepare(request)
 
+    @property
+    def residency(self) -> None:
+        """Replicas and lanes neither sleep nor take new weights yet."""
+        return None
+
     # ---- requests ----
 
-    def add(self, request: Request) -> list[Sequence]:
+    def add(self, request: Request, grammar: Grammar | None = None) -> list[Sequence]:
         number = min(range(len(self.engines)), key=self.load_tokens)
-        sequences = self.engines[number].add(request)
+        sequences = self.engines[number].add(request, grammar)
         self._home[request.id] = number
         self._unfinished[number][request.id] = sequences
         return sequences

@@ -96,6 +96,8 @@ def hidden_states(model: Decoder, token_ids: Int[Array, "B T"], remat: Remat = "
     config = model.config
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     turned = rotations(positions, config.rope, config.head_dim)
+    assert model.embed is not None, "training takes whole models"
+    assert model.final_norm is not None, "training takes whole models"
     x = look_up(model.embed[...], token_ids)
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -105,7 +107,8 @@ def hidden_states(model: Decoder, token_ids: Int[Array, "B T"], remat: Remat = "
         graphdef, state = nnx.split(layer)
 
         def run(state: Any, x: jax.Array, graphdef: Any = graphdef, number: int = number) -> jax.Array:
-            return nnx.merge(graphdef, state)(x, number, turned, attend)
+            layer = nnx.merge(graphdef, state)
+            return layer.leave(x, layer.attention.mix(layer.enter(x), number, turned, attend))
 
         x = (jax.checkpoint(run) if remat == "layer" else run)(state, x)
     return rms_norm(x, model.final_norm[...], config.norm_eps)
