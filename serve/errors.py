@@ -48,6 +48,11 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message[:SHOWN], param, code
         self.retry_after_s, self.close, self.allow = retry_after_s, close, allow
 
+    def again(self) -> ApiError:
+        """The same to raise: one that is kept and raised would keep the frames it went through."""
+        kept = {"param": self.param, "code": self.code, "retry_after_s": self.retry_after_s}
+        return ApiError(self.status, self.message, close=self.close, allow=self.allow, **kept)
+
     @property
     def type(self) -> str:
         return TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")

@@ -31,7 +31,6 @@ from serve.streams import Piece, Stream
 log = logging.getLogger(__name__)
 
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-GONE = ApiError(499, "the client left", code="client_gone")
 
 
 @dataclass
@@ -169,7 +168,8 @@ class Front:
         while (await call.receive())["type"] != "http.disconnect":
             pass
         for stream in streams:
-            self.client.abort(stream.id, GONE)
+            # One each: an exception that is raised again keeps the frames of every time it was raised.
+            self.client.abort(stream.id, ApiError(499, "the client left", code="client_gone"))
 
     async def ping(self) -> None:
         """For ever: gives readers of silent streams the chance to send a sign of life."""

@@ -181,7 +181,7 @@ class Stream:
         """All that is new, at least one piece; [] when every sequence has ended; None for a nudge. Raises ApiError."""
         while not self._inbox:
             if self._error is not None:
-                raise self._error
+                raise self._error.again()
             if self.open == 0:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
@@ -193,6 +193,6 @@ class Stream:
                 self._nudged = False
                 return None
         if self._error is not None:
-            raise self._error
+            raise self._error.again()
         pieces, self._inbox, self._waiting_tokens = list(self._inbox.values()), {}, 0
         return pieces
