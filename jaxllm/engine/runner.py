@@ -185,7 +185,8 @@ class Runner:
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:
         # Put first: an array that the call itself must bring over costs 0.1 ms more.
-        inputs = jax.device_put(packed, self.counts.sharding)
+        place = self.counts.sharding
+        inputs = jax.device_put(packed, place) if place.is_fully_addressable else packed  # else told to other processes
         state = self.kv, self.last_tokens, self._logits[shape.rows]
         stepped: Stepped = self.executables.step(shape)(self.params, *state, inputs)
         self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
