@@ -118,8 +118,9 @@ class Runner:
         wants_prompt = any(row.sequence.request.params.prompt_logprobs is not None for row in rows)
         decode = plan.decode_only and not wants_prompt  # a decode step gives no hidden states
         shape = self.ladder.of(len(rows), plan.num_tokens, decode=decode)
-        stepped = self._step(shape, self._pack(shape, rows))
-        masks = [self._masks[self._place(row.sequence)] if row.sample else None for row in rows]
+        places = [self._place(row.sequence) for row in rows]
+        stepped = self._step(shape, self._pack(shape, rows, places))
+        masks = [self._masks[place] if row.sample else None for row, place in zip(rows, places)]
         launched = Launched(rows, stepped.token_ids, None, masks, shape.rows)
         if wants_prompt:
             launched.prompts = self._prompt_logprobs(rows, stepped.hidden, shape)
@@ -172,7 +173,7 @@ class Runner:
     def warm_up(self) -> None:
         """Run every executable once on padding, so that no request pays for a first launch."""
         for shape in self.ladder.shapes():
-            stepped = self._step(shape, self._pack(shape, ()))
+            stepped = self._step(shape, self._pack(shape, (), ()))
             if not shape.decode:
                 targets = np.zeros(shape.tokens, np.int32)
                 self.executables.prompt_logprobs(shape.tokens)(self.params, stepped.hidden, targets)
@@ -192,8 +193,7 @@ class Runner:
         self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
         return stepped
 
-    def _pack(self, shape: StepShape, rows: SequenceOf[ScheduledRow]) -> np.ndarray:
-        places = [self._place(row.sequence) for row in rows]
+    def _pack(self, shape: StepShape, rows: SequenceOf[ScheduledRow], places: SequenceOf[int]) -> np.ndarray:
         token_ids: list[int] = []
         for row, place in zip(rows, places):
             known = row.sequence.tokens[row.start : row.start + row.count]
@@ -207,7 +207,7 @@ class Runner:
             [row.count for row in rows],
             [row.start + row.count for row in rows],
             [place if row.sample else scratch for row, place in zip(rows, places)],
-            self._page_table[places],
+            self._page_table[list(places)],
             scratch,
         )
 
