@@ -12,14 +12,12 @@ import json
 import resource
 import signal
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from queue import LifoQueue
 from typing import Any
 
 from jaxllm.chat_template import ChatError, compile_template, render
-from jaxllm.child import Child
+from jaxllm.child import Children
 
 START_S = 30.0
 DEADLINE_S = 2.0
@@ -33,45 +31,30 @@ class TemplateProcesses:
 
     deadline_s: float = DEADLINE_S
     processes: int = 2
-    restarts: int = 0
-    _idle: LifoQueue[Child | None] = field(default_factory=LifoQueue)  # None: a place for one more
-    _closed: threading.Event = field(default_factory=threading.Event)
+    _children: Children = field(init=False)
 
     def __post_init__(self) -> None:
-        for _ in range(self.processes):
-            self._idle.put(None)
+        self._children = Children("jaxllm.template_process", (), START_S, self.processes)
+
+    @property
+    def restarts(self) -> int:
+        """Processes that met a limit, and were stopped."""
+        return self._children.restarts
 
     def __call__(self, source: str, variables: Mapping[str, Any]) -> str:
         """Raises ChatError with the template's own words, or when a limit was met."""
-        child = self._idle.get()
-        try:
-            child = child or Child("jaxllm.template_process", (), START_S)
-            plain = {name: value for name, value in variables.items() if not callable(value)}
-            question = {"source": source, "variables": plain, "now": datetime.datetime.now().isoformat()}
-            answer = child.ask({**question, "deadline_s": self.deadline_s}, self.deadline_s)
-            if answer is None:
-                child.stop()
-                child = None
-                self.restarts += 1
-                why = f"took more than {self.deadline_s:g} s or {MAX_MEMORY_BYTES >> 20} MiB"
-                raise ChatError(f"the model's chat template {why} for these messages")
-            if "error" in answer:
-                raise ChatError(answer["error"])
-            return answer["text"]
-        finally:
-            if child is not None and self._closed.is_set():
-                child.stop()
-                child = None
-            self._idle.put(child)
+        plain = {name: value for name, value in variables.items() if not callable(value)}
+        question = {"source": source, "variables": plain, "now": datetime.datetime.now().isoformat()}
+        answer = self._children.ask({**question, "deadline_s": self.deadline_s}, self.deadline_s)
+        if answer is None:
+            why = f"took more than {self.deadline_s:g} s or {MAX_MEMORY_BYTES >> 20} MiB"
+            raise ChatError(f"the model's chat template {why} for these messages")
+        if "error" in answer:
+            raise ChatError(answer["error"])
+        return answer["text"]
 
     def close(self) -> None:
-        """Ends the processes; one at work ends when it is done."""
-        self._closed.set()
-        waiting = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
-        for child in waiting:
-            if child is not None:
-                child.stop()
-            self._idle.put(None)
+        self._children.close()
 
 
 # ---- the process ----

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from serve.launch.supervise import die_with_parent
+from serve.launch.tied import tied
 
 STOP_S = 10.0
 
@@ -45,7 +45,7 @@ class NodeProcess:
             (folder / "token").write_text(token)
             arguments = [*arguments, "--mode", "multihost", "--token-file", str(folder / "token")]
         command = [sys.executable, "-m", "serve.cli", *arguments]
-        self._process = subprocess.Popen(command, preexec_fn=die_with_parent)
+        self._process = subprocess.Popen(tied(command))
         return self._process.pid
 
     def code(self) -> int | None:

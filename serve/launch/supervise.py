@@ -8,10 +8,8 @@ what children do.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import selectors
-import signal
 import subprocess
 import threading
 import time
@@ -19,12 +17,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from serve.launch.tied import tied
+
 log = logging.getLogger(__name__)
 SILENT_S = 20.0
 PAUSE_S = 0.5  # before a child is started again
 STOP_S = 10.0
 CANNOT_START = 1  # an exit code that another start would not change
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -91,11 +90,10 @@ class Supervisor:
     def _live(self) -> int:
         """One child from start to end; its exit code."""
         process = self._process = subprocess.Popen(
-            self.command,
+            tied(self.command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if self.shows_life else None,
             env=self.variables,
-            preexec_fn=die_with_parent,
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -120,8 +118,3 @@ class Supervisor:
                 elif process.stdout.raw.read(4096):  # type: ignore[attr-defined]
                     continue
                 return process.wait()
-
-
-def die_with_parent() -> None:
-    """In the child: it gets SIGTERM when the thread that started it ends, however that comes."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

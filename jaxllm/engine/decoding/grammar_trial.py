@@ -11,15 +11,13 @@ import json
 import resource
 import signal
 import sys
-import threading
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import LifoQueue
 from typing import Any
 
-from jaxllm.child import Child
+from jaxllm.child import Children
 from jaxllm.core import GrammarKind, GrammarSpec, RequestError
 from jaxllm.engine.decoding.grammars import spec_key
 
@@ -40,18 +38,17 @@ class GrammarTrial:
     eos_token_ids: tuple[int, ...]
     deadline_s: float = DEADLINE_S
     processes: int = 2
-    restarts: int = 0
     _passed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # the latest, by key
-    _idle: LifoQueue[Child | None] = field(default_factory=LifoQueue)  # None: a place for one more
-    _closed: threading.Event = field(default_factory=threading.Event)
+    _children: Children = field(init=False)
 
     def __post_init__(self) -> None:
-        for _ in range(self.processes):
-            self._idle.put(None)
+        arguments = [str(self.tokenizer_file), str(self.vocab_size), *map(str, self.eos_token_ids)]
+        self._children = Children("jaxllm.engine.decoding.grammar_trial", arguments, START_S, self.processes)
 
     @property
-    def _arguments(self) -> list[str]:
-        return [str(self.tokenizer_file), str(self.vocab_size), *map(str, self.eos_token_ids)]
+    def restarts(self) -> int:
+        """Processes that took too long, and were stopped."""
+        return self._children.restarts
 
     def __call__(self, spec: GrammarSpec) -> None:
         """Raises RequestError when the spec does not compile within the deadline. What passed is not tried again."""
@@ -64,32 +61,14 @@ class GrammarTrial:
             self._passed.popitem(last=False)
 
     def _try(self, spec: GrammarSpec) -> None:
-        child = self._idle.get()
-        try:
-            if child is None:
-                child = Child("jaxllm.engine.decoding.grammar_trial", self._arguments, START_S)
-            answer = child.ask({**asdict(spec), "deadline_s": self.deadline_s}, self.deadline_s)
-            if answer is None:
-                child.stop()
-                child = None
-                self.restarts += 1
-                raise RequestError(spec.field, spec.source, f"takes more than {self.deadline_s:g} s to compile")
-            if answer.get("error"):
-                raise RequestError(spec.field, spec.source, answer["error"])
-        finally:
-            if child is not None and self._closed.is_set():
-                child.stop()
-                child = None
-            self._idle.put(child)
+        answer = self._children.ask({**asdict(spec), "deadline_s": self.deadline_s}, self.deadline_s)
+        if answer is None:
+            raise RequestError(spec.field, spec.source, f"takes more than {self.deadline_s:g} s to compile")
+        if answer.get("error"):
+            raise RequestError(spec.field, spec.source, answer["error"])
 
     def close(self) -> None:
-        """Ends the processes; those at work end when they are done."""
-        self._closed.set()
-        waiting = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
-        for child in waiting:
-            if child is not None:
-                child.stop()
-            self._idle.put(None)
+        self._children.close()
 
 
 # ---- the child ----

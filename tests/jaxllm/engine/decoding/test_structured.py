@@ -377,7 +377,7 @@ def test_a_grammar_that_kills_or_stalls_its_compiler_is_an_error_of_that_request
 def test_what_passed_its_trial_is_not_tried_again(tokenizer_file):
     trial = GrammarTrial(tokenizer_file, VOCAB_SIZE, (EOS,), processes=1)
     trial(grammars.json_object())
-    trial._idle.get_nowait().stop()  # nobody is left to ask
+    trial._children._idle.get_nowait().stop()  # nobody is left to ask
     trial(grammars.json_object("tools"))
 
 
@@ -397,5 +397,5 @@ def test_trials_run_beside_each_other_up_to_the_number_of_processes(tokenizer_fi
     for thread in threads:
         thread.join()
     assert not errors
-    assert trial._idle.qsize() == 2
+    assert trial._children._idle.qsize() == 2
     trial.close()
