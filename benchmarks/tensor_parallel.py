@@ -177,9 +177,9 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
     graph = Graph(abstract(local, jnp.bfloat16)[0], model, PAGE, pages, placement=placement)
     start = time.perf_counter()
     ladder = Ladder(batches, (), width)
-    jobs = [job for job in compiling.jobs_of(graph, ladder, params, kv, counts) if job[0][0] == "step"]
+    jobs = [job for job in compiling.jobs_of(graph, ladder, params, kv, counts) if job.key[0] == "step"]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        lowered = [(key[1], jitted.lower(*arguments)) for key, jitted, arguments in jobs]
+        lowered = [(job.key[1], job.lower()) for job in jobs]
         table = dict(zip([shape for shape, _ in lowered], pool.map(lambda item: item[1].compile(), lowered)))
     compiled = time.perf_counter() - start
     for batch in batches:

@@ -65,12 +65,15 @@ class StartReport:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: MemoryPlan | None = None
     executables: int = 0
+    traced: int = 0  # of them; the others were found as StableHLO
     compile_cache: CacheReport = field(default_factory=CacheReport)
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         total = f"ready in {sum(self.seconds.values()):.1f} s ({phases})"
-        return f"{total}; {self.executables} executables; cache: {self.compile_cache}\n{self.memory}"
+        return (
+            f"{total}; {self.executables} executables, {self.traced} traced; cache: {self.compile_cache}\n{self.memory}"
+        )
 
 
 @contextmanager
@@ -265,6 +268,8 @@ def _compile(
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     reference = config.compile.kernels == "reference"
     threads = config.compile.threads or os.cpu_count() or 1
+    folder = config.compile.directory if report.compile_cache.usable else None
+    traces = None if folder is None else folder / "traces"
     workspace: int | None = None
     while True:
         report.memory, specs = _plan(config, homes, params, workspace)
@@ -277,11 +282,11 @@ def _compile(
         with _timed(report, "compile"):
             how = {"threads": threads, "progress": lambda done, total: tell("compile", done / total)}
             if len(homes) == 1:
-                executables = compile_all(graphs[0], ladder, params[0], kv[0], counts, **how)
+                executables = compile_all(graphs[0], ladder, params[0], kv[0], counts, **how, traces=traces)
             else:
                 wholes = [home.whole for home in homes]
                 executables = compile_stages(graphs, ladder, params, kv, counts, wholes, **how)
-        report.executables = len(executables.table)
+        report.executables, report.traced = len(executables.table), executables.traced
         measured = executables.temporary_bytes + logits_bytes(config, final.held)
         report.memory = dataclasses.replace(report.memory, measured_bytes=measured)
         if report.memory.limit_bytes is None or measured <= report.memory.workspace_bytes:

@@ -7,13 +7,13 @@ error, never a silent compile.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -23,11 +23,10 @@ from jaxllm.core import MAX_LOGIT_BIAS
 from jaxllm.graph import sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
 from jaxllm.graph.steps import Graph, SampleMode, Stepped
+from jaxllm.graph.traces import Job, Key, Traces
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
-Key = tuple[Any, ...]  # what an executable is, then its static shapes
-Job = tuple[Key, Any, tuple[Any, ...]]  # key, jitted function, abstract arguments
 # The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
 WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
 STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, LOGITS, WHOLE), Stepped(WHOLE, KV, WHOLE, LOGITS, WHOLE)
@@ -86,7 +85,7 @@ class Executables:
 
     table: dict[Key, Any] = field(default_factory=dict)
     seconds: dict[Key, float] = field(default_factory=dict)
-    traces: collections.Counter[str] = field(default_factory=collections.Counter)
+    traced: int = 0  # the others' StableHLO was found on disk
 
     @property
     def temporary_bytes(self) -> int:
@@ -135,7 +134,7 @@ def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, 
         function = spread(functools.partial(steps.pass_on, graph, shape), ("params", "kv", role, "whole"), gives)
         packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=last_tokens.sharding)
         carry = jax.ShapeDtypeStruct(carry.shape, carry.dtype, sharding=carry.sharding)
-        yield ("stage", number, shape), jax.jit(function, donate_argnums=(1,)), (params, kv, carry, packed)
+        yield Job(("stage", number, shape), function, (params, kv, carry, packed), donated=(1,))
 
 
 def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
@@ -165,28 +164,25 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
 
     last_tokens = spec(jnp.int32, counts.shape[0])
     for shape in ladder.shapes():
-        # keep_unused: the logits' memory comes in only to be written over.
         more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
         function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
-        jitted = jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True)
         packed = spec(jnp.int32, shape.packed_size)
         key = ("stage", stage, shape) if stage else ("step", shape)
-        yield key, jitted, (params, kv, last_tokens, logits(shape.rows), packed, *more)
+        yield Job(key, function, (params, kv, last_tokens, logits(shape.rows), packed, *more), donated=(1, 2, 3))
     for rows in ladder.decode_rows:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         mask = spec(jnp.uint32, rows, -(-vocab // 32))
         args = counts, last_tokens, logits(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
         for mode in steps.SAMPLER_MODES:
             function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
-            yield ("sample", rows, mode), jax.jit(function, donate_argnums=(0, 1)), args
+            yield Job(("sample", rows, mode), function, args, donated=(0, 1))
     for tokens in ladder.mixed_tokens:
-        function = functools.partial(steps.prompt_logprobs, graph)
-        jitted = jax.jit(spread(function, ("params", "whole", "whole"), ("whole",) * 4))
+        function = spread(functools.partial(steps.prompt_logprobs, graph), ("params", "whole", "whole"), ("whole",) * 4)
         hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
-        yield ("prompt_logprobs", tokens), jitted, (params, hidden, spec(jnp.int32, tokens))
+        yield Job(("prompt_logprobs", tokens), function, (params, hidden, spec(jnp.int32, tokens)))
     scalar = spec(jnp.int32)
     args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
-    yield ("set_counts",), jax.jit(sampling.set_counts, donate_argnums=(0,)), args
+    yield Job(("set_counts",), sampling.set_counts, args, donated=(0,))
 
 
 def compile_all(
@@ -198,12 +194,19 @@ def compile_all(
     *,
     threads: int,
     progress: Progress | None = None,
+    traces: Path | None = None,
 ) -> Executables:
-    """All that a model on one device or mesh runs."""
-    return compile_jobs(jobs_of(graph, ladder, params, kv, counts), threads, progress)
+    """All that a model on one device or mesh runs. `traces`: a folder for what tracing gives, of one device only.
+
+    On a mesh, tracing a kernel also makes what the kernel needs (pallas_kernels.all_reduce: buffers, a library).
+    """
+    kept = Traces(traces, graph) if traces is not None and graph.placement is None else None
+    return compile_jobs(jobs_of(graph, ladder, params, kv, counts), threads, progress, kept)
 
 
-def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None) -> Executables:
+def compile_jobs(
+    wanted: Iterable[Job], threads: int, progress: Progress | None, traces: Traces | None = None
+) -> Executables:
     """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
     executables = Executables()
     jobs = list(wanted)
@@ -217,10 +220,10 @@ def compile_jobs(wanted: Iterable[Job], threads: int, progress: Progress | None)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=threads) as pool:
         futures = []
-        for key, jitted, args in jobs:
-            lowered = jitted.lower(*args)
-            executables.traces[str(key[0])] += 1
-            futures.append(pool.submit(compile_one, key, lowered))
+        for job in jobs:
+            lowered = job.lower() if traces is None else traces.lower(job)
+            futures.append(pool.submit(compile_one, job.key, lowered))
+        executables.traced = len(jobs) if traces is None else traces.traced
         for future in futures:
             future.result()
     return executables

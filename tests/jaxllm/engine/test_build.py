@@ -19,7 +19,7 @@ config = load(
     max_num_seqs=4, max_num_batched_tokens=16, decode_buckets=[4], token_buckets=[16],
 )
 report = build(config) if sys.argv[1] == "build" else start(config)[1]
-print(json.dumps([report.executables, len(hits), report.compile_cache.entries]))
+print(json.dumps([report.executables, report.traced, len(hits), report.compile_cache.entries]))
 """
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,18 +36,18 @@ TINY = {
 }
 
 
-def test_a_start_finds_every_executable_in_a_folder_built_before(tmp_path):
+def test_a_start_finds_every_executable_in_a_folder_built_before_and_traces_nothing(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
-    def run(verb):
+    def run(verb, seed):
         command = [sys.executable, "-c", PROGRAM, verb, str(tmp_path), str(tmp_path / "built")]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return json.loads(done.stdout)
 
-    executables, hits, entries = run("build")
-    assert (hits, entries) == (0, 0)
-    again, hits, entries = run("start")
-    assert again == executables
+    executables, traced, hits, entries = run("build", "1")
+    assert (traced, hits, entries) == (executables, 0, 0)
+    again, traced, hits, entries = run("start", "2")
+    assert (again, traced) == (executables, 0)
     assert entries >= executables
     assert hits >= executables
