@@ -100,7 +100,8 @@ def run_jaxllm(plan: Plan, log: Path) -> Run:
         if not out.exists():
             return Run("jaxllm", seconds, [], f"no figures; see {log.name}")
         document = json.loads(out.read_text())
-    ready = median_figure(START, "", "s", [document["first_token_s"]])
+    phases = {f"{name}, s": seconds for name, seconds in document["start_phases_s"].items()}
+    ready = median_figure(START, "", "s", [document["first_token_s"]], notes=phases)
     return Run("jaxllm", seconds, [*map(from_json, document["figures"]), ready])
 
 

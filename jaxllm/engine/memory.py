@@ -99,7 +99,7 @@ def plan_memory(
     width = -(-config.model.max_model_len // spec.page_size)
     useful = config.scheduler.max_num_seqs * width  # more can never be held at one time
     room = config.cache.cpu_cache_bytes if limit is None else limit - weights_bytes - workspace
-    pages = config.cache.num_pages or min(useful, room // spec.bytes_per_page)
+    pages = config.cache.num_pages or min(useful, _coarse(room // spec.bytes_per_page))
     if limit is None and config.cache.num_pages:  # a CPU names no limit; asked for more than it has, it dies
         room = machine_bytes() - weights_bytes - workspace
     plan = MemoryPlan(limit, weights_bytes, workspace, spec.bytes_per_page, pages, spec.page_size)
@@ -110,3 +110,9 @@ def plan_memory(
             "or raise cache.memory_fraction"
         )
     return plan
+
+
+def _coarse(pages: int) -> int:
+    """At most 1% fewer: pages are in the shapes of executables, which a few bytes more or less shall not change."""
+    grain = 1 << max(0, pages.bit_length() - 8)
+    return pages // grain * grain

@@ -6,7 +6,9 @@ directory is said before device memory is taken.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -56,13 +58,15 @@ from sharding.mesh import stage_meshes
 log = logging.getLogger(__name__)
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
+Compiled = tuple[Executables, Ladder, list[KVCacheSpec]]  # and the pages of each stage they are compiled for
 
 
 @dataclass
 class StartReport:
     """Where start-up went."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase; phases may overlap
+    total_s: float = 0.0
     memory: MemoryPlan | None = None
     executables: int = 0
     traced: int = 0  # of them; the others were found as StableHLO
@@ -70,7 +74,7 @@ class StartReport:
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        total = f"ready in {sum(self.seconds.values()):.1f} s ({phases})"
+        total = f"ready in {self.total_s:.1f} s ({phases})"
         return (
             f"{total}; {self.executables} executables, {self.traced} traced; cache: {self.compile_cache}\n{self.memory}"
         )
@@ -93,7 +97,7 @@ def start(
     config: EngineConfig, *, device: Device = None, progress: Progress | None = None
 ) -> tuple[Engine | ReplicatedEngine, StartReport]:
     """Raises ConfigError, WeightsError or DoesNotFitError with what to change."""
-    report = StartReport()
+    report, began = StartReport(), time.perf_counter()
     tell = progress or (lambda phase, share: None)
     with _timed(report, "devices"):
         meshes = stage_meshes(config.mesh, None if device is None else [device])
@@ -116,18 +120,39 @@ def start(
     _plan(config, replicas[0], _shapes(config, model_config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
     engines = []
+    if config.compile.directory is not None:
+        with _timed(report, "compile cache"):
+            report.compile_cache = open_cache(config.compile.directory)
     for homes in replicas:
-        with _timed(report, "weights"):
-            params = _params(config, model_config, homes, directory, tell)
-        for runner, num_pages in _runners(config, homes, params, report, tell):
+        params, compiled = _loaded_and_compiled(config, model_config, homes, directory, report, tell)
+        for runner, num_pages in _runners(config, homes, params, compiled, report):
             scheduler = _scheduler(config, num_pages, runner)
             engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
+    report.total_s = time.perf_counter() - began
     log.info("%s", report)
     if len(engines) > 1:
         return ReplicatedEngine(tuple(engines)), report
     if replicas[0][0].placement is None:
         engines[0].residency = _residency(engines[0].runner, model_config, config, replicas[0], directory)
     return engines[0], report
+
+
+def _loaded_and_compiled(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    homes: tuple[Home, ...],
+    directory: Path,
+    report: StartReport,
+    tell: Progress,
+) -> tuple[list[Params], Compiled]:
+    """Both at once where executables are found rather than made: what XLA times to choose kernels it times alone."""
+    compile_ = functools.partial(_compile, config, homes, _shapes(config, model_config, homes), report, tell)
+    found = report.compile_cache.entries > 0
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        compiling = pool.submit(compile_) if found else None
+        with _timed(report, "weights"):
+            params = _params(config, model_config, homes, directory, tell)
+        return params, compile_() if compiling is None else compiling.result()
 
 
 def _residency(
@@ -232,10 +257,10 @@ def _plan(
 
 
 def _runners(
-    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
+    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], compiled: Compiled, report: StartReport
 ) -> Iterator[tuple[Runner, int]]:
     """One a pipeline stage, so that every stage has work, each with the pages it owns; they share the parameters."""
-    executables, ladder, specs = _compile(config, homes, params, report, tell)
+    executables, ladder, specs = compiled
     final = homes[-1]
     for _ in homes:
         with _timed(report, "cache"):
@@ -254,11 +279,8 @@ def _runners(
 
 def _compile(
     config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
-) -> tuple[Executables, Ladder, list[KVCacheSpec]]:
+) -> Compiled:
     """Every executable, and the cache they are compiled for. Allocates nothing: shapes are enough."""
-    if config.compile.directory is not None:
-        with _timed(report, "compile cache"):
-            report.compile_cache = open_cache(config.compile.directory)
     page_size, width = config.cache.page_size, -(-config.model.max_model_len // config.cache.page_size)
     deterministic = config.scheduler.deterministic
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width, deterministic)
@@ -304,6 +326,7 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
+    report.compile_cache = open_cache(config.compile.directory)
     homes = homes_of(model_config, meshes[0], config.mesh)
     params = _shapes(config, model_config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))
