@@ -343,6 +343,23 @@ def _ptxas() -> str:
     raise FileNotFoundError("no ptxas in the nvidia wheels: install jax[cuda13] in this venv")
 
 
+def compile_source(source: Path) -> list[Report]:
+    """The kernels of a CUDA source, by the compiler and flags that build it on a machine with a GPU."""
+    import jax
+
+    from pallas_kernels.compiled import NVCC
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = [f"-I{jax.ffi.include_dir()}", "-Xptxas", "-v", "-o", f"{folder}/lib.so", str(source)]
+        ran = subprocess.run([*NVCC, *target], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(ran.stderr[-500:])
+    found = re.findall(
+        r"Function properties for (\S+)\n.*?(\d+) bytes spill stores.*?Used (\d+) registers", ran.stderr, re.S
+    )
+    return [Report(name, int(registers), int(spilled), False, {}) for name, spilled, registers in found]
+
+
 def missing_cases() -> list[str]:
     """Kernels registered for the GPU that no case compiles."""
     from pallas_kernels.dispatch import implementations
@@ -374,6 +391,12 @@ def main(ops: list[str]) -> int:
                 for report in reports:
                     print(f"{label}: {report}", flush=True)
                 failures += [label for report in reports if not report.good(case.spill_allowance)]
+        for source in sorted(Path("pallas_kernels").rglob("*.cu")):
+            if ops and source.parent.name not in ops:
+                continue
+            for report in compile_source(source):
+                print(f"{source}: {report}", flush=True)
+                failures += [] if report.good(16) else [str(source)]  # 16: nothing in a loop
     print(
         f"gate: {len(failures)} failures"
         if failures

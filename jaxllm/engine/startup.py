@@ -288,7 +288,8 @@ def _compile(
     counts_shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
     counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=final.whole)
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
-    reference = config.compile.kernels == "reference"
+    kernels = config.compile.kernels
+    flags = dict(reference_attention=kernels == "reference", chained=kernels == "chain", whole=kernels == "layers")
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"
@@ -297,7 +298,7 @@ def _compile(
         report.memory, specs = _plan(config, homes, params, workspace)
         pages = specs[0].num_pages
         graphs = [
-            Graph(graphdef, home.model, page_size, pages, reference, placement=home.placement)
+            Graph(graphdef, home.model, page_size, pages, **flags, placement=home.placement)
             for graphdef, home in zip(graphdefs, homes)
         ]
         kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]

@@ -23,6 +23,7 @@ from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.layers.chain import chained
+from jaxllm.graph.layers.whole import through_all
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
 from pallas_kernels.decode_chain.api import decode_chain
@@ -75,6 +76,7 @@ class Graph:
     # Pin jnp attention and single products: to tell a kernel's fault from the model's.
     reference_attention: bool = False
     chained: bool = False  # one kernel from attention to attention: batch-invariant, not yet faster than XLA's products
+    whole: bool = False  # one kernel for all layers of a decode step, where it takes the rows and the model
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
     placement: Placement | None = None
 
@@ -188,8 +190,13 @@ def step(
     own, together, share = graph.dealt(shape)
     exchange = graph.exchange(shape)
     x = model.begin(own(inputs.token_ids), exchange) if x is None else x
-    attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
-    hidden = together(model.end(model.through(x, own(inputs.positions), attend, onward, exchange), exchange))
+    done = through_all(model, x, inputs, kv) if graph.whole and shape.decode and exchange is ALONE else None
+    if done is None:
+        attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
+        x = model.through(x, own(inputs.positions), attend, onward, exchange)
+    else:
+        x, kv = done
+    hidden = together(model.end(x, exchange))
     last = inputs.last_token
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)

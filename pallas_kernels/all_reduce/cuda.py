@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import jaxlib.version
 import numpy as np
 
 from pallas_kernels.all_reduce.shots import RANKS, takes_two_shots
+from pallas_kernels.compiled import built
 
 SOURCE = Path(__file__).with_name("all_reduce.cu")
 TARGET = "jaxllm_all_reduce"
-CACHE = Path.home() / ".cache" / "jaxllm" / "kernels"
 
 
 def all_reduce(x: jax.Array, axes: str | tuple[str, ...], groups: tuple[tuple[int, ...], ...] | None) -> jax.Array:
@@ -71,30 +66,7 @@ def _ordinal(device_id: int) -> int:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels, registered with XLA."""
-    loaded = ctypes.cdll.LoadLibrary(str(built()))
+    loaded = ctypes.cdll.LoadLibrary(str(built(SOURCE)))
     loaded.jaxllm_all_reduce_most_bytes.restype = ctypes.c_int64
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.jaxllm_all_reduce), platform="CUDA")
     return loaded
-
-
-def built(directory: Path = CACHE) -> Path:
-    """The shared library of this source and this jaxlib, compiled if it is not there yet."""
-    include = jax.ffi.include_dir()
-    key = hashlib.sha256(SOURCE.read_bytes() + jaxlib.version.__version__.encode() + sys.platform.encode()).hexdigest()[
-        :16
-    ]
-    target = directory / f"all_reduce-{key}.so"
-    if target.exists():
-        return target
-    compiler = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if compiler is None:
-        raise NotImplementedError(f"nvcc is not on this machine and {target} is not there")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = target.with_suffix(f".{hashlib.sha256(str(id(target)).encode()).hexdigest()[:8]}.partial")
-    flags = ["-O3", "-std=c++17", "-arch=sm_90a", "--shared", "-Xcompiler", "-fPIC", "-diag-suppress", "940,2473"]
-    command = [compiler, *flags, f"-I{include}", "-o", str(partial), str(SOURCE)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise NotImplementedError(f"nvcc failed on {SOURCE.name}: {result.stderr.strip()[-400:]}")
-    partial.replace(target)  # another process may have been first: both are the same
-    return target

@@ -11,6 +11,7 @@ from jaxllm.config import load
 from jaxllm.core import FinishReason, RequestError, SamplingParams
 from jaxllm.engine.startup import start
 from jaxllm.graph.compile import compile_counter
+from pallas_kernels.dispatch import explain
 
 VOCAB = 128
 TINY = {
@@ -123,6 +124,14 @@ def test_a_prompt_gives_the_same_tokens_in_chunks_of_any_size(build, chunk):
     whole = tokens(run(build(num_pages=256, enable_prefix_caching=False), requests))
     chunked = build(num_pages=256, enable_prefix_caching=False, max_prefill_chunk=chunk)
     assert tokens(run(chunked, requests)) == whole
+
+
+@pytest.mark.parametrize("kernels", ["chain", "layers"])
+def test_layers_in_larger_kernels_give_the_same_tokens(build, kernels):
+    requests = [(prompt(5 + 9 * i, salt=4), greedy(20)) for i in range(4)]
+    plain = tokens(run(build(num_pages=256), requests))
+    assert tokens(run(build(num_pages=256, kernels=kernels), requests)) == plain
+    assert f"decode_{kernels} on cpu: reference" in explain()
 
 
 def test_a_step_launched_ahead_of_the_last_ones_result_changes_no_token(build):

@@ -1,0 +1,211 @@
+"""All layers of a decode step in one kernel on a GPU: checked, timed against the bytes, and where a stage's time goes.
+
+In: nothing but a GPU and nvcc. Out: JSON lines on the terminal. Layers have weights of their own; times are of one
+jitted call of all layers, host clock over calls in a row, the best of several. `timeline` builds the kernel with marks:
+for each stage how long blocks waited for the one before, and how long they worked.
+
+    python -m benchmarks.decode_layers [check time variants timeline]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import json
+import sys
+import time
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.decode_layers import cuda
+from pallas_kernels.decode_layers.api import LayerWeights, decode_layers
+from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS, LayersSpec
+
+CONTEXT, PAGE = 1088, 64
+MODELS = {
+    "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336),
+    "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, qk_norm=True),
+}
+VARIANTS = {  # depth of a slot, slots, activations ahead
+    "512x6, 3 ahead": (512, 6, 3),
+    "512x6, 2 ahead": (512, 6, 2),
+    "256x11, 6 ahead": (256, 11, 6),
+    "256x11, 4 ahead": (256, 11, 4),
+}
+
+
+def say(**row: Any) -> None:
+    print(json.dumps(row), flush=True)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "scale", "shift"))
+def normal(key: jax.Array, shape: tuple[int, ...], scale: float = 1.0, shift: float = 0.0) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(jnp.bfloat16)
+
+
+@functools.lru_cache(maxsize=1)
+def weights(model: str) -> list[LayerWeights]:
+    m = MODELS[model]
+    wide, made = (m.N + 2 * m.K) * m.H, []
+    for layer in range(m.L):
+        k = jax.random.split(jax.random.key(layer), 6)
+        made.append(
+            LayerWeights(
+                normal(k[0], (wide, m.D), m.D**-0.5),
+                normal(k[1], (m.D, m.N * m.H), (m.N * m.H) ** -0.5),
+                normal(k[2], (2, m.D), 0.1, 1.0),
+                normal(k[3], (2 * m.F, m.D), m.D**-0.5),
+                normal(k[4], (m.D, m.F), m.F**-0.5),
+                qk_norms=normal(k[5], (2, m.H), 0.1, 1.0) if m.qk_norm else None,
+            )
+        )
+    return made
+
+
+Kernel = tuple[str, ctypes.CDLL]  # the name it is registered under, the library
+
+
+@functools.cache
+def kernel(flags: tuple[str, ...] = ()) -> Kernel:
+    """The kernel built with other constants, under a name of its own."""
+    loaded = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *flags)))
+    target = cuda.TARGET + "".join(flag.replace("-D", "_").replace("=", "") for flag in flags)
+    cuda.register(loaded, target)
+    return target, loaded
+
+
+def step_of(model: str, B: int, of: Kernel) -> tuple[Any, list[Any], list[jax.Array]]:
+    """A jitted step whose pages are donated, the pages, and the rows' arrays."""
+    m, width = MODELS[model], -(-CONTEXT // PAGE)
+    shape = (B * width, m.K, PAGE, m.H)
+    pages = [tuple(normal(jax.random.key(2 * i + j), shape) for j in range(2)) for i in range(m.L)]
+    table = jnp.arange(B * width, dtype=jnp.int32).reshape(B, width)
+    angles = jnp.ones((B, m.H // 2), jnp.float32)
+    rows = [table, jnp.full(B, CONTEXT, jnp.int32), jnp.cos(angles), jnp.sin(angles)]
+    programs = jax.devices()[0].core_count
+
+    def step(x: jax.Array, pages: Any, layers: Any, *rows: jax.Array) -> Any:
+        return cuda.call(*of, programs, x, layers, pages, *rows, eps=EPS, scale=m.H**-0.5)
+
+    return jax.jit(step, donate_argnums=(1,)), pages, rows
+
+
+def bytes_of(model: str, B: int) -> int:
+    m = MODELS[model]
+    layer = (m.N + 2 * m.K) * m.H * m.D + m.N * m.H * m.D + 3 * m.D * m.F
+    return 2 * m.L * (layer + B * CONTEXT * 2 * m.K * m.H)
+
+
+def seconds_of(model: str, B: int, of: Kernel, reps: int = 20) -> float:
+    step, pages, rows = step_of(model, B, of)
+    x, times = normal(jax.random.key(9), (B, MODELS[model].D)), []
+    layers = weights(model)
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(reps):
+            _, pages = step(x, pages, layers, *rows)
+        jax.block_until_ready(pages)
+        times.append((time.perf_counter() - start) / reps)
+    return min(times[1:])
+
+
+def check() -> None:
+    """The emulator's cases and one real layer, against the reference; the same bits again and alone."""
+    real = dataclasses.replace(MODELS["llama-3.1-8b"], name="8b", L=2, lengths=(1088, 3, 0, 700, 64, 129, 16, 1))
+    for spec in (*LAYERS_SPECS[:4], real):
+        x, layers, pages, *rows = spec.arguments(spec.inputs())
+
+        def run(name: str, x: Any, rows: Any, layers: Any = layers, pages: Any = pages, spec: Any = spec) -> Any:
+            call = functools.partial(decode_layers, eps=EPS, scale=spec.H**-0.5, implementation=name)
+            return np.asarray(jax.jit(call)(x, layers, pages, *rows)[0], np.float64)
+
+        live = [row for row, length in enumerate(spec.lengths) if length]
+        got, want = run("cuda", x, rows), run("reference", x, rows)
+        again = all(np.array_equal(got[live], run("cuda", x, rows)[live]) for _ in range(20))
+        alone = [np.array_equal(run("cuda", x[r : r + 1], [a[r : r + 1] for a in rows])[0], got[r]) for r in live[:2]]
+        error = float(np.linalg.norm(got[live] - want[live]) / np.linalg.norm(want[live]))
+        say(what="check", spec=spec.name, error=error, repeats_equal=again, alone_equal=alone)
+
+
+def timed() -> None:
+    for model in MODELS:
+        for B in (1, 2, 4, 8):
+            seconds = seconds_of(model, B, kernel())
+            per_layer = seconds / MODELS[model].L * 1e6
+            say(
+                what="time",
+                model=model,
+                B=B,
+                ms=seconds * 1e3,
+                us_layer=per_layer,
+                TBps=bytes_of(model, B) / seconds / 1e12,
+            )
+
+
+def variants() -> None:
+    for name, (depth, slots, ahead) in VARIANTS.items():
+        of = kernel((f"-DJAXLLM_DEPTH={depth}", f"-DJAXLLM_SLOTS={slots}", f"-DJAXLLM_AHEAD={ahead}"))
+        for model, B in (("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("qwen3-0.6b", 1)):
+            seconds = seconds_of(model, B, of)
+            say(what="variant", name=name, model=model, B=B, ms=seconds * 1e3, TBps=bytes_of(model, B) / seconds / 1e12)
+
+
+def timeline() -> None:
+    of = kernel(("-DJAXLLM_TIMELINE",))
+    for model, B in (("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("qwen3-0.6b", 1)):
+        step, pages, rows = step_of(model, B, of)
+        x, layers = normal(jax.random.key(9), (B, MODELS[model].D)), weights(model)
+        times, counts = np.zeros((160, 4096), np.uint64), np.zeros(160, np.int32)
+        for _ in range(3):  # the last one is what is told
+            out, pages = step(x, pages, layers, *rows)
+            jax.block_until_ready(out)
+            pointer = times.ctypes.data_as(ctypes.c_void_p), counts.ctypes.data_as(ctypes.c_void_p)
+            if error := of[1].jaxllm_decode_layers_timeline(*pointer):
+                say(what="timeline", error=error)
+                return
+        tell(model, B, times, counts)
+
+
+STAGES = ("qkv", "attention", "o", "gate_up", "down")
+
+
+def tell(model: str, B: int, times: Any, counts: Any) -> None:
+    """Blocks that have a share in attention mark ten times a layer: waiting and beginning of each stage."""
+    L = MODELS[model].L
+    whole = [times[p, : 10 * L].astype(np.int64).reshape(L, 5, 2) for p in range(160) if counts[p] == 10 * L]
+    if not whole:
+        say(what="timeline", model=model, B=B, marks=sorted(set(counts.tolist())))
+        return
+    marks = np.stack(whole)  # [blocks, L, stage, 2]
+    begins = np.concatenate([marks[:, 1:, :, 0].reshape(len(whole), -1)], 1)
+    waited = marks[..., 1] - marks[..., 0]
+    flat = marks.reshape(len(whole), -1)
+    worked = (flat[:, 2::2] - flat[:, 1:-1:2]).reshape(len(whole), -1)
+    for number, stage in enumerate(STAGES):
+        mine = waited[:, 1:, number], worked[:, number::5]
+        row = {}
+        for name, values in zip(("waited", "worked"), mine, strict=True):
+            row |= {f"{name}_us_{q}": round(float(np.percentile(values, q)) / 1e3, 2) for q in (10, 50, 90)}
+        say(what="timeline", model=model, B=B, blocks=len(whole), stage=stage, **row)
+    say(what="timeline", model=model, B=B, us_layer=float((begins[:, -1] - begins[:, 0]).mean()) / (L - 1) / 1e3)
+
+
+SECTIONS = {"check": check, "time": timed, "variants": variants, "timeline": timeline}
+
+
+def main(names: list[str]) -> None:
+    for name in names or list(SECTIONS):
+        try:
+            SECTIONS[name]()
+        except Exception:
+            say(what=name, failed=traceback.format_exc()[-1500:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

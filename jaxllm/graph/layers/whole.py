@@ -1,0 +1,50 @@
+"""All layers of a decode step as one op, where they are plain: dense, alike, attending to everything.
+
+In: a model, the residual stream after the embedding, a step's rows and the pages. Out: the residual stream and the
+pages, or None where a layer is of another kind or no kernel takes this shape; then the layers run one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+
+from jaxllm.graph.inputs import StepInputs
+from jaxllm.graph.kv_cache import KVCache
+from jaxllm.graph.layers.mlp import MLP
+from jaxllm.graph.layers.rope import rotations
+from jaxllm.graph.models.decoder import Decoder, Layer
+from pallas_kernels.decode_layers.api import LayerWeights, decode_layers
+
+log = logging.getLogger(__name__)
+
+
+def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache) -> tuple[jax.Array, KVCache] | None:
+    """One query token a row. x[B, D] -> x[B, D] after the last layer."""
+    config = model.config
+    found = [_weights(layer) for layer in model.layers]
+    layers = [layer for layer in found if layer is not None]
+    if len(layers) < len(found) or any(config.windows):
+        log.info("layers run one by one: a window, or weights that are not plain arrays")
+        return None
+    cosines, sines = rotations(inputs.positions, config.rope, config.head_dim)
+    rows = inputs.page_table, inputs.kv_lens, cosines, sines
+    done = None
+    try:
+        done = decode_layers(x, layers, kv, *rows, eps=config.norm_eps, scale=config.attention_scale)
+    except* NotImplementedError as reasons:
+        log.info("layers run one by one: %s", "; ".join(map(str, reasons.exceptions)))
+    return done
+
+
+def _weights(layer: Layer) -> LayerWeights | None:
+    attention, mlp = layer.attention, layer.mlp
+    if not isinstance(mlp, MLP) or mlp.gate_up_bias is not None:
+        return None
+    plain = attention.qkv[...], attention.o[...], layer.norms[...], mlp.gate_up[...], mlp.down[...]
+    if not all(isinstance(weight, jax.Array) for weight in plain):
+        return None
+    given = attention.qkv_bias, attention.o_bias, attention.qk_norms
+    qkv_bias, o_bias, qk_norms = (None if each is None else each[...] for each in given)
+    return LayerWeights(*plain, qkv_bias, o_bias, qk_norms)

@@ -1,0 +1,46 @@
+"""C++ and CUDA sources as shared libraries, compiled on first use and kept in the user's cache.
+
+In: a source file of a room, what it includes of its own, a compiler. Out: the path of a library made from exactly these
+bytes for this jaxlib. NotImplementedError says why there is none: dispatch then goes on to the next implementation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jaxlib.version
+
+CACHE = Path.home() / ".cache" / "jaxllm" / "kernels"
+# XLA's own headers make some noise.
+NVCC = ("nvcc", "-O3", "-std=c++17", "-arch=sm_90a", "--shared", "-Xcompiler", "-fPIC", "-diag-suppress", "940,2473")
+GXX = ("g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++")
+
+
+def built(
+    source: Path, includes: Sequence[Path] = (), command: Sequence[str] = NVCC, directory: Path | None = None
+) -> Path:
+    """The library; compiled now if nobody did it before. `includes` are what `source` includes of its own."""
+    directory = CACHE if directory is None else directory
+    parts = [*(path.read_bytes() for path in (source, *includes)), jaxlib.version.__version__.encode()]
+    key = hashlib.sha256(b"\0".join([*parts, sys.platform.encode(), " ".join(command).encode()])).hexdigest()[:16]
+    target = directory / f"{source.stem}-{key}.so"
+    if target.exists():
+        return target
+    compiler = shutil.which(command[0]) or shutil.which(f"/usr/local/cuda/bin/{command[0]}")
+    if compiler is None:
+        raise NotImplementedError(f"{command[0]} is not on this machine and {target} is not there")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    line = [compiler, *command[1:], f"-I{jax.ffi.include_dir()}", "-o", str(partial), str(source)]
+    result = subprocess.run(line, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise NotImplementedError(f"{command[0]} failed on {source.name}: {result.stderr.strip()[-400:]}")
+    partial.replace(target)  # another process may have been first: both are the same
+    return target

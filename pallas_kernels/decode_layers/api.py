@@ -1,0 +1,88 @@
+"""All layers of a dense decoder for one decode step: argument checks, then the best implementation that accepts.
+
+In: the residual stream after the embedding, each layer's weights stored [out, in] and its pages, page tables, lengths,
+rotations. Out: the residual stream after the last layer, and the pages with this step's keys and values. A row's bits
+depend neither on the other rows nor on how many there are, where a kernel says so. Knows no embedding and no head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import dispatch, imported, register
+
+_ROOM = "pallas_kernels.decode_layers"
+register("decode_layers", "cuda", imported(f"{_ROOM}.cuda:decode_layers"), platforms=("gpu",))
+register("decode_layers", "cuda_emulated", imported(f"{_ROOM}.emulated:decode_layers"), ("interpret",))
+# Not on a GPU: where the kernel declines, the layers one by one are faster.
+register("decode_layers", "reference", imported(f"{_ROOM}.reference:decode_layers"), platforms=("cpu",))
+
+Pages = tuple[jax.Array, jax.Array]  # keys and values of a layer, each [P, K, page_size, H]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerWeights:
+    qkv: jax.Array  # [(N + 2K) * H, D]: q, then k, then v
+    o: jax.Array  # [D, N * H]
+    norms: jax.Array  # [2, D]: attention's, the feed-forward block's
+    gate_up: jax.Array  # [2F, D]: all of gate, then up
+    down: jax.Array  # [D, F]
+    qkv_bias: jax.Array | None = None  # [(N + 2K) * H]
+    o_bias: jax.Array | None = None  # [D]
+    qk_norms: jax.Array | None = None  # [2, H]
+
+
+def decode_layers(
+    x: jax.Array,  # [B, D]
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    page_table: jax.Array,  # i32[B, W]
+    kv_lens: jax.Array,  # i32[B], this step's token included; 0 = padding
+    cosines: jax.Array,  # f32[B, H / 2]
+    sines: jax.Array,
+    *,
+    eps: float,
+    scale: float,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, list[Pages]]:
+    """-> (x[B, D], pages), these in place where the caller donates them. Padding rows come out as anything.
+
+    Every layer is alike: full attention, SwiGLU. Entries of the page table behind a row's pages may hold anything.
+    """
+    B, D = x.shape
+    if not layers or len(layers) != len(pages):
+        raise ValueError(f"need one or more layers, each with its pages; got {len(layers)} and {len(pages)}")
+    _, K, _, H = pages[0][0].shape
+    NH, F = layers[0].o.shape[1], layers[0].down.shape[1]
+    wanted = {
+        "qkv": (NH + 2 * K * H, D),
+        "o": (D, NH),
+        "norms": (2, D),
+        "gate_up": (2 * F, D),
+        "down": (D, F),
+        "qkv_bias": (NH + 2 * K * H,),
+        "o_bias": (D,),
+        "qk_norms": (2, H),
+    }
+    for number, (layer, own) in enumerate(zip(layers, pages, strict=True)):
+        for name, shape in wanted.items():
+            array, first = getattr(layer, name), getattr(layers[0], name)
+            if (array is None) != (first is None) or (array is not None and array.shape != shape):
+                got = None if array is None else list(array.shape)
+                raise ValueError(f"layer {number}: {name} must be {list(shape)} as in layer 0, got {got}")
+        if any(each.shape != pages[0][0].shape for each in own):
+            raise ValueError(f"layer {number}: pages must be {list(pages[0][0].shape)} as in layer 0")
+    if page_table.ndim != 2 or page_table.shape[0] != B or kv_lens.shape != (B,):
+        raise ValueError(f"need page_table[{B}, W] and kv_lens[{B}], got {page_table.shape} and {kv_lens.shape}")
+    if page_table.dtype != jnp.int32 or kv_lens.dtype != jnp.int32:
+        raise ValueError(f"page_table and kv_lens must be i32, got {page_table.dtype} and {kv_lens.dtype}")
+    if cosines.shape != (B, H // 2) or sines.shape != (B, H // 2):
+        raise ValueError(f"cosines and sines must be [{B}, {H // 2}], got {cosines.shape} and {sines.shape}")
+    run = dispatch("decode_layers", implementation=implementation, platform=platform)
+    return run(x, layers, pages, page_table, kv_lens, cosines, sines, eps=eps, scale=scale)

@@ -1,0 +1,129 @@
+"""decode_layers as one CUDA kernel (decode_layers.cu), called through XLA's FFI and captured in the step's CUDA graph.
+
+In: arrays that api.py has checked. Out: results, the pages in place. Declines what the kernel does not do. ADR 0027
+says why this is no Pallas kernel. How work is dealt out to the multiprocessors is decided here; it is part of the bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.decode_layers.api import LayerWeights, Pages
+
+HERE = Path(__file__).parent
+SOURCE, INCLUDES = HERE / "decode_layers.cu", tuple(HERE / name for name in ("primitives.h", "emulator.h", "launch.h"))
+TARGET = "jaxllm_decode_layers"
+ROWS, UNIT, DEPTH, HEAD, MAX_LAYERS, MAX_GROUP, KEPT = 8, 16, 64, 128, 80, 8, 8
+
+
+def decode_layers(
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cosines: jax.Array,
+    sines: jax.Array,
+    *,
+    eps: float,
+    scale: float,
+) -> tuple[jax.Array, list[Pages]]:
+    """See api.decode_layers."""
+    refuse(x, layers, pages)
+    register(library())
+    device = jax.devices()[0]
+    most = getattr(device, "core_count", 132)
+    return call(TARGET, library(), most, x, layers, pages, page_table, kv_lens, cosines, sines, eps=eps, scale=scale)
+
+
+def refuse(x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages]) -> None:
+    """NotImplementedError for what the kernel does not do."""
+    (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
+    NH, F = first.o.shape[1], first.down.shape[1]
+    if B > ROWS:
+        raise NotImplementedError(f"at most {ROWS} rows, got {B}")
+    for array in jax.tree.leaves((x, tuple(layers), tuple(pages))):
+        if array.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
+    if HEAD != H or page_size % UNIT or 128 % page_size:
+        raise NotImplementedError(f"heads of {HEAD} and pages of 16 to 128 tokens, got {H} and {page_size}")
+    if NH // H % K or NH // H // K > MAX_GROUP:
+        raise NotImplementedError(f"{NH // H} heads over {K}: at most {MAX_GROUP} queries a key")
+    for name, size in (("D", D), ("N * H", NH), ("F", F)):
+        if size % DEPTH:
+            raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
+    if len(layers) > MAX_LAYERS:
+        raise NotImplementedError(f"{len(layers)} layers, at most {MAX_LAYERS}")
+
+
+@functools.cache
+def programs_for(D: int, wide: int, NH: int, F: int, most: int) -> int:
+    """How many blocks share the work best: the least bytes for the busiest one; among equals, the fewest blocks."""
+    stages = ((wide, D), (D, NH), (2 * F, D), (D, F))
+
+    def busiest(programs: int) -> int:
+        return sum(-(-rows // UNIT // programs) * depth for rows, depth in stages)
+
+    fewest = -(-D // UNIT // KEPT)
+    if fewest > most:
+        raise NotImplementedError(f"D = {D} needs {fewest} multiprocessors, there are {most}")
+    return min(range(fewest, most + 1), key=lambda programs: (busiest(programs), programs))
+
+
+def call(
+    target: str,
+    loaded: ctypes.CDLL,
+    most: int,
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    *rows: jax.Array,
+    eps: float,
+    scale: float,
+) -> tuple[jax.Array, list[Pages]]:
+    """The FFI call, with the library's word on how much memory it works in."""
+    (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
+    NH, F, width = first.o.shape[1], first.down.shape[1], rows[0].shape[1]
+    programs = programs_for(D, NH + 2 * K * H, NH, F, most)
+    sizes = dict(num_layers=len(layers), rows=B, programs=programs, D=D, F=F)
+    sizes |= dict(heads=NH // H, kv_heads=K, page_size=page_size, width=width)
+    optional = (first.qkv_bias, first.o_bias, first.qk_norms)
+    has = sum(1 << bit for bit, array in enumerate(optional) if array is not None)
+    work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_layers_work(*map(ctypes.c_int64, sizes.values())),), jnp.uint8)
+    operands, aliases = [x, *rows], dict[int, int]()
+    for number, (layer, own) in enumerate(zip(layers, pages, strict=True)):
+        weights = (layer.qkv, layer.o, layer.norms, layer.gate_up, layer.down)
+        operands += [*weights, *(each for each in (layer.qkv_bias, layer.o_bias, layer.qk_norms) if each is not None)]
+        aliases |= {len(operands) + i: 2 + 2 * number + i for i in range(2)}
+        operands += own
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype), work]
+    results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
+    attributes: dict[str, Any] = {name: np.int64(value) for name, value in (*sizes.items(), ("has", has))}
+    run = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    out, _, *written = run(*operands, eps=np.float32(eps), scale=np.float32(scale), **attributes)
+    return out, list(zip(written[::2], written[1::2], strict=True))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    return load(built(SOURCE, INCLUDES, NVCC))
+
+
+def load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.cdll.LoadLibrary(str(path))
+    loaded.jaxllm_decode_layers_work.restype = ctypes.c_int64
+    return loaded
+
+
+@functools.cache
+def register(loaded: ctypes.CDLL, target: str = TARGET, platform: str = "CUDA") -> None:
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded.jaxllm_decode_layers), platform=platform)

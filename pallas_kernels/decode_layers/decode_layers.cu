@@ -1,0 +1,530 @@
+// All layers of a dense decoder for one token of up to 8 rows, in one launch that never stops reading weights.
+//
+// One block a multiprocessor, as many blocks as share the work evenly; all of them live until the end, so they may wait
+// for each other. A warp fetches weights through a ring in shared memory, across the ends of stages: weights depend on
+// nothing. Eight warps compute. A layer is five stages, each of which starts when all blocks have ended the one before:
+// qkv, attention, o, gate and up, down. A product's rows are dealt out in units of 16 (the tensor core's), whole: no
+// sum is split between blocks, and the eight warps' parts are added in their order, so a row's bits depend neither on the
+// other rows nor on their number. Attention is split into runs of 128 keys, always the same ones, merged in their order
+// by whichever block ends the last.
+//
+// RMS norms are split: who makes the residual stream also hands on x * norm weight and sums of squares; who reads that
+// multiplies its sums by the rows' scales. Rotation and the norms of queries and keys are done where attention reads them.
+#include "primitives.h"
+
+namespace {
+
+#ifndef JAXLLM_DEPTH  // a benchmark may try others
+#define JAXLLM_DEPTH 512
+#define JAXLLM_SLOTS 6
+#define JAXLLM_AHEAD 3
+#endif
+
+constexpr int kRows = 8, kUnit = 16, kWarps = 8, kThreads = kWarps * 32, kMaxLayers = 80, kSplit = 128;
+constexpr int kDepth = JAXLLM_DEPTH;     // columns of a slot
+constexpr int kPitch = kDepth * 2 + 64;  // bytes: odd multiples of 64, so that 8 lanes meet no bank twice
+constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRows * kPitch;
+constexpr int kShare = kDepth / kWarps, kHalves = kShare / 32;  // a warp's columns of a slot, 32 at a time
+constexpr int kAhead = JAXLLM_AHEAD;  // slots whose activations are on their way
+constexpr int kMaxUnits = 8;          // of the residual stream that one block keeps
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Layer {
+  const uint16_t *qkv, *o, *norms, *gate_up, *down, *qkv_bias, *o_bias, *qk_norms;
+  uint16_t *k_pages, *v_pages;
+};
+
+struct Work {  // device memory; `counters` and `mixed` start as zeros
+  uint32_t *begun, *ended, *attended, *arrived;  // [1], [L][4], [L], [L][rows * kv heads]
+  uint16_t *mixed, *scaled, *hidden, *qkv;       // [8][NH], [8][D], [8][F], [8][R]
+  float *squares, *parts, *stats;                // [programs][8]; [rows][K][splits][group][H]; the same with [group][2]
+};
+
+struct Params {
+  Layer layers[kMaxLayers];
+  Work work;
+  const uint16_t* x;  // [rows][D]
+  uint16_t* out;      // [rows][D]
+  const int *table, *lens;   // [rows][width], [rows]
+  const float *cosines, *sines;  // [rows][H / 2]
+  int num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, splits;
+  float eps, scale;
+};
+
+enum Stage { kQkv, kO, kGateUp, kDown };
+constexpr int kHead = 128;
+
+struct Shared {
+  alignas(128) unsigned char ring[kSlots][kSlotBytes];
+  alignas(16) float scratch[2][kWarps][2][kUnit][kRows];  // two groups' sums; attention's probabilities and sums
+  alignas(16) uint16_t queries[kRows][kHead];
+  float most[kWarps][kRows], total[kWarps][kRows];
+  uint16_t residual[kMaxUnits * kUnit][kRows];
+  float squares[kWarps][kRows], scales[kRows];
+  uint64_t full[kSlots], empty[kSlots];
+  uint32_t last;
+};
+
+struct Product {
+  const uint16_t* weights;
+  int depth, units, half;  // half: the row of W where `up` begins; 0 = rows as they are
+};
+
+DEVICE Product product_of(const Params& p, int layer, Stage stage) {
+  const Layer& l = p.layers[layer];
+  const int wide = (p.heads + 2 * p.kv_heads) * kHead;
+  switch (stage) {
+    case kQkv: return {l.qkv, p.D, wide / kUnit, 0};
+    case kO: return {l.o, p.heads * kHead, p.D / kUnit, 0};
+    case kGateUp: return {l.gate_up, p.D, 2 * p.F / kUnit, p.F};
+    default: return {l.down, p.F, p.D / kUnit, 0};
+  }
+}
+
+DEVICE int first_unit(const Params& p, int units, int program) { return int(int64_t(program) * units / p.programs); }
+
+// Row of W behind row `row` of a unit. Of a gated product the first 8 are gate's, the others what belongs to them in up.
+DEVICE int64_t weight_row(const Product& w, int unit, int row) {
+  if (w.half == 0) return int64_t(unit) * kUnit + row;
+  return int64_t(unit) * 8 + (row & 7) + (row >= 8 ? w.half : 0);
+}
+
+// ---- weights ----
+
+DEVICE void fetch_weights(const Params& p, Shared& s, int program, int lane) {
+  uint32_t filled = 0;
+  for (int layer = 0; layer < p.num_layers; ++layer)
+    for (int stage = kQkv; stage <= kDown; ++stage) {
+      const Product w = product_of(p, layer, Stage(stage));
+      const int last = first_unit(p, w.units, program + 1);
+      for (int unit = first_unit(p, w.units, program); unit < last; unit += 2) {
+        const int rows = (last - unit < 2 ? 1 : 2) * kUnit;
+        for (int column = 0; column < w.depth; column += kDepth, ++filled) {
+          const int slot = filled % kSlots, bytes = 2 * (w.depth - column < kDepth ? w.depth - column : kDepth);
+          if (filled >= kSlots) wait_for(&s.empty[slot], (filled / kSlots + 1) & 1);
+          if (lane == 0) expect_bytes(&s.full[slot], rows * bytes);
+          sync_warp();
+          if (lane < rows) {
+            const int64_t row = weight_row(w, unit + lane / kUnit, lane % kUnit);
+            copy_in(s.ring[slot] + lane * kPitch, w.weights + row * w.depth + column, bytes, &s.full[slot]);
+          }
+        }
+      }
+    }
+}
+
+// ---- products ----
+
+struct Reader {  // one of the eight warps'
+  const Params& p;
+  Shared& s;
+  int program, warp, lane, g, t;
+  uint32_t taken = 0;   // slots
+  uint32_t parity = 0;  // of the scratch
+};
+
+// x[row g][column + 0..7] of the rows that are there, past the first-level cache: other blocks wrote it in this launch.
+DEVICE uint4 activations(const Reader& r, const uint16_t* x, int depth, int column) {
+  if (r.g >= r.p.rows || column >= depth) return uint4{0, 0, 0, 0};
+  return load_fresh(reinterpret_cast<const uint4*>(x + int64_t(r.g) * depth + column));
+}
+
+DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
+  // The columns of a lane's 16 bytes are in the same places on both sides, so their order does not matter.
+  mma(acc, low.x, high.x, low.y, high.y, x.x, x.y);
+  mma(acc, low.z, high.z, low.w, high.w, x.z, x.w);
+}
+
+// W[units][depth] @ x, this warp's columns of every slot, into the scratch of this group.
+DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, int units) {
+  float acc[2][4] = {};
+  const int mine = r.warp * kShare + r.t * 8;  // a lane's 8 columns of each 32
+  uint4 ahead[kAhead][kHalves];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) ahead[i][h] = activations(r, x, w.depth, i * kDepth + mine + h * 32);
+  for (int column = 0; column < w.depth; column += kDepth, ++r.taken) {
+    uint4 now[kHalves];
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      now[h] = ahead[0][h];
+#pragma unroll
+      for (int i = 1; i < kAhead; ++i) ahead[i - 1][h] = ahead[i][h];
+      ahead[kAhead - 1][h] = activations(r, x, w.depth, column + kAhead * kDepth + mine + h * 32);
+    }
+    const int slot = r.taken % kSlots;
+    wait_for(&r.s.full[slot], (r.taken / kSlots) & 1);
+    if (column + r.warp * kShare < w.depth)
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+        if (u < units)
+#pragma unroll
+          for (int h = 0; h < kHalves; ++h) {
+            const unsigned char* at = r.s.ring[slot] + (u * kUnit + r.g) * kPitch + (mine + h * 32) * 2;
+            const uint4 low = *reinterpret_cast<const uint4*>(at), high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
+            multiply(acc[u], low, high, now[h]);
+          }
+    sync_warp();
+    if (r.lane == 0) arrive(&r.s.empty[slot]);
+  }
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    float(*to)[kRows] = r.s.scratch[r.parity][r.warp][u];
+    to[r.g][2 * r.t] = acc[u][0], to[r.g][2 * r.t + 1] = acc[u][1];
+    to[r.g + 8][2 * r.t] = acc[u][2], to[r.g + 8][2 * r.t + 1] = acc[u][3];
+  }
+}
+
+// The sum of the eight warps' parts of one output, in their order.
+DEVICE float summed(const Reader& r, int unit, int row, int b) {
+  float sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += r.s.scratch[r.parity][w][unit][row][b];
+  return sum;
+}
+
+// A block's columns of the residual stream, with what the next norm needs of them: handed on in `scaled`, squares returned.
+DEVICE float hand_on(const Reader& r, const uint16_t* norm, int kept, int column, int b, float value) {
+  const uint16_t narrow_ = narrow(value);
+  const float rounded = wide(narrow_);
+  r.s.residual[kept][b] = narrow_;
+  if (norm == nullptr)
+    r.p.out[int64_t(b) * r.p.D + column] = narrow_;
+  else
+    r.p.work.scaled[int64_t(b) * r.p.D + column] = narrow(rounded * wide(norm[column]));
+  return rounded * rounded;
+}
+
+// All warps' squares of this block, to device memory. Before the end of a stage is signalled.
+DEVICE void publish_squares(const Reader& r, float squares) {
+  squares += shuffle_xor(squares, 8);
+  squares += shuffle_xor(squares, 16);
+  if (r.lane < kRows) r.s.squares[r.warp][r.lane] = squares;
+  sync_computing();
+  if (r.warp == 0 && r.lane < kRows) {
+    float sum = 0.f;
+    for (int w = 0; w < kWarps; ++w) sum += r.s.squares[w][r.lane];
+    r.p.work.squares[r.program * kRows + r.lane] = sum;
+  }
+}
+
+DEVICE void end_stage(const Reader& r, uint32_t* counter) {
+  sync_computing();
+  if (r.warp == 0) {
+    sync_warp();
+    if (r.lane == 0) signal(counter);
+  }
+}
+
+DEVICE void begin_stage(const Reader& r, const uint32_t* counter, uint32_t count) {
+  mark(r.program, r.warp * 32 + r.lane);
+  if (r.warp == 0 && r.lane == 0) await(counter, count);
+  sync_computing();
+  mark(r.program, r.warp * 32 + r.lane);
+}
+
+// 1 / rms of row `warp`, from the squares of all blocks; every lane loads early and the sum is made when it is needed.
+struct Scale {
+  float part = 0.f;
+  DEVICE void load(const Reader& r) {
+    for (int i = r.lane; i < r.p.programs; i += 32) part += load_fresh(&r.p.work.squares[i * kRows + r.warp]);
+  }
+  DEVICE void publish(const Reader& r) {
+    float sum = part;
+    for (int mask = 16; mask; mask >>= 1) sum += shuffle_xor(sum, mask);
+    if (r.lane == 0) r.s.scales[r.warp] = reciprocal_root(sum / r.p.D + r.p.eps);
+  }
+};
+
+DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* before, uint32_t count) {
+  const Params& p = r.p;
+  const Layer& l = p.layers[layer];
+  const Product w = product_of(p, layer, stage);
+  const int begin = first_unit(p, w.units, r.program), end = first_unit(p, w.units, r.program + 1);
+  const bool normed = stage == kQkv || stage == kGateUp, sums = !normed;
+  const uint16_t* x = stage == kO ? p.work.mixed : stage == kDown ? p.work.hidden : p.work.scaled;
+  const uint16_t* next = stage == kO ? l.norms + p.D : layer + 1 < p.num_layers ? p.layers[layer + 1].norms : nullptr;
+  const int thread = r.warp * 32 + r.lane, u = thread / 128, row = thread / 8 % kUnit, b = thread % kRows;
+  begin_stage(r, before, count);
+  Scale scale;
+  if (normed) scale.load(r);
+  float squares = 0.f;
+  for (int unit = begin; unit < end; unit += 2) {
+    const int units = end - unit < 2 ? 1 : 2;
+    accumulate(r, w, x, units);
+    if (normed && unit == begin) scale.publish(r);
+    sync_computing();
+    const bool there = u < units && b < p.rows;
+    if (there && stage == kGateUp && row < 8) {
+      const float gate = summed(r, u, row, b) * r.s.scales[b], up = summed(r, u, row + 8, b) * r.s.scales[b];
+      p.work.hidden[int64_t(b) * p.F + (unit + u) * 8 + row] = narrow(gate / (1.f + exp_(-gate)) * up);
+    } else if (there && stage == kQkv) {
+      const int column = (unit + u) * kUnit + row, wide_ = (p.heads + 2 * p.kv_heads) * kHead;
+      const float bias = l.qkv_bias == nullptr ? 0.f : wide(l.qkv_bias[column]);
+      p.work.qkv[int64_t(b) * wide_ + column] = narrow(summed(r, u, row, b) * r.s.scales[b] + bias);
+    } else if (there && sums) {
+      const int kept = (unit - begin + u) * kUnit + row, column = (unit + u) * kUnit + row;
+      const float bias = stage == kO && l.o_bias != nullptr ? wide(l.o_bias[column]) : 0.f;
+      const float value = wide(r.s.residual[kept][b]) + (summed(r, u, row, b) + bias);
+      squares += hand_on(r, next, kept, column, b, value);
+    }
+    r.parity ^= 1;
+  }
+  if (sums) publish_squares(r, squares);
+  end_stage(r, &p.work.ended[layer * 4 + stage]);
+}
+
+DEVICE void begin_residual(Reader& r) {
+  const Params& p = r.p;
+  const int units = p.D / kUnit, begin = first_unit(p, units, r.program), end = first_unit(p, units, r.program + 1);
+  const int thread = r.warp * 32 + r.lane, b = thread % kRows;
+  float squares = 0.f;
+  for (int kept = thread / kRows; kept < (end - begin) * kUnit; kept += kThreads / kRows) {
+    if (b >= p.rows) continue;
+    const int column = begin * kUnit + kept;
+    squares += hand_on(r, p.layers[0].norms, kept, column, b, wide(p.x[int64_t(b) * p.D + column]));
+  }
+  publish_squares(r, squares);
+  end_stage(r, p.work.begun);
+}
+
+// ---- attention ----
+
+struct Unit {
+  int row, head, split, splits, length;  // head: of keys and values
+};
+
+DEVICE int splits_of(int length) { return (length + kSplit - 1) / kSplit; }
+
+// The unit-th run of keys over all rows; false: there are not so many.
+DEVICE bool find_unit(const Params& p, int unit, Unit& found) {
+  for (int row = 0; row < p.rows; ++row) {
+    const int length = p.lens[row], splits = splits_of(length), count = splits * p.kv_heads;
+    if (unit < count) {
+      found = {row, unit % p.kv_heads, unit / p.kv_heads, splits, length};
+      return true;
+    }
+    unit -= count;
+  }
+  return false;
+}
+
+DEVICE uint16_t* page_row(const Params& p, uint16_t* pages, const Unit& unit, int key) {
+  const int64_t page = p.table[unit.row * p.width + key / p.page_size];
+  return pages + ((page * p.kv_heads + unit.head) * p.page_size + key % p.page_size) * kHead;
+}
+
+// One head of the row's new queries or keys, normed if the model does that, and rotated. Two pairs a lane.
+DEVICE void rotate(const Reader& r, const Unit& unit, const uint16_t* from, const uint16_t* norm, uint16_t* to) {
+  float first[2], second[2], squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    first[i] = wide(load_fresh(from + r.lane + 32 * i)), second[i] = wide(load_fresh(from + r.lane + 32 * i + 64));
+    squares += first[i] * first[i] + second[i] * second[i];
+  }
+  if (norm != nullptr) {
+    for (int mask = 16; mask; mask >>= 1) squares += shuffle_xor(squares, mask);
+    const float scale = reciprocal_root(squares / kHead + r.p.eps);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // rounded between, as the model rounds
+      first[i] = wide(narrow(first[i] * scale * wide(norm[r.lane + 32 * i])));
+      second[i] = wide(narrow(second[i] * scale * wide(norm[r.lane + 32 * i + 64])));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int pair = r.lane + 32 * i;
+    const float c = r.p.cosines[unit.row * 64 + pair], s = r.p.sines[unit.row * 64 + pair];
+    to[pair] = narrow(first[i] * c - second[i] * s);
+    to[pair + 64] = narrow(second[i] * c + first[i] * s);
+  }
+}
+
+// The row's queries of this head's group to shared memory; its new key and value to their page where the run holds them.
+DEVICE void enter(const Reader& r, const Layer& l, const Unit& unit) {
+  const Params& p = r.p;
+  const int group = p.heads / p.kv_heads, at = unit.length - 1;
+  const uint16_t* row = p.work.qkv + int64_t(unit.row) * (p.heads + 2 * p.kv_heads) * kHead;
+  const uint16_t* key_norm = l.qk_norms == nullptr ? nullptr : l.qk_norms + kHead;
+  const int tasks = unit.split == at / kSplit ? group + 2 : group;
+  for (int task = r.warp; task < tasks; task += kWarps) {
+    if (task < group) {
+      rotate(r, unit, row + (unit.head * group + task) * kHead, l.qk_norms, r.s.queries[task]);
+    } else if (task == group) {
+      rotate(r, unit, row + (p.heads + unit.head) * kHead, key_norm, page_row(p, l.k_pages, unit, at));
+    } else {
+      const uint16_t* value = row + (p.heads + p.kv_heads + unit.head) * kHead;
+      uint16_t* to = page_row(p, l.v_pages, unit, at);
+      for (int i = r.lane; i < kHead; i += 32) to[i] = load_fresh(value + i);
+    }
+  }
+}
+
+struct Partial {  // one warp's 16 keys: sums of this lane's 4 columns for each query head
+  float out[kRows][4];
+};
+
+// Scores, probabilities and their sums over this warp's keys. Maxima and totals go to shared memory.
+DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int group, Partial& partial) {
+  const Params& p = r.p;
+  const int first = unit.split * kSplit + r.warp * kUnit, left = unit.length - first;  // left: keys of ours that are there
+  uint4 low[4], high[4];
+  uint2 values[kUnit];
+  const uint16_t* keys = left > 0 ? page_row(p, l.k_pages, unit, first) : nullptr;
+  const uint16_t* rows = left > 0 ? page_row(p, l.v_pages, unit, first) : nullptr;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int column = c * 32 + r.t * 8;
+    low[c] = r.g < left ? load_fresh(reinterpret_cast<const uint4*>(keys + r.g * kHead + column)) : uint4{0, 0, 0, 0};
+    high[c] = r.g + 8 < left ? load_fresh(reinterpret_cast<const uint4*>(keys + (r.g + 8) * kHead + column)) : uint4{0, 0, 0, 0};
+  }
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j)
+    values[j] = j < left ? load_fresh(reinterpret_cast<const uint2*>(rows + j * kHead + r.lane * 4)) : uint2{0, 0};
+  float scores[4] = {};
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const uint16_t* query = &r.s.queries[r.g][c * 32 + r.t * 8];
+    multiply(scores, low[c], high[c], r.g < group ? *reinterpret_cast<const uint4*>(query) : uint4{0, 0, 0, 0});
+  }
+  float(*probabilities)[kRows] = reinterpret_cast<float(*)[kRows]>(&r.s.scratch[0][r.warp][0]);  // [16 keys][8 heads]
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float a = r.g < left ? scores[h] * p.scale * kLog2e : -INFINITY;
+    const float b = r.g + 8 < left ? scores[h + 2] * p.scale * kLog2e : -INFINITY;
+    float most = a > b ? a : b;
+    for (int mask = 4; mask < 32; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
+    const float pa = left > 0 ? exp2_(a - most) : 0.f, pb = left > 0 ? exp2_(b - most) : 0.f;
+    float total = pa + pb;
+    for (int mask = 4; mask < 32; mask <<= 1) total += shuffle_xor(total, mask);
+    probabilities[r.g][2 * r.t + h] = pa, probabilities[r.g + 8][2 * r.t + h] = pb;
+    if (r.g == 0) r.s.most[r.warp][2 * r.t + h] = most, r.s.total[r.warp][2 * r.t + h] = total;
+  }
+  sync_warp();
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) {
+    const float v[4] = {wide(values[j].x & 0xffff), wide(values[j].x >> 16), wide(values[j].y & 0xffff), wide(values[j].y >> 16)};
+#pragma unroll
+    for (int h = 0; h < kRows; ++h)
+      if (h < group)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) partial.out[h][i] = (j == 0 ? 0.f : partial.out[h][i]) + probabilities[j][h] * v[i];
+  }
+}
+
+struct Place {  // where a run's result goes until the row's other runs are there
+  float *out, *stats;  // [group][H]; [group][2]: maximum, total
+};
+
+DEVICE Place place_of(const Params& p, const Unit& unit, int split) {
+  const int group = p.heads / p.kv_heads;
+  const int64_t at = (int64_t(unit.row) * p.kv_heads + unit.head) * p.splits + split;
+  return {p.work.parts + at * group * kHead, p.work.stats + at * group * 2};
+}
+
+// The eight warps' sums as one, not yet divided by the total, to their place; four heads at a time.
+DEVICE void gather(const Reader& r, const Unit& unit, int group, const Partial& partial) {
+  const Place place = place_of(r.p, unit, unit.split);
+  float(*sums)[4][kHead] = reinterpret_cast<float(*)[4][kHead]>(r.s.scratch);  // [8 warps][4 heads][H]
+  const int thread = r.warp * 32 + r.lane, mine = thread / 64, column = thread % 64 * 2;
+#pragma unroll
+  for (int base = 0; base < kRows; base += 4) {
+    if (base >= group) break;
+    sync_computing();  // probabilities, or the heads before, have been read
+#pragma unroll
+    for (int h = 0; h < 4; ++h)
+      if (base + h < group)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[r.warp][h][r.lane * 4 + i] = partial.out[base + h][i];
+    sync_computing();
+    const int head = base + mine;
+    if (head >= group) continue;
+    float most = -INFINITY, total = 0.f, out[2] = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) most = larger(most, r.s.most[w][head]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float factor = exp2_(r.s.most[w][head] - most);
+      total += r.s.total[w][head] * factor;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) out[i] += sums[w][mine][column + i] * factor;
+    }
+    place.out[head * kHead + column] = out[0], place.out[head * kHead + column + 1] = out[1];
+    if (column == 0) place.stats[head * 2] = most, place.stats[head * 2 + 1] = total;
+  }
+}
+
+// All runs of a row and head, in order: attention's output.
+DEVICE void merge(const Reader& r, const Unit& unit, int group) {
+  const Params& p = r.p;
+  const int thread = r.warp * 32 + r.lane;
+  for (int at = thread; at < group * kHead; at += kThreads) {
+    const int head = at / kHead;
+    float most = -INFINITY, total = 0.f, out = 0.f;
+    for (int split = 0; split < unit.splits; ++split)
+      most = larger(most, load_fresh(&place_of(p, unit, split).stats[head * 2]));
+    for (int split = 0; split < unit.splits; ++split) {
+      const Place place = place_of(p, unit, split);
+      const float factor = exp2_(load_fresh(&place.stats[head * 2]) - most);
+      total += load_fresh(&place.stats[head * 2 + 1]) * factor;
+      out += load_fresh(&place.out[at]) * factor;
+    }
+    p.work.mixed[int64_t(unit.row) * p.heads * kHead + unit.head * group * kHead + at] = narrow(out / total);
+  }
+}
+
+DEVICE void run_attention(Reader& r, int layer) {
+  const Params& p = r.p;
+  const Layer& l = p.layers[layer];
+  const int group = p.heads / p.kv_heads;
+  Unit unit;
+  if (!find_unit(p, r.program, unit)) return;
+  begin_stage(r, &p.work.ended[layer * 4 + kQkv], p.programs);
+  for (int number = r.program; find_unit(p, number, unit); number += p.programs) {
+    enter(r, l, unit);
+    sync_computing();  // also orders the new key and value before this block reads them
+    Partial partial;
+    attend(r, l, unit, group, partial);
+    gather(r, unit, group, partial);
+    sync_computing();
+    if (r.warp == 0 && r.lane == 0)
+      r.s.last = count_up(&p.work.arrived[(layer * p.rows + unit.row) * p.kv_heads + unit.head]) + 1 == uint32_t(unit.splits);
+    sync_computing();
+    if (r.s.last) {
+      merge(r, unit, group);
+      end_stage(r, &p.work.attended[layer]);
+    }
+  }
+}
+
+// ---- the whole ----
+
+DEVICE void run(const Params& p, Shared& s, int program, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  if (thread == 0) {
+    for (int slot = 0; slot < kSlots; ++slot) init_barrier(&s.full[slot], 1), init_barrier(&s.empty[slot], kWarps);
+    publish_barriers();
+  }
+  sync_all();
+  if (warp == kWarps) {
+    fetch_weights(p, s, program, lane);
+    return;
+  }
+  Reader r{p, s, program, warp, lane, lane / 4, lane % 4};
+  uint32_t merges = 0;
+  for (int row = 0; row < p.rows; ++row) merges += p.lens[row] > 0 ? p.kv_heads : 0;
+  begin_residual(r);
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const uint32_t* ended = p.work.ended + layer * 4;
+    run_product(r, layer, kQkv, layer == 0 ? p.work.begun : ended - 4 + kDown, p.programs);
+    run_attention(r, layer);
+    run_product(r, layer, kO, &p.work.attended[layer], merges);
+    run_product(r, layer, kGateUp, &ended[kO], p.programs);
+    run_product(r, layer, kDown, &ended[kGateUp], p.programs);
+  }
+}
+
+}  // namespace
+
+#include "launch.h"

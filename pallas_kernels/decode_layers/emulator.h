@@ -1,0 +1,256 @@
+// The machine of primitives.h on a CPU, for tests: every thread of the grid is a fiber, which one thread runs in random
+// turns. Copies land late, a random while after they were issued; memory a copy goes to is poison until then. A wait that
+// nobody will end is found and said. What it cannot show is speed, and the order in which a GPU makes writes visible.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define DEVICE inline
+
+namespace {
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+constexpr int kWarpLanes = 32;
+constexpr size_t kStack = 128 * 1024;
+
+struct Meeting {  // a barrier of `size` fibers
+  int size = kWarpLanes, here = 0;
+  uint64_t rounds = 0;
+};
+
+struct WarpState {
+  Meeting meeting;
+  float value[kWarpLanes];
+  uint32_t a[kWarpLanes][4], b[kWarpLanes][2];
+};
+
+struct BlockState {
+  Meeting all, computing;
+  std::vector<WarpState> warps;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  BlockState* block;
+  int program, thread, lane, warp;
+  bool done = false;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  uint64_t* barrier;
+};
+
+struct Machine {
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Copy> copies;
+  Fiber* current = nullptr;
+  std::function<void(int, int)> body;  // program, thread
+  std::mt19937 random;
+  bool moved = false;  // something happened in this turn that a wait may end by
+  std::string fault;
+};
+
+Machine* machine = nullptr;
+
+inline void yield() { swapcontext(&machine->current->context, &machine->scheduler); }
+
+inline void meet(Meeting& meeting) {
+  const uint64_t round = meeting.rounds;
+  machine->moved = true;
+  if (++meeting.here == meeting.size) {
+    meeting.here = 0;
+    ++meeting.rounds;
+    return;
+  }
+  while (meeting.rounds == round) yield();
+}
+
+inline WarpState& my_warp() { return machine->current->block->warps[machine->current->warp]; }
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float wide(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isnan(value)) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float exp_(float x) { return std::exp(x); }
+inline float exp2_(float x) { return std::exp2(x); }
+inline float reciprocal_root(float x) { return 1.f / std::sqrt(x); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+
+template <typename T>
+inline T load_fresh(const T* from) {
+  return *from;
+}
+
+inline void sync_warp() { meet(my_warp().meeting); }
+inline void sync_all() { meet(machine->current->block->all); }
+inline void sync_computing() { meet(machine->current->block->computing); }
+
+inline float shuffle_xor(float value, int mask) {
+  WarpState& warp = my_warp();
+  warp.value[machine->current->lane] = value;
+  sync_warp();
+  const float other = warp.value[machine->current->lane ^ mask];
+  sync_warp();
+  return other;
+}
+
+inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  WarpState& warp = my_warp();
+  const int lane = machine->current->lane, g = lane / 4, t = lane % 4;
+  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  std::memcpy(warp.a[lane], a, sizeof a);
+  std::memcpy(warp.b[lane], b, sizeof b);
+  sync_warp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + (i / 2) * 8, column = 2 * t + i % 2;
+    float sum = 0.f;
+    for (int k = 0; k < 16; ++k) {
+      const int part = k % 8 / 2, high = k / 8;  // the lane's t that holds k, and in which of its registers
+      const uint32_t left = warp.a[row % 8 * 4 + part][row / 8 + 2 * high], right = warp.b[column * 4 + part][high];
+      sum += wide(uint16_t(left >> 16 * (k % 2))) * wide(uint16_t(right >> 16 * (k % 2)));
+    }
+    c[i] += sum;
+  }
+  sync_warp();
+}
+
+struct Bar {  // what a 64-bit barrier holds here
+  int32_t bytes;
+  uint8_t arrivals, pending, phase, unused;
+};
+static_assert(sizeof(Bar) == sizeof(uint64_t));
+inline Bar& bar(uint64_t* at) { return *reinterpret_cast<Bar*>(at); }
+
+inline void settle(Bar& b) {
+  machine->moved = true;
+  if (b.pending || b.bytes) return;
+  b.pending = b.arrivals;
+  b.phase ^= 1;
+}
+inline void init_barrier(uint64_t* at, uint32_t arrivals) { bar(at) = {0, uint8_t(arrivals), uint8_t(arrivals), 0, 0}; }
+inline void publish_barriers() {}
+inline void expect_bytes(uint64_t* at, uint32_t bytes) {
+  bar(at).bytes += int32_t(bytes);
+  --bar(at).pending;
+  settle(bar(at));
+}
+inline void arrive(uint64_t* at) {
+  if (bar(at).pending == 0) throw std::logic_error("more arrivals than a barrier expects");
+  --bar(at).pending;
+  settle(bar(at));
+}
+inline void wait_for(uint64_t* at, uint32_t parity) {
+  while (bar(at).phase == (parity & 1)) yield();
+}
+inline void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::logic_error("the copy engine takes multiples of 16 bytes");
+  std::memset(to, 0xff, bytes);  // NaN until it lands
+  machine->copies.push_back({to, from, bytes, barrier});
+  machine->moved = true;
+}
+
+inline void signal(uint32_t* counter) {
+  ++*counter;
+  machine->moved = true;
+}
+inline void await(const uint32_t* counter, uint32_t count) {
+  while (*reinterpret_cast<const volatile uint32_t*>(counter) < count) yield();
+}
+inline uint32_t count_up(uint32_t* counter) {
+  machine->moved = true;
+  return (*counter)++;
+}
+
+inline void mark(int, int) {}
+
+inline void land(Machine& m, size_t at) {
+  const Copy copy = m.copies[at];
+  m.copies[at] = m.copies.back();
+  m.copies.pop_back();
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  bar(copy.barrier).bytes -= int32_t(copy.bytes);
+  settle(bar(copy.barrier));
+}
+
+inline void enter_fiber() {
+  Machine& m = *machine;
+  try {
+    m.body(m.current->program, m.current->thread);
+  } catch (const std::exception& fault) {
+    m.fault = fault.what();
+  }
+  m.current->done = m.moved = true;
+  yield();
+}
+
+// Runs body(program, thread) for the whole grid. What went wrong, or nothing.
+inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body) {
+  Machine m;
+  machine = &m;
+  m.body = std::move(body);
+  m.random.seed(seed);
+  std::vector<BlockState> blocks(programs);
+  m.fibers.resize(size_t(programs) * threads);
+  for (size_t i = 0; i < m.fibers.size(); ++i) {
+    Fiber& fiber = m.fibers[i];
+    BlockState& block = blocks[i / threads];
+    block.all.size = threads, block.computing.size = computing;
+    block.warps.resize(threads / kWarpLanes);
+    fiber.block = &block, fiber.program = int(i / threads), fiber.thread = int(i % threads);
+    fiber.lane = fiber.thread % kWarpLanes, fiber.warp = fiber.thread / kWarpLanes;
+    fiber.stack = std::make_unique<char[]>(kStack);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &m.scheduler;
+    makecontext(&fiber.context, enter_fiber, 0);
+  }
+  size_t left = m.fibers.size();
+  for (int quiet = 0; left && quiet < 4 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
+    m.moved = !m.copies.empty();
+    for (size_t i = m.copies.size(); i-- > 0;)
+      if (m.random() % 4 == 0 && i < m.copies.size()) land(m, i);
+    const size_t start = m.random() % m.fibers.size();
+    for (size_t i = 0; i < m.fibers.size(); ++i) {
+      Fiber& fiber = m.fibers[(start + i) % m.fibers.size()];
+      if (fiber.done) continue;
+      m.current = &fiber;
+      swapcontext(&m.scheduler, &fiber.context);
+      left -= fiber.done;
+    }
+  }
+  if (m.fault.empty() && left) m.fault = "threads wait for what nobody will do";
+  machine = nullptr;
+  return m.fault;
+}
+
+}  // namespace

@@ -1,0 +1,109 @@
+// What decode_layers.cu asks of the machine, on sm_90a. emulator.h has the same names for a CPU.
+#pragma once
+#ifdef JAXLLM_EMULATED
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#define DEVICE __device__ __forceinline__
+
+namespace {
+
+DEVICE float wide(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+DEVICE uint16_t narrow(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+DEVICE float exp_(float x) { return __expf(x); }
+DEVICE float exp2_(float x) { return exp2f(x); }
+DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+
+// From the second-level cache: written by other blocks of this launch.
+template <typename T>
+DEVICE T load_fresh(const T* from) {
+  return __ldcg(from);
+}
+
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_all() { __syncthreads(); }
+DEVICE void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+// c[16][8] += a[16][16] @ b[16][8]: bf16 in, f32 sums. Lane = 4 * g + t; rows g and g + 8, columns 2t and 2t + 1 of c.
+DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+
+DEVICE void init_barrier(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+DEVICE void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+DEVICE void wait_for(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Device memory to shared memory by the copy engine; the barrier counts the bytes. Read once: first to leave the cache.
+DEVICE void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Everything this block wrote before the block-wide barrier above is seen by who awaits the count.
+DEVICE void signal(uint32_t* counter) {
+  __threadfence();
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+DEVICE void await(const uint32_t* counter, uint32_t count) {
+  uint32_t seen;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  while (seen < count);
+}
+
+DEVICE uint32_t count_up(uint32_t* counter) {
+  uint32_t before;
+  __threadfence();
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+#ifdef JAXLLM_TIMELINE  // nanoseconds at which a block's stages began to wait and began: benchmarks/decode_layers.py
+constexpr int kMarks = 4096;
+__device__ unsigned long long timeline[160][kMarks];
+__device__ int marks[160];
+DEVICE void mark(int program, int thread) {
+  if (thread != 0) return;
+  const int at = marks[program]++;
+  if (at < kMarks) asm volatile("mov.u64 %0, %globaltimer;" : "=l"(timeline[program][at])::"memory");
+}
+#else
+DEVICE void mark(int, int) {}
+#endif
+
+}  // namespace
+#endif

@@ -1,0 +1,63 @@
+"""The layers in plain jnp, from the references of their parts: what the kernel must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_chain.api import Dense, Following
+from pallas_kernels.decode_chain.reference import decode_chain, rms_norm
+from pallas_kernels.decode_layers.api import LayerWeights, Pages
+from pallas_kernels.page_write.reference import page_write
+from pallas_kernels.paged_attention.reference import paged_attention_decode
+
+
+def decode_layers(
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cosines: jax.Array,
+    sines: jax.Array,
+    *,
+    eps: float,
+    scale: float,
+) -> tuple[jax.Array, list[Pages]]:
+    P, K, page_size, H = pages[0][0].shape
+    B, NH = x.shape[0], layers[0].o.shape[1]
+    position = jnp.maximum(kv_lens - 1, 0)
+    page = jnp.take_along_axis(page_table, (position // page_size)[:, None], axis=1)[:, 0]
+    slots = jnp.where(kv_lens > 0, page * page_size + position % page_size, P * page_size)
+    first = layers[0]
+    qkv: jax.Array | None = _linear(rms_norm(x, first.norms[0], eps), first.qkv, first.qkv_bias)
+    written = list[Pages]()
+    for layer, own, following in zip(layers, pages, [*layers[1:], None], strict=True):
+        assert qkv is not None, "only the last layer has no next"
+        q, k, v = jnp.split(qkv, [NH, NH + K * H], axis=1)
+        q, k, v = q.reshape(B, -1, H), k.reshape(B, K, H), v.reshape(B, K, H)
+        if layer.qk_norms is not None:
+            q, k = rms_norm(q, layer.qk_norms[0], eps), rms_norm(k, layer.qk_norms[1], eps)
+        q, k = _rotate(q, cosines, sines), _rotate(k, cosines, sines)
+        written.append(page_write(*own, k, v, slots))
+        mixed = paged_attention_decode(
+            q, *written[-1], page_table, kv_lens, scale=scale, window=None, soft_cap=None
+        ).reshape(B, NH)
+        dense = Dense(layer.o, layer.norms, layer.gate_up, layer.down, layer.o_bias)
+        after = None if following is None else Following(following.norms, following.qkv, following.qkv_bias)
+        x, qkv = decode_chain(x, mixed, dense, after, eps=eps)
+    return x, written
+
+
+def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    out = jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    c, s = cosines[:, None], sines[:, None]
+    return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)

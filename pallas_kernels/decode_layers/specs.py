@@ -1,0 +1,104 @@
+"""Named shapes of whole decode steps, shared by tests and benchmarks: real models' and ones for an emulator.
+
+In: a spec. Out: numpy inputs. This module knows no implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.decode_layers.api import LayerWeights
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class LayersSpec:
+    """`lengths` of the rows, this step's token included; 0 = padding."""
+
+    name: str
+    lengths: tuple[int, ...]
+    L: int = 2
+    D: int = 256
+    N: int = 4
+    K: int = 2
+    F: int = 192
+    H: int = 128
+    page_size: int = 16
+    width: int = 20
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "bfloat16"
+
+    def arguments(self, given: dict[str, Any]) -> tuple[Any, ...]:
+        """The op's arguments as JAX arrays: x, layers, pages, page_table, kv_lens, cosines, sines."""
+        layers = [LayerWeights(**jax.tree.map(jnp.asarray, layer)) for layer in given["layers"]]
+        pages = [tuple(map(jnp.asarray, pair)) for pair in given["pages"]]
+        rows = (jnp.asarray(given[name]) for name in ("page_table", "kv_lens", "cosines", "sines"))
+        return jnp.asarray(given["x"]), layers, pages, *rows
+
+    def inputs(self, seed: int = 0) -> dict[str, Any]:
+        """Arguments by name: numpy arrays, weights as dicts."""
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
+            return (rng.standard_normal(shape, np.float32) * scale + shift).astype(jnp.dtype(self.dtype))
+
+        B, wide = len(self.lengths), (self.N + 2 * self.K) * self.H
+        layers = [
+            {
+                "qkv": normal(wide, self.D, scale=self.D**-0.5),
+                "o": normal(self.D, self.N * self.H, scale=(self.N * self.H) ** -0.5),
+                "norms": normal(2, self.D, scale=0.1, shift=1.0),
+                "gate_up": normal(2 * self.F, self.D, scale=self.D**-0.5),
+                "down": normal(self.D, self.F, scale=self.F**-0.5),
+                "qkv_bias": normal(wide) if self.qkv_bias else None,
+                "o_bias": normal(self.D) if self.o_bias else None,
+                "qk_norms": normal(2, self.H, scale=0.1, shift=1.0) if self.qk_norm else None,
+            }
+            for _ in range(self.L)
+        ]
+        used = [-(-length // self.page_size) for length in self.lengths]
+        P = sum(used) + 3
+        order = rng.permutation(P).astype(np.int32)
+        table = np.full((B, self.width), 2**30, np.int32)  # entries behind a row's pages are poison
+        start = 0
+        for row, count in enumerate(used):
+            table[row, :count] = order[start : start + count]
+            start += count
+        shape = (P, self.K, self.page_size, self.H)
+        pages = []
+        for _ in range(self.L):
+            pair = [np.full(shape, np.nan, jnp.dtype(self.dtype)) for _ in range(2)]
+            for row, length in enumerate(self.lengths):
+                for at in range(max(length - 1, 0)):  # the last one is this step's
+                    for each in pair:
+                        each[table[row, at // self.page_size], :, at % self.page_size] = normal(self.K, self.H)
+            pages.append(tuple(pair))
+        angles = rng.uniform(0, 6, (B, self.H // 2)).astype(np.float32)
+        return {
+            "x": normal(B, self.D),
+            "layers": layers,
+            "pages": pages,
+            "page_table": table,
+            "kv_lens": np.array(self.lengths, np.int32),
+            "cosines": np.cos(angles),
+            "sines": np.sin(angles),
+        }
+
+
+_SMALL = LayersSpec("small", (1, 129, 40, 0, 300, 16, 17, 128))
+LAYERS_SPECS = (
+    _SMALL,
+    replace(_SMALL, name="one_row", lengths=(130,)),
+    replace(_SMALL, name="biases_qk_norm_deep", lengths=(5, 0, 33), qkv_bias=True, o_bias=True, qk_norm=True, F=1088),
+    replace(_SMALL, name="eight_queries_a_key", lengths=(200, 64), N=8, K=1, page_size=64, width=5, L=1),
+    replace(_SMALL, name="too_many_rows", lengths=(3,) * 9),
+    replace(_SMALL, name="small_f32", lengths=(3, 20), dtype="float32"),
+)

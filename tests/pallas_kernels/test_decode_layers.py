@@ -1,0 +1,77 @@
+"""All layers in one kernel agree with the layers' parts one by one; a row's bits are its own."""
+
+import jax
+import numpy as np
+import pytest
+from helpers.kernel_backends import pairs
+
+from pallas_kernels.decode_layers.api import decode_layers
+from pallas_kernels.decode_layers.cuda import programs_for
+from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS
+
+
+def kernels(specs):
+    """Without the reference, which is what they are compared with."""
+    return [pair for pair in pairs("decode_layers", specs) if pair.values[0] != "reference"]
+
+
+def run(name, spec, given):
+    step = jax.jit(lambda *arguments: decode_layers(*arguments, eps=EPS, scale=spec.H**-0.5, implementation=name))
+    try:
+        x, pages = step(*spec.arguments(given))
+    except NotImplementedError as reason:
+        pytest.skip(f"declined: {reason}")
+    return np.asarray(x), [tuple(map(np.asarray, pair)) for pair in pages]
+
+
+def error(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def slot(spec, given, row):
+    at = spec.lengths[row] - 1
+    return given["page_table"][row, at // spec.page_size], at % spec.page_size
+
+
+@pytest.mark.parametrize(("name", "spec"), kernels(LAYERS_SPECS))
+def test_the_layers_in_one_agree_with_the_reference_and_leave_other_pages_alone(name, spec):
+    given = spec.inputs()
+    x, pages = run(name, spec, given)
+    expected, written = run("reference", spec, given)
+    live = [row for row, length in enumerate(spec.lengths) if length]
+    bound = 1e-5 if spec.dtype == "float32" else 1.5e-2
+    assert error(x[live], expected[live]) < bound
+    for got, want, before in zip(pages, written, given["pages"], strict=True):
+        for own, other, old in zip(got, want, before, strict=True):
+            new = np.zeros(own.shape, bool)
+            for row in live:
+                page, offset = slot(spec, given, row)
+                new[page, :, offset] = True
+                assert error(own[page, :, offset], other[page, :, offset]) < bound
+            assert own[~new].tobytes() == np.asarray(old)[~new].tobytes()  # NaN too
+
+
+@pytest.mark.parametrize(("name", "spec"), kernels(LAYERS_SPECS[:1]))
+def test_a_row_has_the_same_bits_in_company_and_alone(name, spec):
+    given = spec.inputs()
+    together, pages = run(name, spec, given)
+    for row in (1, 4):
+        alone = dict(given)
+        for key in ("x", "page_table", "kv_lens", "cosines", "sines"):
+            alone[key] = given[key][row : row + 1]
+        x, own = run(name, spec, alone)
+        np.testing.assert_array_equal(x[0], together[row])
+        page, offset = slot(spec, given, row)
+        for got, want in zip(own, pages, strict=True):
+            np.testing.assert_array_equal(got[0][page, :, offset], want[0][page, :, offset])
+            np.testing.assert_array_equal(got[1][page, :, offset], want[1][page, :, offset])
+
+
+def test_the_8b_shape_is_dealt_out_evenly_to_128_of_132_multiprocessors():
+    assert programs_for(4096, 6144, 4096, 14336, 132) == 128
+
+
+def test_a_machine_too_small_for_the_residual_stream_is_refused():
+    with pytest.raises(NotImplementedError, match="needs 64 multiprocessors, there are 4"):
+        programs_for(8192, 10240, 8192, 28672, 4)
