@@ -18,18 +18,19 @@ from typing import Any
 import msgspec
 import zmq
 
-from jaxllm.config import ConfigError, load
+from jaxllm.config import load
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.faults import FaultyRunner, parse_faults
+from jaxllm.engine.faults import Fault, FaultyRunner, parse_faults
 from jaxllm.engine.group import GroupPlace
 from jaxllm.engine.loop import EngineBroken, EngineLoop, Send, watch
 from jaxllm.engine.messages import Command, Event, Failed
+from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.retry import ShrinkingRunner
 from serve.logs import log_to_stderr
 
 HUNG, BROKEN, CANNOT_START = 70, 71, 1
-Build = Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]
+Build = Callable[[dict[str, Any]], tuple[Engine | ReplicatedEngine, dict[str, Any]]]
 
 
 class Channel:
@@ -84,9 +85,17 @@ def follow_parent() -> None:
     threading.Thread(target=body, name="parent", daemon=True).start()
 
 
-def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
+def guard_runners(engine: Engine | ReplicatedEngine, faults: tuple[Fault, ...]) -> None:
+    """Every runner gets by with less memory once; faults are the first one's: the others must not notice."""
+    engines = engine.engines if isinstance(engine, ReplicatedEngine) else (engine,)
+    if faults:
+        engines[0].runner = FaultyRunner(engines[0].runner, faults)
+    for each in engines:
+        each.runner = ShrinkingRunner(each.runner)
+
+
+def build_engine(settings: dict[str, Any]) -> tuple[Engine | ReplicatedEngine, dict[str, Any]]:
     """The real engine; JAX is imported here and not before."""
-    from jaxllm.engine.replicas import ReplicatedEngine
     from jaxllm.engine.startup import start
 
     config = load(settings.get("config_file"), **settings.get("overrides", {}))
@@ -97,12 +106,9 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         engine, report = lead(msgspec.convert(settings["group"], GroupPlace), config)
     else:
         engine, report = start(config)
-    if isinstance(engine, ReplicatedEngine):  # as many schedules as replicas: the gateway's business
-        raise ConfigError("mesh: one server runs one replica; start several with `jaxllm launch`, behind the gateway")
-    if faults:
-        engine.runner = FaultyRunner(engine.runner, faults)
-    engine.runner = ShrinkingRunner(engine.runner)
+    guard_runners(engine, faults)
     facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
+    facts["mesh"] = str(config.mesh)
     facts["dtype"] = engine.config.model.dtype
     if report.memory is not None:
         facts["weights_bytes"] = report.memory.weights_bytes

@@ -51,6 +51,9 @@ class StepOnDevice(Protocol):
     def ready(self) -> bool: ...
 
 
+InFlight = tuple[StepPlan, StepOnDevice]
+
+
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests give it one without a device."""
 
@@ -94,7 +97,8 @@ class Engine:
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     residency: Residency | None = None  # None where there is no device
     intake: Intake = field(init=False)
-    _in_flight: tuple[StepPlan, StepOnDevice] | None = None
+    _in_flight: InFlight | None = None
+    _turn: tuple[InFlight | None, InFlight | None] | None = None  # begun: the step before, and the one behind it
     _busy_s: float | None = None  # when the device was last seen to work, while there is work for it
 
     def __post_init__(self) -> None:
@@ -110,6 +114,13 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """One turn: launch the next step, then account for the one before. Returns what its sequences learned."""
+        self.begin()
+        return self.end()
+
+    def begin(self) -> None:
+        """The first half of a turn, unless it is done: launch the next step behind the one on the device."""
+        if self._turn is not None:
+            return
         before, self._in_flight = self._in_flight, None  # a step that raises takes the one before with it
         self._look(before)
         plan = self.scheduler.schedule()
@@ -117,6 +128,17 @@ class Engine:
         if plan is not None:
             after = plan, self.runner.launch(plan)
             self._measure_gap(before)
+        self._turn = before, after
+
+    @property
+    def settled(self) -> bool:
+        """Whether the device has finished the step that `end` will account for."""
+        before = None if self._turn is None else self._turn[0]
+        return before is None or before[1].ready
+
+    def end(self) -> list[TokenOutput]:
+        """The second half: account for the step before."""
+        (before, after), self._turn = self._turn or (None, None), None
         outputs = self._account(before)
         if after is not None and after[1].waits:
             self.runner.choose(after[1])
@@ -129,10 +151,11 @@ class Engine:
 
     def drain(self) -> list[TokenOutput]:
         """Account for the step in flight and launch none: before anything that must find the engine at rest."""
+        outputs = [] if self._turn is None else self.end()
         before, self._in_flight = self._in_flight, None
-        return self._account(before) if before is not None else []
+        return outputs + (self._account(before) if before is not None else [])
 
-    def _account(self, step: tuple[StepPlan, StepOnDevice] | None) -> list[TokenOutput]:
+    def _account(self, step: InFlight | None) -> list[TokenOutput]:
         if step is None:
             return self.scheduler.commit(None, [])
         plan, launched = step
@@ -140,11 +163,11 @@ class Engine:
         self._busy_s = time.perf_counter()
         return self.scheduler.commit(plan, results)
 
-    def _look(self, step: tuple[StepPlan, StepOnDevice] | None) -> None:
+    def _look(self, step: InFlight | None) -> None:
         if step is not None and not step[1].ready:
             self._busy_s = time.perf_counter()
 
-    def _measure_gap(self, before: tuple[StepPlan, StepOnDevice] | None) -> None:
+    def _measure_gap(self, before: InFlight | None) -> None:
         """The device has waited for the host since, at the earliest, it was last seen to work."""
         now = time.perf_counter()
         if self._busy_s is not None and (before is None or before[1].ready):

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from jaxllm.core import FinishReason, Grammar, JaxLLMError, Request, RequestErro
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
 from jaxllm.engine.operations import OPERATIONS, Operation, Refused, reset_prefix_cache
-from jaxllm.engine.replicas import ReplicatedEngine
+from jaxllm.engine.replicas import ReplicaFailedError, ReplicatedEngine
 from jaxllm.engine.retry import is_device_lost
 
 log = logging.getLogger(__name__)
@@ -281,10 +281,18 @@ class EngineLoop:
     def _step(self, step: Callable[[], list[TokenOutput]]) -> None:
         try:
             outputs = step()
+        except ReplicaFailedError as failure:
+            self._tell(failure.outputs)
+            self._recover(failure.__cause__ or failure, failure.in_a_row, failure.requests)
+            return
         except Exception as error:
-            self._recover(error)
+            self._failed_in_a_row += 1
+            self._recover(error, self._failed_in_a_row)
             return
         self._failed_in_a_row = 0
+        self._tell(outputs)
+
+    def _tell(self, outputs: list[TokenOutput]) -> None:
         self._watch_numbers(outputs)
         if self._queued:
             self._note_begun()
@@ -296,29 +304,30 @@ class EngineLoop:
             if output.finish_reason is not None:
                 self._forget_if_done(output.sequence.request.id)
 
-    def _recover(self, error: Exception) -> None:
-        """A step raised: every request in flight ends with one error each; what the host knows must balance after."""
-        log.exception("a step failed; %d requests end with an error", len(self._flights))
+    def _recover(self, error: BaseException, in_a_row: int, requests: Collection[str] | None = None) -> None:
+        """A step raised: each request of it ends with one error; what the host knows must balance after.
+
+        `requests`: of the engine that failed, where there are several; without it, all that are in flight.
+        """
+        hit = [name for name in self._flights if requests is None or name in requests]
+        log.error("a step failed; %d requests end with an error", len(hit), exc_info=error)
         if is_device_lost(error):
             raise EngineBroken("the device is lost") from error
         self.step_failures += 1
-        self._failed_in_a_row += 1
         news = []
-        for request_id, flight in self._flights.items():
-            for sequence in reversed(flight.sequences):
+        for request_id in hit:
+            for sequence in reversed(self._flights[request_id].sequences):
                 if not sequence.finished:
                     self.engine.scheduler.finish(sequence, FinishReason.ERROR)
                     news.append(News(request_id, sequence.index, None, "error", error=STEP_FAILED))
-        self._flights.clear()
-        self._queued.clear()
-        self._begun.clear()
+            self._forget_if_done(request_id)
         self.send(Step(news))
         reset_prefix_cache(self, {})
         try:
             self.engine.scheduler.check(self.borrowed)
         except AssertionError as imbalance:
             raise EngineBroken(f"the books do not balance after a failed step: {imbalance}") from imbalance
-        if self._failed_in_a_row >= 2:
+        if in_a_row >= 2:
             raise EngineBroken("two steps in a row failed")
 
     def _note_begun(self) -> None:

@@ -70,7 +70,8 @@ def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, No
 
 def _residency(loop: EngineLoop) -> Residency:
     if loop.engine.residency is None:
-        raise Refused("not_supported", "this engine has no device")
+        why = "the devices are not this process's own: an engine of several processes takes new weights by a restart"
+        raise Refused("not_supported", why)
     return loop.engine.residency
 
 

@@ -2,25 +2,39 @@
 
 In: requests; each goes, with all its sequences, to the engine with the fewest tokens before it. Out: what all engines
 tell. Each keeps its own pages, prefix cache and schedule; they share the tokenizer and the compiled grammars. One
-thread turns them all: an engine's step is on the device while the next engine's is launched. Knows nothing of meshes.
+thread turns them all: every engine has a step on its devices and one behind it, and whoever has finished is accounted
+for first, so that a long prefill of one holds up nobody else. Knows nothing of meshes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import time
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.core import FinishReason, Grammar, Request, SamplingParams, Sequence, TokenOutput
+from jaxllm.core import FinishReason, Grammar, Request, RequestError, SamplingParams, Sequence, TokenOutput
 from jaxllm.engine.decoding.structured import GrammarCompiler
-from jaxllm.engine.engine import Engine
+from jaxllm.engine.engine import Engine, Residency
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
+
+LOOK_S = 5e-5  # between looks at the devices while all of them work
+OF_THE_PROCESS = ("compiles_after_ready",)  # counts that every engine sees the same
+
+
+class ReplicaFailedError(RuntimeError):
+    """A step of one engine raised, which is the cause; what others told in the same turn comes with it."""
+
+    def __init__(self, number: int, requests: frozenset[str], in_a_row: int, outputs: list[TokenOutput]) -> None:
+        super().__init__(f"a step of engine {number} failed")
+        self.number, self.requests, self.in_a_row, self.outputs = number, requests, in_a_row, outputs
 
 
 @dataclass(frozen=True)
@@ -57,13 +71,13 @@ class Pools:
 
 @dataclass(frozen=True)
 class Counts:
-    """What all engines count, summed."""
+    """What all engines count, summed where it is counted by engine."""
 
     schedulers: tuple[Scheduler, ...]
 
     def as_dict(self) -> dict[str, float]:
         each = [scheduler.metrics.as_dict() for scheduler in self.schedulers]
-        return {name: sum(counts[name] for counts in each) for name in each[0]}
+        return {name: (max if name in OF_THE_PROCESS else sum)(counts[name] for counts in each) for name in each[0]}
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,9 @@ class Schedulers:
 
     @property
     def config(self) -> Limits:
-        return self.each[0].config
+        """Of a sequence, those of any engine; of a step, of all of them together."""
+        one, count = self.each[0].config, len(self.each)
+        return dataclasses.replace(one, max_num_seqs=one.max_num_seqs * count, token_budget=one.token_budget * count)
 
     @property
     def pool(self) -> Pools:
@@ -111,11 +127,13 @@ class Schedulers:
 @dataclass
 class ReplicatedEngine:
     engines: tuple[Engine, ...]
-    _home: dict[str, int] = field(default_factory=dict)  # request id -> the engine that has it
-    _unfinished: list[dict[str, list[Sequence]]] = field(init=False)  # by engine
+    residency: Residency | None = None  # None where their devices are not all of this process
+    _requests: list[dict[str, list[Sequence]]] = field(init=False)  # by engine; those that ended go when others come
+    _failures: list[int] = field(init=False)  # in a row, by engine
 
     def __post_init__(self) -> None:
-        self._unfinished = [{} for _ in self.engines]
+        self._requests = [{} for _ in self.engines]
+        self._failures = [0 for _ in self.engines]
 
     @property
     def scheduler(self) -> Schedulers:
@@ -154,18 +172,16 @@ class ReplicatedEngine:
     def prepare(self, request: Request) -> Future[Any] | None:
         return self.engines[0].prepare(request)
 
-    @property
-    def residency(self) -> None:
-        """Replicas and lanes neither sleep nor take new weights yet."""
-        return None
-
     # ---- requests ----
 
     def add(self, request: Request, grammar: Grammar | None = None) -> list[Sequence]:
+        for requests in self._requests:
+            for ended in [id for id, found in requests.items() if all(one.finished for one in found)]:
+                del requests[ended]
+        if self._home(request.id) is not None:  # another engine would not know
+            raise RequestError("id", request.id, "already in use by a running request")
         number = min(range(len(self.engines)), key=self.load_tokens)
-        sequences = self.engines[number].add(request, grammar)
-        self._home[request.id] = number
-        self._unfinished[number][request.id] = sequences
+        sequences = self._requests[number][request.id] = self.engines[number].add(request, grammar)
         return sequences
 
     def load_tokens(self, number: int) -> int:
@@ -175,45 +191,56 @@ class ReplicatedEngine:
             - sequence.num_computed
             + (sequence.request.params.max_tokens or 0)
             - sequence.num_output
-            for sequences in self._unfinished[number].values()
+            for sequences in self._requests[number].values()
             for sequence in sequences
             if not sequence.finished
         )
 
     def abort(self, request_id: str) -> None:
-        number = self._home.get(request_id)
+        number = self._home(request_id)
         if number is not None:
             self.engines[number].abort(request_id)
-            self._forget(request_id, number)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
-        number = self._home.get(sequence.request.id)
-        if number is None:
-            return  # it has finished
-        self.engines[number].finish(sequence, reason, stop_reason)
-        self._forget(sequence.request.id, number)
+        number = self._home(sequence.request.id)
+        if number is not None:
+            self.engines[number].finish(sequence, reason, stop_reason)
 
-    def _forget(self, request_id: str, number: int) -> None:
-        if all(sequence.finished for sequence in self._unfinished[number].get(request_id, ())):
-            self._unfinished[number].pop(request_id, None)
-            self._home.pop(request_id, None)
+    def _home(self, request_id: str) -> int | None:
+        """The engine that has it; None when it has ended."""
+        return next((number for number, requests in enumerate(self._requests) if request_id in requests), None)
 
     # ---- steps ----
 
     def step(self) -> list[TokenOutput]:
-        """One turn of every engine that has work: while one waits for its device, the others' devices work."""
-        return self._told([output for engine in self.engines if engine.has_work for output in engine.step()])
+        """One turn of every engine that has work and whose devices have finished a step; at least one's."""
+        working = [number for number, engine in enumerate(self.engines) if engine.has_work]
+        outputs: list[TokenOutput] = []
+        for number in working:
+            self._guarded(number, outputs, self.engines[number].begin)
+        while not (settled := [number for number in working if self.engines[number].settled]):
+            if len(working) == 1:
+                settled = working  # it waits for its own device
+                break
+            time.sleep(LOOK_S)
+        for number in settled:
+            outputs += self._guarded(number, outputs, self.engines[number].end)
+            self._failures[number] = 0
+        return outputs
 
     def drain(self) -> list[TokenOutput]:
-        return self._told([output for engine in self.engines for output in engine.drain()])
-
-    def _told(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
-        for output in outputs:
-            if output.finish_reason is not None:
-                number = self._home.get(output.sequence.request.id)
-                if number is not None:
-                    self._forget(output.sequence.request.id, number)
+        outputs: list[TokenOutput] = []
+        for number, engine in enumerate(self.engines):
+            outputs += self._guarded(number, outputs, engine.drain)
         return outputs
+
+    def _guarded[T](self, number: int, outputs: list[TokenOutput], act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except Exception as error:
+            self._failures[number] += 1
+            requests = frozenset(self._requests[number])
+            raise ReplicaFailedError(number, requests, self._failures[number], outputs) from error
 
     @property
     def has_work(self) -> bool:

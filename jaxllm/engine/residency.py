@@ -1,8 +1,8 @@
-"""The big arrays of a runner, off the device and back: sleep, wake up, other weights of the same shapes; traces.
+"""The big arrays of an engine's runners, off the devices and back: sleep, wake up, other weights, traces.
 
-In: a runner, and how to check and load a directory's weights. Out: the same runner with other arrays; the executables
-stay, as shapes and placement do, so nothing is compiled. The caller sees to it that no step is on the device. Knows
-nothing of requests, queues or HTTP.
+In: the runners of each replica, and how to check and load a directory's weights. Out: the same runners with other
+arrays; the executables stay, as shapes and placement do, so nothing is compiled. The caller sees to it that no step is
+on a device. Knows nothing of requests, queues or HTTP.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ class BigArrays(Protocol):
 
 @dataclass
 class Residency:
-    """Where a runner's weights and pages are, and which weights they are."""
+    """Where weights and pages are, and which weights they are."""
 
-    runner: BigArrays
+    replicas: tuple[tuple[BigArrays, ...], ...]  # those of one replica share its parameters
     check: Callable[[Path], object]  # raises JaxLLMError when a directory's weights do not fit; touches no device
-    load: Callable[[Path], Any]  # the parameters, on the device
+    load: Callable[[int, Path], Any]  # the parameters of a replica, on its devices
     directory: Path
     version: str = "0"
     asleep: int = 0  # 0 = awake, else the level
     updates: int = 0
     trace_directory: Path | None = None
-    _host: Any = None
-    _pages: list[tuple[jax.ShapeDtypeStruct, ...]] = field(default_factory=list)
+    _host: Any = None  # one copy, as replicas are alike
+    _homes: list[Any] = field(default_factory=list)  # where each replica's parameters lie
+    _pages: list[list[Any]] = field(default_factory=list)  # by replica and runner
 
     def sleep(self, level: int) -> None:
         """Frees the device of weights and pages; what the pages held is lost."""
@@ -53,36 +54,46 @@ class Residency:
             raise ResidencyError("the engine is asleep already")
         if level not in LEVELS:
             raise ResidencyError(f"level = {level}: must be 1 or 2")
-        runner = self.runner
         if level == 1:
-            self._host = jax.tree.map(lambda leaf: (np.array(leaf), leaf.sharding), runner.params)
-        self._pages = [tuple(_shape_of(array) for array in layer) for layer in runner.kv]
-        for leaf in (*jax.tree.leaves(runner.params), *jax.tree.leaves(runner.kv)):
-            leaf.delete()
-        runner.params, runner.kv, self.asleep = None, None, level
+            self._host = jax.tree.map(np.array, self.replicas[0][0].params)
+            self._homes = [jax.tree.map(lambda leaf: leaf.sharding, lanes[0].params) for lanes in self.replicas]
+        self._pages = [[jax.tree.map(_shape_of, runner.kv) for runner in lanes] for lanes in self.replicas]
+        for lanes in self.replicas:
+            for runner in lanes:
+                _delete(runner.kv)
+                runner.kv = None
+            self._put(lanes, None)
+        self.asleep = level
 
     def wake_up(self) -> None:
         """Everything back on the device; the pages are empty."""
         if not self.asleep:
             raise ResidencyError("the engine is awake")
-        if self._host is not None:
-            is_leaf = lambda value: isinstance(value, tuple)  # noqa: E731
-            self.runner.params = jax.tree.map(lambda pair: jax.device_put(*pair), self._host, is_leaf=is_leaf)
-        elif self.runner.params is None:
-            self.runner.params = self.load(self.directory)
-        self.runner.kv = [tuple(_zeros(shape) for shape in layer) for layer in self._pages]
-        jax.block_until_ready((self.runner.params, self.runner.kv))
-        self._host, self._pages, self.asleep = None, [], 0
+        for number, lanes in enumerate(self.replicas):
+            if self._host is not None:
+                self._put(lanes, jax.tree.map(jax.device_put, self._host, self._homes[number]))
+            elif lanes[0].params is None:
+                self._put(lanes, self.load(number, self.directory))
+            for runner, pages in zip(lanes, self._pages[number], strict=True):
+                runner.kv = jax.tree.map(_zeros, pages)
+            jax.block_until_ready([(runner.params, runner.kv) for runner in lanes])
+        self._host, self._homes, self._pages, self.asleep = None, [], [], 0
 
     def update(self, directory: Path, version: str | None) -> None:
         """Other weights. The directory is checked whole before the old ones go; then there is room for the new."""
         self.check(directory)
-        for leaf in jax.tree.leaves(self.runner.params):  # none while asleep
-            leaf.delete()
-        self.runner.params, self._host = None, None
-        self.runner.params = jax.block_until_ready(self.load(directory))
+        self._host = None
+        for number, lanes in enumerate(self.replicas):
+            self._put(lanes, None)
+            self._put(lanes, jax.block_until_ready(self.load(number, directory)))
         self.updates += 1
         self.directory, self.version = directory, version or str(self.updates)
+
+    def _put(self, lanes: tuple[BigArrays, ...], params: Any) -> None:
+        """Other parameters for all runners of a replica; those they had are freed."""
+        _delete(lanes[0].params)  # none while asleep
+        for runner in lanes:
+            runner.params = params
 
     def start_trace(self) -> Path:
         """A profile of the device, into a new directory."""
@@ -98,6 +109,11 @@ class Residency:
         found, self.trace_directory = self.trace_directory, None
         jax.profiler.stop_trace()
         return found
+
+
+def _delete(arrays: Any) -> None:
+    for leaf in jax.tree.leaves(arrays):
+        leaf.delete()
 
 
 def _shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:

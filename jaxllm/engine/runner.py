@@ -182,6 +182,9 @@ class Runner:
                 self._sample(mode, rows, [])
         self._set_counts(self.counts.shape[0] - 1, [], in_prompt=True, fresh=True)
         jax.block_until_ready((self.kv, self.counts))
+
+    def all_compiled(self) -> None:
+        """From here on nothing may be compiled; other runners of this process have warmed up too."""
         self._compiles_when_ready = compile_counter().compiles
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:

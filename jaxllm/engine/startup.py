@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,21 +120,25 @@ def start(
             )
     _plan(config, replicas[0], _shapes(config, model_config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
-    engines = []
+    engines, lanes = [], []
     if config.compile.directory is not None:
         with _timed(report, "compile cache"):
             report.compile_cache = open_cache(config.compile.directory)
     for homes in replicas:
         params, compiled = _loaded_and_compiled(config, model_config, homes, directory, report, tell)
-        for runner, num_pages in _runners(config, homes, params, compiled, report):
+        runners = tuple(_runners(config, homes, params, compiled, report))
+        lanes.append(tuple(runner for runner, _ in runners))
+        for runner, num_pages in runners:
             scheduler = _scheduler(config, num_pages, runner)
             engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
+    for runner in (runner for own in lanes for runner in own):
+        runner.all_compiled()
     report.total_s = time.perf_counter() - began
     log.info("%s", report)
+    residency = _residency(tuple(lanes), model_config, config, replicas, directory)
     if len(engines) > 1:
-        return ReplicatedEngine(tuple(engines)), report
-    if replicas[0][0].placement is None:
-        engines[0].residency = _residency(engines[0].runner, model_config, config, replicas[0], directory)
+        return ReplicatedEngine(tuple(engines), residency), report
+    engines[0].residency = residency
     return engines[0], report
 
 
@@ -156,17 +161,24 @@ def _loaded_and_compiled(
 
 
 def _residency(
-    runner: Runner, model_config: ModelConfig, config: EngineConfig, homes: tuple[Home, ...], directory: Path
-) -> Residency:
-    """Of a model that lies on one device: spread ones cannot yet sleep or be given new weights."""
+    lanes: tuple[tuple[Runner, ...], ...],
+    model_config: ModelConfig,
+    config: EngineConfig,
+    replicas: list[tuple[Home, ...]],
+    directory: Path,
+) -> Residency | None:
+    """None in a group of processes: what is done to arrays here would have to be done in all of them."""
+    if jax.process_count() > 1:
+        return None
 
-    def read(source: Path) -> Params:
+    def read(number: int, source: Path) -> Any:
         dummy = source == directory and config.model.load_format == "dummy"
         model = config.model if dummy else dataclasses.replace(config.model, load_format="auto")
         again = dataclasses.replace(config, model=model)
-        return _params(again, model_config, homes, source, lambda phase, share: None)[0]
+        found = _params(again, model_config, replicas[number], source, lambda phase, share: None)
+        return found[0] if len(replicas[number]) == 1 else found
 
-    return Residency(runner, lambda source: loader.check(source, model_config), read, directory)
+    return Residency(lanes, lambda source: loader.check(source, model_config), read, directory)
 
 
 def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:

@@ -35,6 +35,9 @@ def command(
     process_id: Annotated[int | None, typer.Option(help="Which of them this is.")] = None,
     token_file: Annotated[str | None, typer.Option(help="File with a secret the processes share.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds for all processes to come.")] = None,
+    one_server: Annotated[
+        bool | None, typer.Option("--one-server", help="Replicas in one process, without the gateway.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to serve HTTP on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to serve HTTP on.")] = None,
     data_parallel_size: Annotated[int | None, typer.Option("--data-parallel-size", "--dp-size", "-dp")] = None,
@@ -56,6 +59,7 @@ def command(
             "token_file": "token_file",
             "timeout": "timeout_s",
             "ray_address": "ray_address",
+            "one_server": "one_server",
         }.items()
         if flag in given
     }

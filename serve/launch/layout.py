@@ -100,11 +100,12 @@ def lay_out(
         return _ray(base, launch, place, mesh, memory, gateway, server)
     if place.processes > 1:
         return _processes(launch, place, mesh, memory, recipe, overrides)
-    if mesh.data > 1:
+    if mesh.data > 1 and not launch.one_server:
         return _replicas(base, launch, place, mesh, memory, gateway, server, visible if on_gpu else None, on_gpu)
     if launch.mode == "multihost":
         raise ConfigError("launch.mode = 'multihost' and one process: give --num-processes and --coordinator")
-    return Layout("one process", mesh, place, (Process("server", base),), memory)
+    server_command = (*JAXLLM, "serve", *(("-c", str(recipe)) if recipe else ()), *overrides)
+    return Layout("one process", mesh, place, (Process("server", server_command),), memory)
 
 
 def _processes(

@@ -22,6 +22,7 @@ from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
 from jaxllm.engine.policy import POLICIES
+from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import BYTE_OF_CHARACTER, Tokenizer
@@ -147,8 +148,15 @@ def build_engine(
     fault="",
     start_error="",
     start_s=0.0,
+    replicas=1,
 ):
-    """(Engine, facts), as the engine's process builds it."""
+    """(Engine, facts), as the engine's process builds it; with `replicas`, several as one, faults in the first."""
+    if replicas > 1:
+        size = dict(step_s=step_s, num_pages=num_pages, page_size=page_size, max_num_seqs=max_num_seqs)
+        size |= dict(token_budget=token_budget, context=context)
+        first = build_engine(fault=fault, start_error=start_error, start_s=start_s, **size)
+        others = [build_engine(**size)[0] for _ in range(replicas - 1)]
+        return ReplicatedEngine((first[0], *others)), first[1]
     time.sleep(start_s)
     if start_error:
         raise ConfigError(start_error)

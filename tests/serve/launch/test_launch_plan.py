@@ -148,6 +148,14 @@ def test_replicas_stand_behind_a_gateway(capsys):
     assert gateway.endswith("jaxllm gateway --workers http://127.0.0.1:8100,http://127.0.0.1:8101 --port 9000")
 
 
+def test_one_server_drives_all_replicas_where_that_is_asked_for(capsys):
+    code, said = dry_run(capsys, "-dp", "2", "-pp", "2", "--one-server", "--port", "9000")
+    assert code == 0
+    assert "launch: one process, 1 processes" in said.out
+    command = "jaxllm serve --data-parallel-size 2 --pipeline-parallel-size 2"
+    assert said.out.splitlines()[-1].endswith(f"server (here): {command}")
+
+
 def test_slurm_makes_a_group(capsys, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
