@@ -7,6 +7,7 @@ shard_mapped functions. Knows nothing of layers' names, steps or what a function
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +98,25 @@ class Placement:
         if name in SPLIT or name == ONCE:
             return self.shard_axes or None, self.config.width
         return None, 1
+
+    def along(self, axes: Axes) -> list[tuple[str, ...]]:
+        """The mesh axes that cut each dim of a leaf."""
+        return [self._along(name, axes)[0] or () for name in axes]
+
+    def held(self, axes: Axes, shape: tuple[int, ...]) -> list[np.ndarray | None]:
+        """i[shards, rows a shard] for each dim that is cut; None for one that is not."""
+        return [rows if cut else None for rows, cut in zip(self._laid_out(axes, shape)[0], self.along(axes))]
+
+    def shards(self) -> list[tuple[Any, int]]:
+        """This process's devices, and which shard of a layer's matrices each holds."""
+        order = enumerate(self.mesh.devices.reshape(-1))
+        mine = jax.process_index()
+        return [(device, at % self.config.width) for at, device in order if device.process_index == mine]
+
+    def holding(self, params: Any) -> Placement:
+        """The same for these parameters: whatever their leaves are made of."""
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+        return dataclasses.replace(self, roles={**self.roles, "params": specs})
 
     def shape(self, axes: Axes, leaf: Any) -> jax.ShapeDtypeStruct:
         """What `place` makes of a leaf of this shape and dtype."""

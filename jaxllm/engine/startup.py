@@ -48,7 +48,6 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
-from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.scheme import Scheme, quantisation
 from jaxllm.graph.spread import Home, held_bytes
 from jaxllm.graph.steps import Graph
@@ -111,14 +110,15 @@ def start(
         named = tokenizer.eos_token_ids if tokenizer is not None else ()
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
-        replicas = [homes_of(model_config, stages, config.mesh) for stages in meshes]
+        scheme = _scheme(config, model_config)
+        replicas = [homes_of(model_config, stages, config.mesh, scheme) for stages in meshes]
         if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
             largest = tokenizer.vocab_size - 1
             raise ConfigError(
                 f"{directory / 'tokenizer.json'}: token ids up to {largest}, but config.json has "
                 f"vocab_size = {model_config.vocab_size}: they must be below it"
             )
-    _plan(config, replicas[0], _shapes(config, model_config, replicas[0]))  # DoesNotFitError before it is loaded
+    _plan(config, replicas[0], _shapes(config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
     engines, lanes = [], []
     if config.compile.directory is not None:
@@ -151,13 +151,17 @@ def _loaded_and_compiled(
     tell: Progress,
 ) -> tuple[list[Params], Compiled]:
     """Both at once where executables are found rather than made: what XLA times to choose kernels it times alone."""
-    compile_ = functools.partial(_compile, config, homes, _shapes(config, model_config, homes), report, tell)
+    shapes = _shapes(config, homes)
+    compile_ = functools.partial(_compile, config, homes, report=report, tell=tell)
     found = report.compile_cache.entries > 0
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        compiling = pool.submit(compile_) if found else None
+        compiling = pool.submit(compile_, shapes) if found else None
         with _timed(report, "weights"):
             params = _params(config, model_config, homes, directory, tell)
-        return params, compile_() if compiling is None else compiling.result()
+        compiled = None if compiling is None else compiling.result()
+    if jax.tree.structure(params) != jax.tree.structure(shapes):  # a checkpoint's matrices may be quantised unalike
+        return params, compile_(params)
+    return params, compile_(shapes) if compiled is None else compiled
 
 
 def _residency(
@@ -213,7 +217,7 @@ def _params(
 ) -> list[Params]:
     """The parameters of each stage."""
     dtype, stages = jnp.dtype(config.model.dtype), Stages.of(model_config, homes)
-    scheme = _scheme(config, model_config, homes)
+    scheme = homes[0].scheme
     if config.model.load_format == "dummy":
         random.dummy(model_config, dtype, config.seed, homes[0].device, scheme, stages.place)
     else:
@@ -224,30 +228,15 @@ def _params(
     return jax.block_until_ready(list(stages.trees))
 
 
-def _scheme(config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...]) -> Scheme:
+def _scheme(config: EngineConfig, model_config: ModelConfig) -> Scheme:
     scheme = quantisation(config.model)
     scheme.check(model_config)
-    quantised = scheme.kind != "none" or model_config.stored is not None
-    if quantised and (len(homes) > 1 or any(home.placement is not None for home in homes)):
-        raise ConfigError("mesh: quantised weights run on one device; leave tensor, pipe, expert and seq at 1")
     return scheme
 
 
-def _shapes(config: EngineConfig, model_config: ModelConfig, homes: tuple[Home, ...]) -> list[Params]:
+def _shapes(config: EngineConfig, homes: tuple[Home, ...]) -> list[Params]:
     """The parameters' shapes where they will lie."""
-    scheme, found = _scheme(config, model_config, homes), []
-    for home in homes:
-        shapes = home.shapes(jnp.dtype(config.model.dtype))
-        if model_config.stored is not None:
-            shapes = _at(stored.shapes(model_config.stored, shapes), home.whole)
-        elif scheme.kind != "none":
-            shapes = _at(scheme.shapes(shapes), home.whole)
-        found.append(shapes)
-    return found
-
-
-def _at(shapes: Params, sharding: jax.sharding.Sharding) -> Params:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    return [home.shapes(jnp.dtype(config.model.dtype)) for home in homes]
 
 
 def _plan(
@@ -310,8 +299,8 @@ def _compile(
         report.memory, specs = _plan(config, homes, params, workspace)
         pages = specs[0].num_pages
         graphs = [
-            Graph(graphdef, home.model, page_size, pages, **flags, placement=home.placement)
-            for graphdef, home in zip(graphdefs, homes)
+            Graph(graphdef, home.model, page_size, pages, **flags, placement=home.placed(own))
+            for graphdef, home, own in zip(graphdefs, homes, params)
         ]
         kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
         with _timed(report, "compile"):
@@ -340,8 +329,8 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
     report.compile_cache = open_cache(config.compile.directory)
-    homes = homes_of(model_config, meshes[0], config.mesh)
-    params = _shapes(config, model_config, homes)
+    homes = homes_of(model_config, meshes[0], config.mesh, _scheme(config, model_config))
+    params = _shapes(config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))
     if report.compile_cache.usable:
         seal(config.compile.directory)

@@ -20,6 +20,7 @@ from jaxllm.graph.compile import Executables, Ladder, Progress, compile_jobs, jo
 from jaxllm.graph.inputs import StepShape
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Ends, Params
+from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.spread import Home
 from jaxllm.graph.steps import Graph, Stepped
 from sharding.axes import MeshConfig, stage_layers
@@ -49,10 +50,12 @@ def stages_of(path: Path, model: ModelConfig, stages: int) -> Iterator[tuple[int
         yield stages - 1, path
 
 
-def homes_of(model: ModelConfig, meshes: Sequence[Mesh], config: MeshConfig) -> tuple[Home, ...]:
+def homes_of(
+    model: ModelConfig, meshes: Sequence[Mesh], config: MeshConfig, scheme: Scheme = PLAIN
+) -> tuple[Home, ...]:
     """The stages of one replica on their meshes. Raises MeshError."""
     parts = stage_models(model, len(meshes))
-    return tuple(Home.on(mesh, part, config, ends) for mesh, (part, ends) in zip(meshes, parts, strict=True))
+    return tuple(Home.on(mesh, part, config, ends, scheme) for mesh, (part, ends) in zip(meshes, parts, strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Where a model's arrays live: one device, or one stage's mesh. The rest of the stack asks and does not branch.
 
-In: a ModelConfig and a device or a mesh. Out: a Home: the shardings of parameters, pages, logits and everything else,
-the model as one device holds it, and a function that lays out one leaf at a time, so that no device ever holds a whole
-spread model. Knows nothing of steps.
+In: a ModelConfig, how its weights are quantised, and a device or a mesh. Out: a Home: the shardings of parameters,
+pages, logits and everything else, the model as one device holds it, and a function that lays out one leaf at a time, so
+that no device ever holds a whole spread model. Knows nothing of steps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxllm.graph.kv_cache import Device, KVCacheSpec
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import WHOLE, Ends, Params, abstract, axes
+from jaxllm.graph.quant import stored
+from jaxllm.graph.quant.leaf import QuantisedWeight
+from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from sharding.axes import MeshConfig
 from sharding.placement import Placement
 
@@ -33,7 +37,7 @@ def _names(model: ModelConfig, ends: Ends) -> Params:
 
 def is_axes(node: Any) -> bool:
     """The logical axes of one leaf, in a tree of them."""
-    return isinstance(node, tuple)
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
 def spread(
@@ -53,12 +57,17 @@ class Home:
     device: Device
     placement: Placement | None = None
     ends: Ends = WHOLE
+    scheme: Scheme = PLAIN
 
     @staticmethod
-    def on(mesh: Mesh, model: ModelConfig, config: MeshConfig, ends: Ends = WHOLE) -> Home:
+    def on(mesh: Mesh, model: ModelConfig, config: MeshConfig, ends: Ends = WHOLE, scheme: Scheme = PLAIN) -> Home:
         """A mesh of one device is that device."""
-        device = mesh.devices.flat[0]
-        return Home(model, device, spread(model, mesh, config, ends=ends) if mesh.devices.size > 1 else None, ends)
+        placement = spread(model, mesh, config, ends=ends) if mesh.devices.size > 1 else None
+        return Home(model, mesh.devices.flat[0], placement, ends, scheme)
+
+    def placed(self, params: Params) -> Placement | None:
+        """The placement for these parameters, or for their shapes."""
+        return None if self.placement is None else self.placement.holding(params)
 
     @property
     def held(self) -> ModelConfig:
@@ -78,12 +87,22 @@ class Home:
         return held.repeated(1 if self.placement is None else self.placement.config.width).shapes(self.sharding("kv"))
 
     def shapes(self, dtype: DTypeLike) -> Params:
-        """The parameters' shapes where they will lie."""
+        """The parameters' shapes where they will lie. MeshError where quantised weights cannot be cut so."""
         _, shapes = abstract(self.model, dtype, self.ends)
-        if self.placement is None:
+        if self.model.stored is not None:
+            shapes = stored.shapes(self.model.stored, shapes)
+        elif self.scheme.kind != "none":
+            shapes = self.scheme.shapes(shapes)
+        placement = self.placement
+        if placement is None:
             alone = self.whole
             return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone), shapes)
-        return jax.tree.map(self.placement.shape, axes(self.model, self.ends), shapes, is_leaf=is_axes)
+
+        def laid_out(names: Any, leaf: Any) -> Any:
+            quantised = isinstance(leaf, QuantisedWeight)
+            return shape_of_quantised(placement, names, leaf) if quantised else placement.shape(names, leaf)
+
+        return jax.tree.map(laid_out, axes(self.model, self.ends), shapes, is_leaf=is_axes)
 
     def place(self, path: Path, leaf: Any) -> Any:
         """The leaf at a path of this model's parameters, where it belongs."""
@@ -92,7 +111,52 @@ class Home:
         node: Any = _names(self.model, self.ends)
         for key in path:
             node = node[key]
+        if isinstance(leaf, QuantisedWeight):
+            return place_quantised(self.placement, node, leaf)
         return self.placement.place(node, leaf)
+
+
+# ---- quantised leaves: arrays that are cut together ----
+
+
+def part_of(placement: Placement, names: Any, leaf: QuantisedWeight, shard: int) -> QuantisedWeight:
+    """What one shard holds of a leaf [outputs, inputs]."""
+    outputs, inputs = (rows if rows is None else rows[shard] for rows in placement.held(names, leaf.shape))
+    return leaf.part(outputs, inputs, placement.along(names)[1])
+
+
+def _over(placement: Placement, names: Any, dims: Any, held: Any) -> tuple[tuple[int, ...], NamedSharding]:
+    """The shape and the sharding over all shards of an array of which one shard holds `held`."""
+    axes_of = dict(zip(("outputs", "inputs"), placement.along(names)))
+    along = [axes_of.get(name, ()) for name in dims]
+    sizes = (n * (placement.config.width if cut else 1) for n, cut in zip(held.shape, along))
+    return tuple(sizes), NamedSharding(placement.mesh, P(*(cut or None for cut in along)))
+
+
+def shape_of_quantised(placement: Placement, names: Any, leaf: QuantisedWeight) -> QuantisedWeight:
+    """What `place_quantised` makes of a leaf of these shapes."""
+    own = jax.eval_shape(lambda whole: part_of(placement, names, whole, 0), leaf)
+
+    def laid_out(dims: Any, held: Any) -> jax.ShapeDtypeStruct:
+        shape, sharding = _over(placement, names, dims, held)
+        return jax.ShapeDtypeStruct(shape, held.dtype, sharding=sharding)
+
+    return jax.tree.map(laid_out, own.dims(), own, is_leaf=is_axes)
+
+
+def place_quantised(placement: Placement, names: Any, leaf: QuantisedWeight) -> QuantisedWeight:
+    """A whole leaf laid out over the mesh: a leaf of one shard's sizes, whose arrays hold every shard's."""
+    shards = placement.shards()
+    parts = {shard: part_of(placement, names, leaf, shard) for shard in {shard for _, shard in shards}}
+    one = parts[shards[0][1]]
+
+    def joined(dims: Any, *held: Any) -> jax.Array:
+        shape, sharding = _over(placement, names, dims, held[0])
+        by_shard = dict(zip(parts, held))
+        pieces = [jax.device_put(by_shard[shard], device) for device, shard in shards]
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+    return jax.tree.map(joined, one.dims(), *parts.values(), is_leaf=is_axes)
 
 
 def held_bytes(params: Params) -> int:

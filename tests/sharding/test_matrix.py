@@ -1,8 +1,8 @@
 """Every mix of parallelisms on eight simulated devices: as one device, or refused with a reason; the table is a page.
 
 Each mesh serves a small model with fewer kv heads than devices: a dense one with biases, or, where there is `ep`, one
-with routed and shared experts. `docs/parallelism.md` is
-written here from what passed; a test fails where the committed page says something else.
+with routed and shared experts; then the same with quantised weights. `docs/parallelism.md` is written here from what
+was seen; a test fails where the committed page says something else.
 """
 
 import contextlib
@@ -104,6 +104,9 @@ EVERY_TIME = (
     "tp2 dp2 ep2 sp",
 )
 
+QUANTISED = {"int8": {"quantization": "int8"}, "int4": {"quantization": "int4", "quantization_group": 32}}
+QUANTISED_EVERY_TIME = (("tp2 pp2 dp2 sp", "int4"),)
+
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 WORDS = {"type": "object", "properties": {"name": {"enum": ["Ada", "Alan"]}}, "required": ["name"]}
@@ -174,9 +177,16 @@ def observe(engine):
     }
 
 
+def observe_quantised(engine):
+    """Of quantised weights: the same schedule and pages lie above them."""
+    short = [(prompt(n), GREEDY) for n in (3, 9, 17)]
+    found = {"greedy": [s.output_token_ids for s in serve(engine, short)]}
+    return found | {"log-probabilities": log_probabilities(engine, prompt(40, salt=4))}
+
+
 @contextlib.contextmanager
-def started(directory, **mesh):
-    engine = start(load(model=str(directory), **SHAPE, **mesh))[0]
+def started(directory, **settings):
+    engine = start(load(model=str(directory), **SHAPE, **settings))[0]
     yield engine
     engine.grammars.close()
     engine.grammars.trial.close()
@@ -187,7 +197,10 @@ def alone(directories):
     """Dense or not -> what one device says, looked at when it is first asked for."""
 
     @functools.cache
-    def seen(dense):
+    def seen(dense, scheme=None):
+        if scheme is not None:
+            with started(directories[dense], **QUANTISED[scheme]) as engine:
+                return observe_quantised(engine)
         with started(directories[dense]) as engine:
             found = observe(engine)
         assert len({token for tokens in found["greedy"] for token in tokens}) > 20, "the model says one thing only"
@@ -197,12 +210,17 @@ def alone(directories):
     return seen
 
 
-def compare(alone, seen, replicas):
-    """Feature -> None, or what differs."""
-    found = {}
-    found["greedy"] = None if seen["greedy"] == alone["greedy"] else "other tokens"
+def compare_numbers(alone, seen):
+    """Column -> None, or what differs."""
     error = np.abs(seen["log-probabilities"] - alone["log-probabilities"]).max()
-    found["log-probabilities"] = None if error < 1e-5 else f"differ by {error:.1e}"
+    return {
+        "greedy": None if seen["greedy"] == alone["greedy"] else "other tokens",
+        "log-probabilities": None if error < 1e-5 else f"differ by {error:.1e}",
+    }
+
+
+def compare(alone, seen, replicas):
+    found = compare_numbers(alone, seen)
     cached = alone["prefix cache"][1] if replicas == 1 else None  # the second request may go to the other replica
     same = seen["prefix cache"][0] == alone["prefix cache"][0] and cached in (None, seen["prefix cache"][1])
     found["prefix cache"] = None if same else "other tokens or no hit"
@@ -223,10 +241,25 @@ def run(name, directories, alone, results):
         with started(directories[dense], **mesh) as engine:
             seen = observe(engine)
     except MeshError as reason:
-        results[name] = str(reason)
+        results[name] = dict.fromkeys(COLUMNS, refusal(reason))
         return
-    found = results[name] = compare(alone(dense), seen, mesh["dp"] * mesh["pp"])  # a pipeline has a lane a stage
+    found = compare(alone(dense), seen, mesh["dp"] * mesh["pp"])  # a pipeline has a lane a stage
+    results.setdefault(name, {}).update({column: wrong or "same" for column, wrong in found.items()})
     assert not any(found.values()), found
+
+
+def run_quantised(name, scheme, directories, alone, results):
+    mesh, cells = MESHES[name], results.setdefault(name, {})
+    dense = mesh["ep"] == 1
+    try:
+        with started(directories[dense], **mesh, **QUANTISED[scheme]) as engine:
+            seen = observe_quantised(engine)
+    except MeshError as reason:
+        cells[scheme] = refusal(reason)
+        return
+    found = compare_numbers(alone(dense, scheme), seen)
+    cells[scheme] = "; ".join(f"{column}: {wrong}" for column, wrong in found.items() if wrong) or "same"
+    assert cells[scheme] == "same"
 
 
 @pytest.mark.parametrize("name", EVERY_TIME)
@@ -240,28 +273,48 @@ def test_every_other_mesh_too(name, directories, alone, results):
     run(name, directories, alone, results)
 
 
+QUANTISED_CELLS = [(name, scheme) for name in MESHES for scheme in QUANTISED]
+
+
+@pytest.mark.parametrize(("name", "scheme"), QUANTISED_EVERY_TIME)
+def test_quantised_weights_on_a_mesh_give_what_they_give_on_one_device(name, scheme, directories, alone, results):
+    run_quantised(name, scheme, directories, alone, results)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(("name", "scheme"), [cell for cell in QUANTISED_CELLS if cell not in QUANTISED_EVERY_TIME])
+def test_quantised_weights_on_every_other_mesh_too(name, scheme, directories, alone, results):
+    run_quantised(name, scheme, directories, alone, results)
+
+
 def test_the_page_says_what_was_seen(results):
-    """A mesh that the page does not know yet gets its row; one that it knows must say what was seen."""
-    known = {line.split("|")[1].strip(): line for line in PAGE.read_text().splitlines() if line.startswith("| ")}
-    seen = {name: row(name, found) for name, found in results.items()}
-    PAGE.write_text(page(known | {name: line for name, line in seen.items() if name not in known}))
-    assert {name: known.get(name, line) for name, line in seen.items()} == seen
+    """A cell that the page does not know yet is filled; one that it knows must say what was seen."""
+    known = rows_of(PAGE.read_text().split(MARK)[1])
+    merged = {name: results.get(name, {}) | known.get(name, {}) for name in MESHES if name in results or name in known}
+    PAGE.write_text(page(merged))
+    assert {name: {column: merged[name][column] for column in cells} for name, cells in results.items()} == results
 
 
-COLUMNS = ("greedy", "log-probabilities", "prefix cache", "chunked prefill", "structured")
+COLUMNS = ("greedy", "log-probabilities", "prefix cache", "chunked prefill", "structured", *QUANTISED)
 
 
-def row(name, found):
-    if isinstance(found, str):
-        return f"| {name} | refused: {found.replace('|', '/')} |" + " |" * (len(COLUMNS) - 1)
-    cells = ("same" if found[column] is None else found[column] for column in COLUMNS)
-    return f"| {name} | " + " | ".join(cells) + " |"
+def refusal(reason):
+    """Up to the arithmetic: what to do about it follows."""
+    return "refused: " + str(reason).split(", and ")[0].replace("|", "/")
+
+
+def rows_of(table):
+    """Mesh -> column -> cell, of those that say something."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    head, *rows = lines or [[]]
+    return {name: {column: cell for column, cell in zip(head[1:], cells) if cell} for name, *cells in rows}
 
 
 def page(rows):
     head = PAGE.read_text().split(MARK)[0]
     table = [f"| mesh | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    return head + MARK + "\n\n" + "\n".join([*table, *(rows[name] for name in MESHES if name in rows)]) + "\n"
+    table += [f"| {name} | {' | '.join(cells.get(column, '') for column in COLUMNS)} |" for name, cells in rows.items()]
+    return head + MARK + "\n\n" + "\n".join(table) + "\n"
 
 
 MARK = "<!-- The table below is written by tests/sharding/test_matrix.py: make test-mesh -->"
