@@ -2,9 +2,10 @@
 
     python -m tools.calibrate_planner [--check]
 
-In: benchmarks/results/*_h200/llm-*.json (benchmarks/llm.py made them) and the figures below, which were measured on
-the same kind of card before this repository had an engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of
-errors, each run's also when it is left out of the fit. --check writes nothing and fails when the file would change.
+In: recordings of the asynchronous engine under benchmarks/results (RECORDINGS: comparisons, logs of one JSON a line,
+tensor-parallel steps) and the figures below, which were measured on the same kind of card before this repository had an
+engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of errors, each run's also when it is left out of the
+fit. --check writes nothing and fails when the file would change.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,12 +26,20 @@ from sharding.axes import MeshConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "jaxllm" / "tools" / "devices" / "nvidia-h200.json"
-REDUCE_S = 25e-6
+RECORDINGS = (  # (file, model)
+    ("compare_8b_h200/compare-8b.json", "llama-3.1-8b"),
+    ("async_engine_h200/lead-4.txt", "qwen3-0.6b"),
+    ("tensor_parallel_h200/step2_cuda.json", ""),
+    ("tensor_parallel_h200/step4_cuda.json", ""),
+)
+STEP_CONTEXT = 1024  # of benchmarks/tensor_parallel.py
+REDUCE_S = {"auto": 4e-6, "stock": 25e-6}
 LINKS = {
-    "all_reduce_s": REDUCE_S,
+    "all_reduce_s": REDUCE_S["auto"],
     "bytes_per_s": 450e9,
-    "source": "a captured NCCL all-reduce of 16 KiB between 2 or 4 H200s, about 25 us each in a decode step (stock JAX "
-    "0.11.2, 2026-11-20); bandwidth is the datasheet's, one direction. benchmarks/links.py measures both",
+    "source": "our all-reduce of 8 KiB between 2 or 4 H200s, 3.7 and 4.3 us (benchmarks/results/tensor_parallel_h200, "
+    "2026-11-21; NCCL in a stock decode step about 25); bandwidth is the datasheet's, one direction. "
+    "benchmarks/links.py measures both",
 }
 STOCK = "stock JAX 0.11.2 step without an engine, one H200 or two, 2026-11-20"
 STOCK_RUNS = (  # (batch, context, tp, ms)
@@ -41,36 +51,66 @@ STOCK_RUNS = (  # (batch, context, tp, ms)
 )
 
 
+def readings(path: Path, model: str) -> Iterator[tuple[str, Run]]:
+    """("decode" or "prefill", run) of one recording; a prompt's length is its context."""
+    source = str(path.relative_to(ROOT))
+    if path.suffix == ".txt":
+        for line in path.read_text().splitlines():
+            row = json.loads(line) if line.startswith("{") else {}
+            if row.get("what") == "decode":
+                yield "decode", Run("auto", model, row["batch"], row["ctx"], row["step_ms"], source=source)
+            elif row.get("what") == "prefill":
+                yield "prefill", Run("auto", model, 1, row["tokens"], row["ttft_ms"], source=source)
+        return
+    raw = json.loads(path.read_text())
+    if isinstance(raw, list):
+        for row in raw:
+            yield "decode", Run("auto", row["model"], row["batch"], STEP_CONTEXT, row["ms"], row["n"], source)
+        return
+    for row in raw["engines"]["jaxllm"]:
+        numbers = [int(number) for number in re.findall(r"\d+", row["at"])]
+        if row["what"] == "decode step":
+            yield "decode", Run("auto", model, *numbers, round(row["value"], 3), source=source)
+        elif row["what"].startswith("prefill"):
+            yield "prefill", Run("auto", model, 1, numbers[0], round(row["value"], 3), source=source)
+
+
 def recorded() -> tuple[list[Run], list[Run]]:
-    """(decode steps, prefills) of benchmarks/llm.py's result files; the newest file of a shape and kernels wins."""
-    runs: dict[Any, Run] = {}
-    prefills: dict[Any, Run] = {}
-    for path in sorted(ROOT.glob("benchmarks/results/*_h200/llm-*.json")):
-        raw = json.loads(path.read_text())
-        if "rows" not in raw or raw.get("shape") not in MODELS:
-            continue
-        tp = int(raw.get("tensor", 1))
-        for row in raw["rows"]:
-            common = {"costs": raw["kernels"], "model": raw["shape"], "tp": tp, "source": str(path.relative_to(ROOT))}
-            if row["what"] == "decode":
-                run = Run(batch=row["batch"], context=row["ctx"], tpot_ms=row["step_ms"], **common)
-                runs[run.costs, run.model, run.batch, run.context, tp] = run
-            elif row["what"] == "prefill":
-                run = Run(batch=1, context=row["tokens"], tpot_ms=row["ttft_ms"], **common)
-                prefills[run.costs, run.model, run.context, tp] = run
+    """(decode steps, prefills)."""
+    found: dict[str, list[Run]] = {"decode": [], "prefill": []}
+    for name, model in RECORDINGS:
+        for what, run in readings(ROOT / "benchmarks" / "results" / name, model):
+            found[what].append(run)
     stock = [Run("stock", "llama-3.1-8b", batch, context, ms, tp, STOCK) for batch, context, tp, ms in STOCK_RUNS]
-    return [*runs.values(), *stock], list(prefills.values())
+    return [*found["decode"], *stock], found["prefill"]
 
 
 def columns(run: Run) -> tuple[np.ndarray, float]:
     """What each cost multiplies, and what no cost does."""
     terms = decode_terms(MODELS[run.model], run.batch, run.context, H200, MeshConfig(tensor=run.tp))
-    return np.array(
-        [1.0, terms.layers, terms.rows, terms.weights_s, terms.kv_s]
-    ), terms.reduces * REDUCE_S + terms.moved_s
+    return np.array([1.0, terms.layers, terms.rows, terms.weights_s, terms.kv_s]), terms.reduces * REDUCE_S[
+        run.costs
+    ] + terms.moved_s
 
 
-def fit(runs: list[Run]) -> np.ndarray:
+def fit(runs: list[Run]) -> tuple[float, np.ndarray]:
+    """(the least a step takes, the costs): of every run's time as the least, the one that leaves the smallest error.
+
+    Runs that are no longer than the least say nothing of the device.
+    """
+    best, best_error = (0.0, fit_costs(runs)), np.inf
+    for least in (0.0, *(run.tpot_ms / 1e3 for run in runs)):
+        longer = [run for run in runs if run.tpot_ms / 1e3 > least * 1.05]
+        if len(longer) < 5:
+            continue
+        found = least, fit_costs(longer)
+        error = sum((predicted_ms(run, *found) / run.tpot_ms - 1) ** 2 for run in runs)
+        if error < best_error - 1e-9:
+            best, best_error = found, error
+    return best
+
+
+def fit_costs(runs: list[Run]) -> np.ndarray:
     """Least squares of relative errors, no cost below nothing and no share above one: every subset of free costs."""
     rows, fixed = zip(*(columns(run) for run in runs))
     seconds = np.array([run.tpot_ms for run in runs]) / 1e3
@@ -88,9 +128,9 @@ def fit(runs: list[Run]) -> np.ndarray:
     return best + least
 
 
-def predicted_ms(run: Run, found: np.ndarray) -> float:
+def predicted_ms(run: Run, least: float, found: np.ndarray) -> float:
     row, fixed = columns(run)
-    return float(row @ found + fixed) * 1e3
+    return max(least, float(row @ found + fixed)) * 1e3
 
 
 def fit_prefill(runs: list[Run]) -> tuple[float, float]:
@@ -111,11 +151,12 @@ def main(arguments: list[str]) -> int:
     costs: dict[str, Costs] = {}
     for name in dict.fromkeys(run.costs for run in runs):
         mine = [run for run in runs if run.costs == name]
-        found = fit(mine)
+        least, found = fit(mine)
         host, share = fit_prefill([run for run in prefills if run.costs == name])
         shares = [round(1 / float(value), 4) for value in found[3:]]
         own = [round(float(value), 9) for value in found[:3]]
         costs[name] = Costs(
+            least_s=round(least, 6),
             host_s=own[0],
             layer_s=own[1],
             row_s=own[2],
@@ -123,10 +164,11 @@ def main(arguments: list[str]) -> int:
             kv_share=shares[1],
             prefill_host_s=round(host, 6),
             prefill_share=round(share, 4),
+            reduce_s=REDUCE_S[name],
         )
         for run in mine:
             left_out = fit([other for other in mine if other is not run])
-            error, other = (predicted_ms(run, f) / run.tpot_ms - 1 for f in (found, left_out))
+            error, other = (predicted_ms(run, *f) / run.tpot_ms - 1 for f in ((least, found), left_out))
             label = f"{name} {run.model} tp{run.tp} batch {run.batch} context {run.context}"
             print(f"{label:48s} {run.tpot_ms:7.2f} ms  error {error:+6.1%}  left out {other:+6.1%}")
     ceilings = {f.name: getattr(H200, f.name) for f in dataclasses.fields(H200) if not f.name.startswith("link_")}

@@ -32,6 +32,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 class Costs:
     """What recorded runs of one engine cost beyond their floors."""
 
+    least_s: float  # the host's own part of a decode step: it runs beside the device, and no step is shorter
     host_s: float  # of a decode step, whatever it holds
     layer_s: float  # of each layer
     row_s: float  # of each sequence
@@ -39,6 +40,7 @@ class Costs:
     kv_share: float  # the same of keys and values
     prefill_host_s: float
     prefill_share: float  # of the device's floating-point peak
+    reduce_s: float  # one small all-reduce between devices of one host
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Run:
 @dataclass(frozen=True)
 class Device:
     ceilings: Ceilings
-    reduce_s: float  # one small all-reduce between devices of one host
     link_bytes_per_s: float
     costs: dict[str, Costs]
     runs: tuple[Run, ...]
@@ -83,7 +84,6 @@ def read_device(name: str) -> Device:
             link_latency_s=links["all_reduce_s"],
             source=raw["ceilings"]["source"],
         ),
-        links["all_reduce_s"],
         links["bytes_per_s"],
         {name: Costs(**value) for name, value in raw["costs"].items()},
         tuple(Run(**run) for run in raw["runs"]),
@@ -178,15 +178,16 @@ class Terms:
     reduces: int  # all-reduces one after another
     moved_s: float  # their bytes on the links
 
-    def seconds(self, costs: Costs, reduce_s: float) -> float:
+    def seconds(self, costs: Costs) -> float:
         own = costs.host_s + self.layers * costs.layer_s + self.rows * costs.row_s
-        return (
+        device = (
             own
             + self.weights_s / costs.weight_share
             + self.kv_s / costs.kv_share
-            + self.reduces * reduce_s
+            + self.reduces * costs.reduce_s
             + self.moved_s
         )
+        return max(costs.least_s, device)
 
 
 def decode_terms(
@@ -229,9 +230,9 @@ def tpot_s(model: ModelDims, device: Device, mesh: MeshConfig, batch: int, conte
     """Of one replica with `batch` sequences. Pipeline stages share the batch between as many micro-batches."""
     micro = -(-batch // mesh.pipe)
     terms = decode_terms(model, micro, context, device.ceilings, mesh)
-    hop = device.reduce_s + micro * model.D * BF16_BYTES / device.link_bytes_per_s
-    step = terms.seconds(costs, device.reduce_s)
-    return step + (mesh.pipe - 1) * (hop + costs.host_s) + (mesh.seq > 1) * model.L * device.reduce_s
+    hop = costs.reduce_s + micro * model.D * BF16_BYTES / device.link_bytes_per_s
+    step = terms.seconds(costs)
+    return step + (mesh.pipe - 1) * (hop + costs.host_s) + (mesh.seq > 1) * model.L * costs.reduce_s
 
 
 def ttft_s(model: ModelDims, device: Device, mesh: MeshConfig, prompt: int, costs: Costs) -> float:
@@ -245,7 +246,7 @@ def ttft_s(model: ModelDims, device: Device, mesh: MeshConfig, prompt: int, cost
     compute_s = flops / ways / device.ceilings.bf16_flops_per_s / costs.prefill_share
     reduces = 2 * model.L if mesh.width > 1 else 0
     moved = 2 * prompt / mesh.seq * model.D * BF16_BYTES / device.link_bytes_per_s
-    return costs.prefill_host_s + max(bytes_s, compute_s) + reduces * (device.reduce_s + moved)
+    return costs.prefill_host_s + max(bytes_s, compute_s) + reduces * (costs.reduce_s + moved)
 
 
 # ---- plans ----

@@ -18,7 +18,9 @@ def command(
     tpot: Annotated[str | None, typer.Option(metavar="TIME", help="Longest mean time a token: 20ms.")] = None,
     prompt: Annotated[int, typer.Option(parser=size, metavar="SIZE", help="Tokens of a prompt.")] = 1024,
     output: Annotated[int, typer.Option(parser=size, metavar="SIZE", help="Tokens of an answer.")] = 256,
-    costs: Annotated[str, typer.Option(help="Which recorded engine to predict: auto, reference or stock.")] = "auto",
+    costs: Annotated[
+        str, typer.Option(help="Which recorded engine to predict: auto (ours) or stock (plain JAX).")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the best mesh as a recipe.")] = None,
     show_errors: Annotated[bool, typer.Option("--errors", help="Show predictions beside the recorded runs.")] = False,
 ) -> None:
