@@ -1,7 +1,8 @@
 """Devices arranged as meshes: one jax Mesh for every pipeline stage of every replica.
 
 In: a MeshConfig and devices. Out: meshes with the axes seq, expert, tensor, devices of one stage next to each other;
-or a MeshError that counts devices. Knows nothing of models.
+or a MeshError that counts devices. Over several processes the last stage, whose results are read, has the first ones:
+those of the process that leads. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ def stage_meshes(config: MeshConfig, devices: Sequence[Any] | None = None) -> tu
             f"there are {len(found)} ({found[0].platform if found else 'none'})"
         )
     processes = len({device.process_index for device in found[: config.size]})
-    if processes > 1 and (config.data > 1 or config.pipe > 1):
-        what = "mesh.data" if config.data > 1 else "mesh.pipe"
+    if processes > 1 and config.data > 1:
         raise MeshError(
-            f"{what} > 1 over {processes} processes: an engine drives replicas and stages of its own process only; "
-            "spread mesh.tensor over processes, or start one engine a process behind the gateway"
+            f"mesh.data > 1 over {processes} processes: an engine drives replicas of its own process only; "
+            "spread mesh.tensor or mesh.pipe over processes, or start one engine a process behind the gateway"
         )
     shape = (config.data, config.pipe, config.seq, config.expert, config.tensor)
     grid = np.array(found[: config.size], dtype=object).reshape(shape)
+    if processes > 1:
+        grid = grid[:, ::-1]
     auto = (AxisType.Auto,) * len(STAGE_AXES)
     return tuple(tuple(Mesh(stage, STAGE_AXES, axis_types=auto) for stage in replica) for replica in grid)

@@ -35,6 +35,7 @@ from jaxllm.engine.metrics import Metrics
 from jaxllm.graph.compile import COUNTS_CHUNK, Executables, Ladder, compile_counter
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples
 from jaxllm.graph.kv_cache import KVCache
+from jaxllm.graph.spread import put, zeros
 from jaxllm.graph.steps import SAMPLER_MODES, Sampled, SampleMode, Stepped
 
 NUMERICAL_ERROR = "numerical_error: the model's logits for this sequence are not finite"
@@ -100,10 +101,9 @@ class Runner:
 
     def __post_init__(self) -> None:
         rows = self.counts.shape[0] - 1
-        self.last_tokens = jax.device_put(np.zeros(rows + 1, np.int32), self.counts.sharding)
+        self.last_tokens = put(np.zeros(rows + 1, np.int32), self.counts.sharding)
         for bucket in self.ladder.decode_rows:
-            empty = jnp.zeros((bucket, self.vocab_size), jnp.float32, device=self.logits_sharding)
-            self._logits[bucket] = empty
+            self._logits[bucket] = zeros((bucket, self.vocab_size), jnp.float32, self.logits_sharding)
         self._page_table = np.zeros((rows, self.ladder.width), np.int32)
         self._num_pages = np.zeros(rows, np.int64)
 
@@ -189,8 +189,8 @@ class Runner:
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:
         # Put first: an array that the call itself must bring over costs 0.1 ms more.
-        place = self.counts.sharding
-        inputs = jax.device_put(packed, place) if place.is_fully_addressable else packed  # else told to other processes
+        alone = jax.process_count() == 1  # else it is told to other processes
+        inputs = jax.device_put(packed, self.counts.sharding) if alone else packed
         state = self.kv, self.last_tokens, self._logits[shape.rows]
         stepped: Stepped = self.executables.step(shape)(self.params, *state, inputs)
         self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
@@ -290,7 +290,7 @@ class Runner:
             mask = np.full((bucket, -(-self.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
             packed = pack_samples(bucket, [], self.counts.shape[0] - 1)
             arrays = packed, ids, np.zeros((bucket, MAX_LOGIT_BIAS), np.float32), mask
-            self._neutral[bucket] = jax.device_put(arrays, self.counts.sharding)
+            self._neutral[bucket] = put(arrays, self.counts.sharding)
         return self._neutral[bucket]
 
     def _bias_arrays(self, bucket: int, rows: SequenceOf[ScheduledRow]) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
 from jaxllm.graph.quant.scheme import Scheme, quantisation
-from jaxllm.graph.spread import Home, held_bytes
+from jaxllm.graph.spread import Home, held_bytes, zeros
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.tokenizer import Tokenizer
@@ -219,7 +219,7 @@ def _params(
     dtype, stages = jnp.dtype(config.model.dtype), Stages.of(model_config, homes)
     scheme = homes[0].scheme
     if config.model.load_format == "dummy":
-        random.dummy(model_config, dtype, config.seed, homes[0].device, scheme, stages.place)
+        random.dummy(model_config, dtype, config.seed, homes[0].own_device, scheme, stages.place)
     else:
         alone = len(homes) == 1 and homes[0].placement is None
         through = homes[0].device if alone else jax.local_devices(backend="cpu")[0]  # no device need hold a whole leaf
@@ -249,7 +249,7 @@ def _plan(
         held = home.held
         spec = KVCacheSpec(held.num_layers, held.num_kv_heads, held.head_dim, page_size, 0, dtype)
         needed = estimate_workspace_bytes(config, held) if workspace is None else workspace
-        plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.device))
+        plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.own_device))
         specs.append(spec)
     plan, deep = min(plans, key=lambda plan: plan.num_pages), config.mesh.seq
     lane = max(1, plan.num_pages // len(homes))
@@ -265,9 +265,10 @@ def _runners(
     final = homes[-1]
     for _ in homes:
         with _timed(report, "cache"):
-            kv = [allocate(home.kv_shapes(spec)) for home, spec in zip(homes, specs)]
+            shapes = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
+            kv = [allocate(own) if home.here else own for home, own in zip(homes, shapes)]
             shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
-            counts = jnp.zeros(shape, jnp.uint16, device=final.whole)
+            counts = zeros(shape, jnp.uint16, final.whole)
         logits = final.sharding("logits")
         own = (params[0], kv[0]) if len(homes) == 1 else (params, kv)
         runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits)
@@ -308,8 +309,7 @@ def _compile(
             if len(homes) == 1:
                 executables = compile_all(graphs[0], ladder, params[0], kv[0], counts, **how, traces=traces)
             else:
-                wholes = [home.whole for home in homes]
-                executables = compile_stages(graphs, ladder, params, kv, counts, wholes, **how)
+                executables = compile_stages(graphs, ladder, params, kv, counts, homes, **how)
         report.executables, report.traced = len(executables.table), executables.traced
         measured = executables.temporary_bytes + logits_bytes(config, final.held)
         report.memory = dataclasses.replace(report.memory, measured_bytes=measured)

@@ -2,12 +2,14 @@
 
 In: the Homes of the stages, which know their layers; parameters by the whole model's paths. Out: Executables whose
 `step` runs the stages one after the other, handing the residual stream from device to device. Calls return at once, so
-that steps of other sequences keep the earlier stages busy meanwhile. Knows nothing of who sends such steps.
+that steps of other sequences keep the earlier stages busy meanwhile. Where stages live in several processes, each of
+them makes the same calls and runs its own stages. Knows nothing of who sends such steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.spread import Home
 from jaxllm.graph.steps import Graph, Stepped
 from sharding.axes import MeshConfig, stage_layers
+from sharding.hop import Copy, Hop, hop_between
 
 Path = tuple[str | int, ...]
 
@@ -86,19 +89,27 @@ class Stages:
 class StagedStep:
     """`steps.step` of one shape over all stages: the same arguments, with parameters and pages a list each."""
 
-    stages: tuple[Any, ...]  # compiled
-    carries: tuple[Any, ...]  # where each stage wants what it is handed: shardings
-    wholes: tuple[Any, ...]  # where each keeps what all its devices hold
+    stages: tuple[Any, ...]  # compiled; None: another process's
+    hops: tuple[Copy | Hop, ...]  # into each stage
+    wholes: tuple[jax.sharding.Sharding, ...]  # where each keeps what all its devices hold
+    hidden: Any  # stands for the hidden states where the last stage is not
 
     def __call__(
         self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, logits: Any, packed: Any
     ) -> Stepped:
-        carry, new_kv = last_tokens, []
+        new_kv = []
         *before, last = self.stages
-        for stage, wants, whole, own, pages in zip(before, self.carries, self.wholes, params, kv):
-            carry, pages = stage(own, pages, jax.device_put(carry, wants), jax.device_put(packed, whole))
+        carry = last_tokens if last is not None else None
+        for stage, hop, whole, own, pages in zip(before, self.hops, self.wholes, params, kv):
+            carry = hop(carry)
+            if stage is not None:
+                inputs = jax.device_put(packed, whole) if whole.is_fully_addressable else packed
+                carry, pages = stage(own, pages, carry, inputs)
             new_kv.append(pages)
-        x = jax.device_put(carry, self.carries[-1])
+        x = self.hops[-1](carry)
+        if last is None:
+            nothing: Any = None
+            return Stepped(nothing, [*new_kv, kv[-1]], last_tokens, logits, self.hidden)
         stepped: Stepped = last(params[-1], kv[-1], last_tokens, logits, packed, x)
         return stepped._replace(kv=[*new_kv, stepped.kv])
 
@@ -113,32 +124,48 @@ class OfLastStage:
         return self.compiled(params[-1], *arguments)
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """An executable of a stage that another process has: gives back what its caller keeps."""
+
+    what: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.what == "set_counts":
+            return arguments[0]
+        return (None, *arguments[:2]) if self.what == "sample" else None
+
+
 def compile_stages(
     graphs: Sequence[Graph],
     ladder: Ladder,
     params: Sequence[Any],
     kv: Sequence[Any],
     counts: jax.ShapeDtypeStruct,
-    wholes: Sequence[jax.sharding.Sharding],
+    homes: Sequence[Home],
     *,
     threads: int,
     progress: Progress | None = None,
 ) -> Executables:
-    """`wholes`: where each stage keeps what all its devices hold. `counts` lie on the last."""
-    final = len(graphs) - 1
+    """`counts` lie on the last stage. What lives in other processes is not compiled here."""
+    final, wholes = len(graphs) - 1, [home.whole for home in homes]
 
     def tokens_on(stage: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((counts.shape[0],), jnp.int32, sharding=wholes[stage])
 
-    jobs = [
-        job
+    by_stage = [
+        list(stage_jobs(number, graphs[number], ladder, params[number], kv[number], tokens_on(number)))
         for number in range(final)
-        for job in stage_jobs(number, graphs[number], ladder, params[number], kv[number], tokens_on(number))
     ]
-    jobs += jobs_of(graphs[final], ladder, params[final], kv[final], counts, final)
-    executables = compile_jobs(jobs, threads, progress)
+    by_stage.append(list(jobs_of(graphs[final], ladder, params[final], kv[final], counts, final)))
+    executables = compile_jobs(
+        [job for jobs, home in zip(by_stage, homes) if home.here for job in jobs], threads, progress
+    )
+    for jobs, home in zip(by_stage, homes):
+        if not home.here:
+            executables.table |= {job.key: Elsewhere(str(job.key[0])) for job in jobs}
     for shape in ladder.shapes():
-        executables.table["step", shape] = _staged(executables, graphs, params, wholes, shape)
+        executables.table["step", shape] = _staged(executables, graphs, params, homes, tokens_on(0), shape)
     for tokens in ladder.mixed_tokens:
         key = "prompt_logprobs", tokens
         executables.table[key] = OfLastStage(executables.table[key])
@@ -149,9 +176,16 @@ def _staged(
     executables: Executables,
     graphs: Sequence[Graph],
     params: Sequence[Any],
-    wholes: Sequence[jax.sharding.Sharding],
+    homes: Sequence[Home],
+    last_tokens: jax.ShapeDtypeStruct,
     shape: StepShape,
 ) -> StagedStep:
-    stages = tuple(executables.table["stage", number, shape] for number in range(len(graphs)))
-    between = [residual(graph, shape, own)[0].sharding for graph, own in zip(graphs[1:], params[1:])]
-    return StagedStep(stages, (wholes[0], *between), tuple(wholes))
+    """`last_tokens` as the first stage takes them."""
+    stages = tuple(
+        executables.table["stage", number, shape] if home.here else None for number, home in enumerate(homes)
+    )
+    between = [residual(graph, shape, own)[0] for graph, own in zip(graphs[1:], params[1:])]
+    places = [homes[-1].mesh, *(home.mesh for home in homes)]
+    hops = [hop_between(*pair, like) for pair, like in zip(itertools.pairwise(places), [last_tokens, *between])]
+    hidden = None if shape.decode else between[-1]
+    return StagedStep(stages, tuple(hops), tuple(home.whole for home in homes), hidden)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -24,6 +26,8 @@ from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.leaf import QuantisedWeight
 from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from sharding.axes import MeshConfig
+from sharding.hop import is_here
+from sharding.mesh import STAGE_AXES
 from sharding.placement import Placement
 
 Path = tuple[str | int, ...]
@@ -65,6 +69,25 @@ class Home:
         placement = spread(model, mesh, config, ends=ends) if mesh.devices.size > 1 else None
         return Home(model, mesh.devices.flat[0], placement, ends, scheme)
 
+    @property
+    def mesh(self) -> Mesh:
+        """Of one device too."""
+        if self.placement is not None:
+            return self.placement.mesh
+        return Mesh(np.array(self.device).reshape((1,) * len(STAGE_AXES)), STAGE_AXES)
+
+    @property
+    def here(self) -> bool:
+        """Whether this process has a device of it."""
+        return is_here(self.whole)
+
+    @property
+    def own_device(self) -> Device:
+        """One of this process: of this home, or like it."""
+        mine = jax.process_index()
+        found = (device for device in self.mesh.devices.flat if device.process_index == mine)
+        return next(found, jax.local_devices()[0])
+
     def placed(self, params: Params) -> Placement | None:
         """The placement for these parameters, or for their shapes."""
         return None if self.placement is None else self.placement.holding(params)
@@ -95,8 +118,7 @@ class Home:
             shapes = self.scheme.shapes(shapes)
         placement = self.placement
         if placement is None:
-            alone = self.whole
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone), shapes)
+            return shapes_on(shapes, self.whole)
 
         def laid_out(names: Any, leaf: Any) -> Any:
             quantised = isinstance(leaf, QuantisedWeight)
@@ -105,15 +127,34 @@ class Home:
         return jax.tree.map(laid_out, axes(self.model, self.ends), shapes, is_leaf=is_axes)
 
     def place(self, path: Path, leaf: Any) -> Any:
-        """The leaf at a path of this model's parameters, where it belongs."""
-        if self.placement is None:
-            return jax.device_put(leaf, self.whole)
+        """The leaf at a path of this model's parameters, where it belongs; its shape, if that is another process."""
+        placement = self.placement
+        if placement is None:
+            return jax.device_put(leaf, self.whole) if self.here else shapes_on(leaf, self.whole)
         node: Any = _names(self.model, self.ends)
         for key in path:
             node = node[key]
         if isinstance(leaf, QuantisedWeight):
-            return place_quantised(self.placement, node, leaf)
-        return self.placement.place(node, leaf)
+            return (place_quantised if self.here else shape_of_quantised)(placement, node, leaf)
+        return (placement.place if self.here else placement.shape)(node, leaf)
+
+
+# ---- arrays on devices of other processes: their shapes stand for them here ----
+
+
+def shapes_on(tree: Any, sharding: Sharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding) -> Any:
+    if not is_here(sharding):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jnp.zeros(shape, dtype, device=sharding)
+
+
+def put(tree: Any, sharding: Sharding) -> Any:
+    """Host arrays onto devices."""
+    return jax.device_put(tree, sharding) if is_here(sharding) else shapes_on(tree, sharding)
 
 
 # ---- quantised leaves: arrays that are cut together ----

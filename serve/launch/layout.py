@@ -121,11 +121,6 @@ def _processes(
             f"mesh.data = {mesh.data} in {place.processes} processes of one engine: launch each replica by itself "
             "with data = 1 and put jaxllm gateway before them, or use launch.mode = 'ray'"
         )
-    if mesh.pipe > 1:
-        raise ConfigError(
-            f"mesh.pipe = {mesh.pipe} in {place.processes} processes: pipeline stages live in one process; spread "
-            "mesh.tensor over processes, or give one process all stages"
-        )
     if mesh.size % place.processes:
         raise ConfigError(f"mesh {mesh}: {mesh.size} devices do not divide over {place.processes} processes")
     here = launch.mode == "local" or (launch.mode == "auto" and launch.process_id < 0 and place.source == "settings")

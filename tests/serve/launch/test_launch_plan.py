@@ -171,7 +171,6 @@ def test_slurm_makes_a_group(capsys, monkeypatch):
     [
         (["-tp", "4"], "num_heads = 6 cannot be split over 4 devices: 6 = 4 x 1 + 2"),
         (["-tp", "2", "--num-processes", "3"], "2 devices do not divide over 3 processes"),
-        (["-pp", "2", "--num-processes", "2"], "pipeline stages live in one process"),
         (["-dp", "2", "--num-processes", "2"], "launch each replica by itself"),
         (["-pp", "13"], "the model has only 12 layers"),
         (["--mode", "multihost"], "give --num-processes and --coordinator"),

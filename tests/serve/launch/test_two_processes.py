@@ -1,4 +1,7 @@
-"""One engine in two real processes (gloo), over HTTP: what it says, what a kill -9 does, and how it ends."""
+"""One engine in two real processes (gloo), over HTTP: what it says, what a kill -9 does, and how it ends.
+
+Cut along the heads (tensor); a pipeline of two stages does the same, with the marker `mesh`.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ token_budget = 64
 decode_buckets = [2]
 token_buckets = [64]
 [mesh]
-tensor = 2
+{axis} = 2
 [server]
 port = 0
 [launch]
@@ -113,14 +116,15 @@ def child_of(pid, module):
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("group")
     (found / "token").write_text("a secret of this test")
-    (found / "recipe.toml").write_text(RECIPE.format(token=found / "token"))
+    for axis, name in (("tensor", "recipe.toml"), ("pipe", "pipe.toml")):
+        (found / name).write_text(RECIPE.format(token=found / "token", axis=axis))
     return found
 
 
-@pytest.fixture(scope="module")
-def group(folder):
+@pytest.fixture(scope="module", params=["recipe.toml", pytest.param("pipe.toml", marks=pytest.mark.mesh)])
+def group(request, folder):
     place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2"]
-    ranks = [Launched(folder, *place, "--process-id", str(rank)) for rank in range(2)]
+    ranks = [Launched(folder, *place, "--process-id", str(rank), recipe=request.param) for rank in range(2)]
     yield ranks
     for rank in ranks:
         rank.kill()
