@@ -75,6 +75,14 @@ class Counts:
 
     schedulers: tuple[Scheduler, ...]
 
+    @property
+    def exposed_host_s(self) -> float:
+        return sum(scheduler.metrics.exposed_host_s for scheduler in self.schedulers)
+
+    @property
+    def compiles_after_ready(self) -> int:
+        return max(scheduler.metrics.compiles_after_ready for scheduler in self.schedulers)
+
     def as_dict(self) -> dict[str, float]:
         each = [scheduler.metrics.as_dict() for scheduler in self.schedulers]
         return {name: (max if name in OF_THE_PROCESS else sum)(counts[name] for counts in each) for name in each[0]}

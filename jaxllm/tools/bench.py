@@ -47,6 +47,16 @@ class Generates(Protocol):
     ) -> list[RequestOutput]: ...
 
 
+class Counted(Protocol):
+    """What a benchmark reads of an engine's counts."""
+
+    @property
+    def exposed_host_s(self) -> float: ...
+
+    @property
+    def compiles_after_ready(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Floors:
     """The least a figure can be for one model on one device; None where the device's ceilings are not known."""
@@ -102,7 +112,7 @@ class Bench:
 
     llm: Generates
     floors: Floors
-    metrics: Metrics = field(default_factory=Metrics)  # the engine's own; left as they are, they add nothing
+    metrics: Counted = field(default_factory=Metrics)  # the engine's own; left as they are, they add nothing
     repeats: int = 3
     seed: int = 0
 

@@ -23,9 +23,8 @@ from jaxllm.tools.figures import Figure, as_json, machine, table
 from serve.commands.bench_serve import serve as bench_serve
 
 if TYPE_CHECKING:
-    from jaxllm.engine.metrics import Metrics
     from jaxllm.llm import LLM
-    from jaxllm.tools.bench import Bench
+    from jaxllm.tools.bench import Bench, Counted
 
 OpenLLM = Callable[[str | None, Path | None, Sequence[str]], "LLM"]
 
@@ -80,7 +79,7 @@ class Subject:
     """The engine that is measured, and what is told of it beside its figures."""
 
     bench: Bench
-    metrics: Metrics
+    metrics: Counted
     about: dict[str, Any]
 
     def facts(self) -> dict[str, Any]:
@@ -115,17 +114,20 @@ def _subject(llm: LLM, repeats: int) -> Subject:
     import jax
 
     from jaxllm.engine.engine import Engine
+    from jaxllm.engine.replicas import ReplicatedEngine
     from jaxllm.tools.bench import Bench, floors
 
     device = jax.devices()[0].device_kind
-    if not isinstance(llm.engine, Engine):
+    if not isinstance(llm.engine, Engine | ReplicatedEngine):
         raise ConfigError("a bench needs an engine of this process")
     phases = {} if llm.report is None else {name: round(s, 3) for name, s in llm.report.seconds.items()}
     about = {"device": device, "ready_s": round(process_age_s(), 2), "start_phases_s": phases}
     llm.generate([[0, 1, 2, 3]], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1), use_tqdm=False)
     about["first_token_s"] = round(process_age_s(), 2)
     metrics = llm.engine.scheduler.metrics
-    least = floors(llm.engine.model_config, device, llm.engine.config.model.quantization)
+    about["mesh"] = str(llm.engine.config.mesh)
+    known = device if llm.engine.config.mesh.size == 1 else ""  # floors are one device's
+    least = floors(llm.engine.model_config, known, llm.engine.config.model.quantization)
     return Subject(Bench(llm, least, metrics, repeats), metrics, about)
 
 
@@ -204,10 +206,11 @@ class Commands:
     ) -> None:  # fmt: skip
         """What `startup` times."""
         from jaxllm.engine.engine import Engine
+        from jaxllm.engine.replicas import ReplicatedEngine
         from jaxllm.tools.bench import report_first_token
 
         llm = self.open_llm(model, config, [*(settings or ()), f"cache_dir={json.dumps(cache_dir)}"])
-        assert isinstance(llm.engine, Engine)
+        assert isinstance(llm.engine, Engine | ReplicatedEngine)
         assert llm.report is not None
         typer.echo(report_first_token(llm, llm.report.seconds, llm.engine.model_config.vocab_size))
 
