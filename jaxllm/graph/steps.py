@@ -190,7 +190,8 @@ def step(
     own, together, share = graph.dealt(shape)
     exchange = graph.exchange(shape)
     x = model.begin(own(inputs.token_ids), exchange) if x is None else x
-    done = through_all(model, x, inputs, kv) if graph.whole and shape.decode and exchange is ALONE else None
+    whole = graph.whole and shape.decode and exchange is ALONE and graph.context is None
+    done = through_all(model, x, inputs, kv) if whole else None
     if done is None:
         attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
         x = model.through(x, own(inputs.positions), attend, onward, exchange)
