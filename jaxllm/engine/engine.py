@@ -35,6 +35,7 @@ from jaxllm.core import (
 from jaxllm.engine.decoding.structured import CompiledGrammar, GrammarCompiler
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 
@@ -49,6 +50,9 @@ class StepOnDevice(Protocol):
 
     @property
     def ready(self) -> bool: ...
+
+
+Flight = tuple[StepPlan, StepOnDevice, float]  # and when its launch began
 
 
 class StepRunner(Protocol):
@@ -93,8 +97,9 @@ class Engine:
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     residency: Residency | None = None  # None where there is no device
+    meter: StepMeter | None = None  # likewise
     intake: Intake = field(init=False)
-    _in_flight: tuple[StepPlan, StepOnDevice] | None = None
+    _in_flight: Flight | None = None
     _busy_s: float | None = None  # when the device was last seen to work, while there is work for it
 
     def __post_init__(self) -> None:
@@ -115,7 +120,8 @@ class Engine:
         plan = self.scheduler.schedule()
         after = None
         if plan is not None:
-            after = plan, self.runner.launch(plan)
+            began = time.perf_counter()
+            after = plan, self.runner.launch(plan), began
             self._measure_gap(before)
         outputs = self._account(before)
         if after is not None and after[1].waits:
@@ -132,19 +138,21 @@ class Engine:
         before, self._in_flight = self._in_flight, None
         return self._account(before) if before is not None else []
 
-    def _account(self, step: tuple[StepPlan, StepOnDevice] | None) -> list[TokenOutput]:
+    def _account(self, step: Flight | None) -> list[TokenOutput]:
         if step is None:
             return self.scheduler.commit(None, [])
-        plan, launched = step
+        plan, launched, began = step
         results = self.runner.collect(launched)
         self._busy_s = time.perf_counter()
+        if self.meter is not None:
+            self.meter.collected(plan, began, self._busy_s)
         return self.scheduler.commit(plan, results)
 
-    def _look(self, step: tuple[StepPlan, StepOnDevice] | None) -> None:
+    def _look(self, step: Flight | None) -> None:
         if step is not None and not step[1].ready:
             self._busy_s = time.perf_counter()
 
-    def _measure_gap(self, before: tuple[StepPlan, StepOnDevice] | None) -> None:
+    def _measure_gap(self, before: Flight | None) -> None:
         """The device has waited for the host since, at the earliest, it was last seen to work."""
         now = time.perf_counter()
         if self._busy_s is not None and (before is None or before[1].ready):

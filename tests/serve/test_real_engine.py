@@ -102,6 +102,18 @@ def test_a_schema_is_obeyed_by_a_random_model(server):
     assert isinstance(json.loads(choice["message"]["content"])["ok"], bool)
 
 
+def test_a_cpu_has_counted_work_and_no_share_of_a_peak(server):
+    server.post("/v1/completions", {"prompt": "hello", "max_tokens": 8, "ignore_eos": True})
+    stats = server.http.get("/server_info", headers={"authorization": "Bearer adm"}).json()["engine"]["stats"]
+    for phase in ("prefill", "decode"):
+        assert stats[f"{phase}_flops"] > 0
+        assert 0 < stats[f"{phase}_step_s"] < 600
+    text = server.http.get("/metrics").text
+    assert "jaxllm_engine_decode_bytes_total" in text
+    assert "jaxllm_mfu" not in text
+    assert "jaxllm_mbu" not in text
+
+
 def test_embeddings_come_from_the_served_model_and_leave_no_page_behind(server):
     answer = server.post("/v1/embeddings", {"input": ["hello there", "x " * 100]}).json()
     first, second = (one["embedding"] for one in answer["data"])
