@@ -2,9 +2,9 @@
 
 In: a Load (what to send, when) and a Target. Out: a report; metrics are vLLM's: TTFT from sending to the first event
 with a choice, also one whose text is empty (a chat's opening event, of a role alone, is none); ITL the gaps between
-such events, e2e up to the last of them, TPOT (e2e - TTFT) / (output tokens - 1), output tokens as the server counts them,
-throughputs over the whole run, percentiles as numpy's. Goodput counts the requests that met every limit. Each request
-has a connection of its own, which is part of its TTFT. Knows nothing of engines.
+such events, e2e up to the last of them, TPOT (e2e - TTFT) / (output tokens - 1), output tokens as the server counts
+them, throughputs over the whole run, percentiles as numpy's. Goodput counts the requests that met every limit. Each
+request has a connection of its own, which is part of its TTFT. Knows nothing of engines.
 """
 
 from __future__ import annotations
