@@ -193,7 +193,7 @@ def read_result(raw: dict[str, Any], plan: Plan, concurrency: int) -> dict[str, 
 
 
 def offline_main(model: str, concurrency: str, input_len: str, output_len: str, *settings: str) -> None:
-    """One line a concurrency: seconds of a first round, which warms up, and of a second."""
+    """One line a concurrency, after a short round that nobody times."""
     import random
 
     from jaxllm.core import SamplingParams
