@@ -103,7 +103,7 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     if faults:
         engine.runner = FaultyRunner(engine.runner, faults)
     engine.runner = ShrinkingRunner(engine.runner)
-    facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
+    facts: dict[str, Any] = {"seconds": report.seconds, "total_s": report.total_s, "executables": report.executables}
     facts["dtype"] = engine.config.model.dtype
     if report.memory is not None:
         facts["weights_bytes"] = report.memory.weights_bytes

@@ -113,7 +113,7 @@ def start_lines(ready: Ready, settings: FrontSettings, url: str) -> list[str]:
     """The four facts."""
     facts, lines = ready.facts, []
     if "weights_bytes" in facts:
-        seconds = sum(facts.get("seconds", {}).values())
+        seconds = facts.get("total_s", 0.0)  # phases overlap
         phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in facts.get("seconds", {}).items())
         lines.append(f"Model loading took {facts['weights_bytes'] / GIB:.2f} GiB memory and {seconds:.1f} s ({phases})")
     cache = f"{facts['cache_bytes'] / GIB:.2f} GiB, " if "cache_bytes" in facts else ""
