@@ -46,9 +46,11 @@ class ToolPlan:
         if grammar is None or self.reasoning_parser is None:
             return grammar
         marks = REASONING_PARSERS[self.reasoning_parser]
-        return after_thinking(
-            grammar, marks.start, marks.end, inside=starts_in_reasoning(self.reasoning_parser, prompt)
-        )
+        inside = starts_in_reasoning(self.reasoning_parser, prompt)
+        try:
+            return after_thinking(grammar, marks.start, marks.end, inside=inside)
+        except RequestError as error:  # with what leads to it, it may be too long
+            raise from_request_error(error, code="invalid_schema") from None
 
     def parser(self, prompt: str) -> OutputParser:
         inside = starts_in_reasoning(self.reasoning_parser, prompt)

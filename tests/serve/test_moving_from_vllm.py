@@ -11,6 +11,7 @@ from helpers.server import HEAD, Server, settings
 from typer.testing import CliRunner
 
 from jaxllm.core import GrammarKind, GrammarSpec
+from jaxllm.engine.decoding.grammars import MAX_SOURCE_BYTES
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.messages import Beat
 from serve.commands.serve import command
@@ -159,6 +160,13 @@ def test_a_model_that_thinks_may_think_before_a_form_and_the_form_is_the_answer(
             assert (message["content"] or "") == ("xxx" if thought is None else "")
             seen.add(thought is None)
     assert seen == {True, False}
+
+
+def test_a_form_that_is_too_long_with_its_thought_is_refused_and_no_fault_of_the_server():
+    whole = "x" * (MAX_SOURCE_BYTES - 8)
+    with Server(settings(reasoning_parser="qwen3")) as server:
+        answer = server.chat(guided_regex=whole)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "guided_regex")
 
 
 def test_a_form_follows_the_thought_that_the_prompt_has_begun():
