@@ -305,11 +305,11 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.count for row in self.rows)
+        return sum([row[2] for row in self.rows])  # asked several times a step: half the time of a generator and a name
 
     @property
     def decode_only(self) -> bool:
-        return all(row.count == 1 for row in self.rows)
+        return self.num_tokens == len(self.rows)
 
 
 class SampledToken(NamedTuple):

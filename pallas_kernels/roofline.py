@@ -12,8 +12,11 @@ all-reduces (two a layer) is reported apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import tomllib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 BF16_BYTES = 2
 WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + BF16_BYTES / 128}
@@ -58,6 +61,25 @@ H200_DATASHEET = Ceilings(
 
 
 @dataclass(frozen=True)
+class Peak:
+    """A device's datasheet, dense figures: what MFU and MBU are shares of."""
+
+    bf16_flops_per_s: float
+    bytes_per_s: float
+
+
+@functools.cache
+def _peaks() -> dict[str, Peak]:
+    raw = tomllib.loads((Path(__file__).parent / "peaks.toml").read_text("utf-8"))
+    return {name: Peak(**figures) for name, figures in raw.items()}
+
+
+def peak_of(device_kind: str) -> Peak | None:
+    """By the device's name as JAX gives it; None for one whose datasheet is not in peaks.toml, such as a CPU."""
+    return _peaks().get(device_kind)
+
+
+@dataclass(frozen=True)
 class Work:
     """What an operator must move and compute."""
 
@@ -72,17 +94,8 @@ class Work:
         return max(self.bytes / device.bytes_per_s, self.flops / peak) / devices
 
 
-def paged_attention(
-    rows: Iterable[tuple[int, int]],
-    *,
-    N: int,
-    K: int,
-    H: int,
-    window: int | None = None,
-    q_bytes: float = BF16_BYTES,
-    kv_bytes: float = BF16_BYTES,
-) -> Work:
-    """Rows of (queries, keys), queries being the last of the keys: visible keys and q read once, output written."""
+def visible(rows: Iterable[tuple[int, int]], window: int | None = None) -> tuple[int, int, int]:
+    """(keys read, query and key pairs, queries) of rows of (queries, keys), queries being the last of the keys."""
     keys_read = pairs = queries_seen = 0
     for queries, keys in rows:
         if queries == 0:
@@ -95,6 +108,21 @@ def paged_attention(
             growing = min(max(window - first, 0), queries)  # queries that still see every key before them
             pairs += (first + 1 + first + growing) * growing // 2 + (queries - growing) * window
         queries_seen += queries
+    return keys_read, pairs, queries_seen
+
+
+def paged_attention(
+    rows: Iterable[tuple[int, int]],
+    *,
+    N: int,
+    K: int,
+    H: int,
+    window: int | None = None,
+    q_bytes: float = BF16_BYTES,
+    kv_bytes: float = BF16_BYTES,
+) -> Work:
+    """Rows of (queries, keys), queries being the last of the keys: visible keys and q read once, output written."""
+    keys_read, pairs, queries_seen = visible(rows, window)
     return Work(2 * keys_read * K * H * kv_bytes + 2 * queries_seen * N * H * q_bytes, 4 * pairs * N * H)
 
 
@@ -197,6 +225,50 @@ class ModelDims:
         a = self.latent
         width = 2 * a.rank + a.rope if decode else a.nope + a.rope + a.value
         return 2 * pairs * self.L * self.N * width
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step of a served model moves and computes, as the floors count it, and the new keys and values written.
+
+    Bytes: every linear weight once (of routed experts those that uniform routing is expected to touch), the head, the
+    keys and values that the rows see, those of the step's tokens. FLOPs: two a weight a token, the head only where a
+    token is sampled, attention over visible pairs. Activations, norms, the embedding's rows and sampling are left out.
+    """
+
+    model: ModelDims
+    windows: tuple[tuple[int | None, int], ...]  # (window, how many layers have it)
+    linear_bytes: float = BF16_BYTES  # of one weight
+    head_bytes: float = BF16_BYTES
+    kv_bytes: float = BF16_BYTES
+
+    @functools.cached_property
+    def _token_flops(self) -> int:
+        m = self.model
+        routed = m.expert_layers * m.experts.k * m.expert_weights if m.experts else 0
+        return 2 * (m.dense_weights + m.router_weights + routed)
+
+    @functools.cached_property
+    def _weight_bytes(self) -> float:
+        m = self.model
+        return m.dense_weights * self.linear_bytes + m.router_weights * BF16_BYTES + m.head_weights * self.head_bytes
+
+    @functools.cached_property
+    def kv_token_bytes(self) -> float:
+        return self.model.kv_token_bytes(self.kv_bytes)
+
+    def __call__(self, tokens: int, sampled: int, seen: Sequence[tuple[int, int]], *, decode: bool) -> Work:
+        """`seen`: (keys read, pairs) of all rows, for each of `windows`."""
+        m = self.model
+        moved = self._weight_bytes + tokens * self.kv_token_bytes
+        flops = self._token_flops * tokens + 2.0 * m.head_weights * sampled
+        if m.experts:
+            distinct = m.experts.E * (1 - (1 - m.experts.k / m.experts.E) ** tokens)
+            moved += m.expert_layers * distinct * m.expert_weights * self.linear_bytes
+        for (_, layers), (keys, pairs) in zip(self.windows, seen):
+            moved += keys * self.kv_token_bytes * layers / m.L
+            flops += m.attention_flops(pairs, decode=decode) * layers / m.L
+        return Work(moved, flops)
 
 
 @dataclass(frozen=True)

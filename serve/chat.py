@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
-from jaxllm.core import FinishReason, RequestError, RequestOutput, RequestTimings, SamplingParams
+from jaxllm.core import FinishReason, JaxLLMError, RequestOutput, RequestTimings, SamplingParams
 
 HELP = "/reset forgets the conversation, /quit ends it, ctrl-c stops an answer."
 
@@ -58,7 +58,7 @@ def listen(deltas: Iterable[RequestOutput], out: TextIO) -> Heard:
                 heard.num_tokens += len(completion.token_ids)
                 heard.finish_reason = completion.finish_reason
             out.flush()
-            heard.timings, heard.error = delta.timings, delta.error
+            heard.timings, heard.error = delta.timings, delta.error or heard.error
             if noted:
                 heard.interrupted = True
                 break
@@ -115,7 +115,7 @@ def repl(conversation: Conversation, lines: Iterable[str], out: TextIO, err: Tex
         elif text:
             try:
                 heard = conversation.answer(text, out)
-            except RequestError as error:
+            except JaxLLMError as error:
                 err.write(f"error: {error}\n")
                 good = False
                 continue

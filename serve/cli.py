@@ -11,7 +11,7 @@ import logging
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -197,7 +197,9 @@ def chat(
         typer.echo(terminal.HELP, err=True)
     lines = _typed_lines() if interactive else sys.stdin
     conversation = terminal.Conversation(llm, params, system)
-    if not terminal.repl(conversation, lines, sys.stdout, sys.stderr, stats=interactive) and not interactive:
+    with closing(llm) if url is not None else nullcontext():
+        good = terminal.repl(conversation, lines, sys.stdout, sys.stderr, stats=interactive)
+    if not good and not interactive:
         raise typer.Exit(1)
 
 

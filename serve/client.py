@@ -91,6 +91,7 @@ class EngineClient:
         self.streams: dict[str, Stream] = {}
         self.on_lost: Callable[[str], None] = lambda why: None
         self.on_gap: Callable[[float], None] = lambda seconds: None  # between a stream's tokens
+        self.on_beat: Callable[[Beat], None] = lambda beat: None
         self.on_ready: Callable[[], None] = lambda: None  # before the first request is taken
         self.aborted = 0
         self._tokenizer, self._limit, self._queue_timeout_s = tokenizer, stream_limit_tokens, queue_timeout_s
@@ -303,6 +304,7 @@ class EngineClient:
                 self._warm.set()
             case Beat():
                 self.health.beat = event
+                self.on_beat(event)
             case Reply():
                 answer = self._replies.get(event.id)
                 if answer is not None and not answer.done():

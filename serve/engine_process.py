@@ -27,6 +27,7 @@ from jaxllm.engine.loop import EngineBroken, EngineLoop, Send, watch
 from jaxllm.engine.messages import Command, Event, Failed
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.retry import ShrinkingRunner
+from pallas_kernels.roofline import peak_of
 from serve.logs import log_to_stderr
 
 HUNG, BROKEN, CANNOT_START = 70, 71, 1
@@ -107,12 +108,19 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine | ReplicatedEngine, d
     else:
         engine, report = start(config)
     guard_runners(engine, faults)
-    facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
+    facts: dict[str, Any] = {"seconds": report.seconds, "total_s": report.total_s, "executables": report.executables}
     facts["mesh"] = str(config.mesh)
     facts["dtype"] = engine.config.model.dtype
     if report.memory is not None:
         facts["weights_bytes"] = report.memory.weights_bytes
         facts["cache_bytes"] = report.memory.cache_bytes
+    facts |= {"device": report.device_kind, "devices": report.devices}
+    if engine.meter is not None:
+        facts["kv_token_bytes"] = engine.meter.cost.kv_token_bytes
+    peak = peak_of(report.device_kind)
+    if peak is not None:
+        facts["peak_flops_per_s"] = peak.bf16_flops_per_s * report.devices
+        facts["peak_bytes_per_s"] = peak.bytes_per_s * report.devices
     return engine, facts
 
 

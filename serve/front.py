@@ -119,9 +119,9 @@ class Front:
         except RequestError as error:
             raise from_request_error(error) from None
 
-    def intake_encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+    def intake_encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Sequence[int]:
         try:
-            return self.intake.encode(prompt) if isinstance(prompt, str) else prompt
+            return self.intake.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
         except RequestError as error:
             raise from_request_error(error) from None
         except ValueError as error:  # the tokenizer's own
@@ -188,10 +188,10 @@ class Front:
             await asyncio.sleep(every_s)
             stats = self.client.health.beat.stats
             total = stats.get("generated_tokens", 0.0)
-            if total > before:
+            if total > before or stats.get("running", 0) or stats.get("waiting", 0):
                 log.info(
                     "%.0f tokens/s, %d running, %d waiting, %.0f%% of pages in use, %d streams",
-                    (total - before) / every_s,
+                    max(0.0, total - before) / every_s,  # a new engine counts from zero
                     stats.get("running", 0),
                     stats.get("waiting", 0),
                     100 * stats.get("held_pages", 0) / max(1.0, stats.get("total_pages", 1)),

@@ -41,11 +41,15 @@ class Target:
         return "\r\n".join([*lines, "", ""]).encode()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        where = urlsplit(self.url)
-        if where.scheme not in ("http", "https") or not where.hostname:
-            raise ClientError(f"url = {self.url!r}: must be http://host:port or https://host:port")
+        wrong = ClientError(f"url = {self.url!r}: must be http://host:port or https://host:port")
+        try:
+            where = urlsplit(self.url)
+            port = where.port or {"http": 80, "https": 443}.get(where.scheme)
+        except ValueError:
+            raise wrong from None
+        if port is None or not where.hostname:
+            raise wrong
         secure = ssl.create_default_context() if where.scheme == "https" else None
-        port = where.port or (443 if secure else 80)
         try:
             return await asyncio.open_connection(where.hostname, port, ssl=secure, limit=HEAD_LIMIT)
         except OSError as error:
@@ -65,6 +69,9 @@ async def open_stream(
     except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
         writer.close()
         raise ClientError(f"{target.url}: the server ended the connection ({type(error).__name__})") from None
+    except BaseException:  # no HTTP, or whoever asked has given up
+        writer.close()
+        raise
     return status, _parts(reader, writer, headers)
 
 
@@ -83,7 +90,7 @@ async def _parts(
 ) -> AsyncGenerator[bytes]:
     try:
         if headers.get(b"transfer-encoding", b"").lower() == b"chunked":
-            while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
+            while size := int((await reader.readuntil(b"\n")).split(b";")[0], 16):
                 yield await reader.readexactly(size)
                 await reader.readexactly(2)
         else:
@@ -91,7 +98,9 @@ async def _parts(
             while left and (part := await reader.read(65536 if left < 0 else min(left, 65536))):
                 left -= len(part) if left > 0 else 0
                 yield part
-    except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            if left > 0:
+                raise asyncio.IncompleteReadError(b"", left)
+    except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as error:
         raise ClientError(f"the answer broke off ({type(error).__name__})") from None
     finally:
         writer.close()
@@ -102,13 +111,17 @@ async def whole(parts: AsyncGenerator[bytes]) -> bytes:
 
 
 async def fetch(target: Target, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
-    """(status, parsed JSON); text where it is none."""
+    """(status, what was said)."""
     status, parts = await open_stream(target, path, body)
-    content = await whole(parts)
+    return status, parsed(await whole(parts))
+
+
+def parsed(content: bytes) -> Any:
+    """JSON, else text."""
     try:
-        return status, json.loads(content)
+        return json.loads(content)
     except ValueError:
-        return status, content.decode("utf-8", "replace")
+        return content.decode("utf-8", "replace")
 
 
 async def events(parts: AsyncGenerator[bytes]) -> AsyncGenerator[str]:

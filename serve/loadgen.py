@@ -1,13 +1,16 @@
 """Measures a server of OpenAI's API under load: requests at random times or as fast as they are answered.
 
-In: a Load (what to send, when) and a Target. Out: a report; metrics are vLLM's: TTFT from sending to the first text,
-ITL the gaps between events with text, TPOT (e2e - TTFT) / (output tokens - 1), throughputs over the whole run,
-percentiles as numpy's. Goodput counts the requests that met every limit. Knows nothing of engines.
+In: a Load (what to send, when) and a Target. Out: a report; metrics are vLLM's: TTFT from sending to the first event
+with a choice, also one whose text is empty (a chat's opening event, of a role alone, is none); ITL the gaps between
+such events, e2e up to the last of them, TPOT (e2e - TTFT) / (output tokens - 1), output tokens as the server counts
+them, throughputs over the whole run, percentiles as numpy's. Goodput counts the requests that met every limit. Each
+request has a connection of its own, which is part of its TTFT. Knows nothing of engines.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -18,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.http_client import ClientError, Target, events, fetch, message_of, open_stream, whole
+from serve.http_client import ClientError, Target, events, fetch, message_of, open_stream, parsed, whole
 
 WORDS = (
     *("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"),
@@ -42,6 +45,7 @@ class Load:
     chat: bool = False
     ignore_eos: bool = True
     temperature: float = 0.0
+    timeout_s: float = 6 * 3600  # of one request
     seed: int = 0
 
 
@@ -103,43 +107,59 @@ async def arrivals(load: Load) -> AsyncGenerator[int]:
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
 
 
-async def send(target: Target, path: str, prompt_tokens: int, body: dict[str, Any]) -> Outcome:
+async def send(target: Target, path: str, prompt_tokens: int, body: dict[str, Any], timeout_s: float) -> Outcome:
+    """Never raises for what a server does: that is the outcome's error."""
     found = Outcome(prompt_tokens, sent_s=time.perf_counter())
     try:
-        status, parts = await open_stream(target, path, body)
-        if status != 200:
-            found.error = f"{status}: {message_of((await whole(parts)).decode('utf-8', 'replace'))}"
-            return found
-        await _listen(found, parts)
+        async with asyncio.timeout(timeout_s):
+            status, parts = await open_stream(target, path, body)
+            if status != 200:
+                found.error = f"{status}: {message_of(parsed(await whole(parts)))}"
+            else:
+                await _listen(found, parts)
+    except TimeoutError:
+        found.error = f"no end within {timeout_s:g} s"
     except ClientError as error:
         found.error = str(error)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found.error = f"no event of OpenAI's API: {type(error).__name__}: {error}"[:200]
     return found
 
 
+def _is_role(choice: dict[str, Any]) -> bool:
+    """The event that opens a chat's answer, before any token."""
+    said = {name for name, value in (choice.get("delta") or {}).items() if value}
+    return said == {"role"} and not choice.get("finish_reason")
+
+
 async def _listen(found: Outcome, parts: AsyncGenerator[bytes]) -> None:
-    last, texts, counted = found.sent_s, 0, None
-    async for data in events(parts):
-        if data == "[DONE]":
-            break
-        event = json.loads(data)
-        if "error" in event:
-            found.error = message_of(event)
-            return
-        now = time.perf_counter()
-        counted = event.get("usage") or counted
-        choices = event.get("choices") or ()
-        if choices and (choices[0].get("text") or (choices[0].get("delta") or {}).get("content")):
-            texts += 1
+    last, heard, counted, ended = found.sent_s, 0, None, False
+    async with contextlib.aclosing(events(parts)) as stream:
+        async for data in stream:
+            if data == "[DONE]":
+                ended = True
+                break
+            event = json.loads(data)
+            if "error" in event:
+                found.error = message_of(event)
+                return
+            now = time.perf_counter()
+            counted = event.get("usage") or counted
+            choices = event.get("choices") or ()
+            if not choices or _is_role(choices[0]):
+                continue
+            heard += 1
+            ended = ended or choices[0].get("finish_reason") is not None
             if found.ttft_s is None:
                 found.ttft_s = now - found.sent_s
             else:
                 found.gaps_s.append(now - last)
             last = now
     found.e2e_s = last - found.sent_s
-    found.output_tokens = counted["completion_tokens"] if counted else texts
-    found.prompt_tokens = counted["prompt_tokens"] if counted else found.prompt_tokens
-    if found.ttft_s is None:
-        found.error = "no text came"
+    found.output_tokens = int(counted["completion_tokens"]) if counted else heard
+    found.prompt_tokens = int(counted["prompt_tokens"]) if counted else found.prompt_tokens
+    if found.ttft_s is None or not ended:
+        found.error = "no token came" if found.ttft_s is None else "the stream ended before its end was said"
 
 
 async def run(load: Load, target: Target, model: str, tell: Callable[[int], None]) -> tuple[list[Outcome], float]:
@@ -151,7 +171,7 @@ async def run(load: Load, target: Target, model: str, tell: Callable[[int], None
     async def one(number: int) -> Outcome:
         nonlocal done
         async with places:
-            outcome = await send(target, path, *todo[number])
+            outcome = await send(target, path, *todo[number], load.timeout_s)
         done += 1
         tell(done)
         return outcome
@@ -180,7 +200,7 @@ def goodput_limits(pairs: Sequence[str]) -> dict[str, float]:
             limits[name] = float(value)
         except ValueError:
             limits[name] = -1.0
-        if name not in ("ttft", "tpot", "e2el") or limits[name] <= 0:
+        if name not in ("ttft", "tpot", "e2el") or not limits[name] > 0:
             raise ClientError(f"goodput {pair!r}: must be ttft:MS, tpot:MS or e2el:MS")
     return limits
 

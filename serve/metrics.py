@@ -15,34 +15,24 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve import vllm_metrics
 from serve.admission import Admission
 from serve.logs import StderrLog
 from serve.streams import Stream
+from serve.utilisation import Utilisation
 
 if TYPE_CHECKING:
     from serve.client import EngineClient
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 GAUGES = ("running", "waiting", "free_pages", "cached_pages", "held_pages", "total_pages")
-# vLLM's name -> (kind, ours); it divides pages in use by all.
-VLLM = {
-    "num_requests_running": ("gauge", "running"),
-    "num_requests_waiting": ("gauge", "waiting"),
-    "num_preemptions": ("counter", "preemptions"),
-    "prompt_tokens": ("counter", "prompt_tokens"),
-    "generation_tokens": ("counter", "generated_tokens"),
-    "prefix_cache_queries": ("counter", "prefix_query_tokens"),
-    "prefix_cache_hits": ("counter", "prefix_hit_tokens"),
-}
 
 
 class EngineCollector(Collector):
     """The engine's counters as of its last heartbeat."""
 
-    def __init__(
-        self, client: EngineClient, admission: Admission, vllm_model: str | None, dropped: Callable[[], int]
-    ) -> None:
-        self._client, self._admission, self._vllm_model, self._dropped = client, admission, vllm_model, dropped
+    def __init__(self, client: EngineClient, admission: Admission, dropped: Callable[[], int]) -> None:
+        self._client, self._admission, self._dropped = client, admission, dropped
 
     def collect(self) -> Iterable[Metric]:
         health = self._client.health
@@ -57,24 +47,13 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("jaxllm_sequences_admitted", "sequences under way", value=self._admission.slots)
         yield CounterMetricFamily("jaxllm_log_lines_dropped", "log lines not written (disk full?)", self._dropped())
         yield GaugeMetricFamily("jaxllm_streams_open", "streams under way", value=len(self._client.streams))
-        if self._vllm_model is not None:
-            yield from self._vllm(health.beat.stats, self._vllm_model)
-
-    def _vllm(self, stats: dict[str, float], model: str) -> Iterable[Metric]:
-        for name, (kind, ours) in VLLM.items():
-            family = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
-            metric = family(f"vllm:{name}", f"as vLLM's {name}", labels=["model_name"])
-            metric.add_metric([model], stats.get(ours, 0))
-            yield metric
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "share of pages in use", labels=["model_name"])
-        usage.add_metric([model], stats.get("held_pages", 0) / max(1, stats.get("total_pages", 1)))
-        yield usage
 
 
 class Gaps(Collector):
     """The histogram of the times between tokens. Counted once a token by one thread: a list, no locks."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[tuple[str, dict[str, str]]]) -> None:
+        """`names`: under which it is exported, each with its labels."""
         self._names, self._counts, self._sum = tuple(names), [0] * (len(SECONDS) + 1), 0.0
 
     def observe(self, seconds: float) -> None:
@@ -85,8 +64,10 @@ class Gaps(Collector):
         reached = list(itertools.accumulate(self._counts))
         buckets = [(str(float(edge)), float(count)) for edge, count in zip((*SECONDS, float("inf")), reached)]
         buckets[-1] = ("+Inf", buckets[-1][1])
-        for name in self._names:
-            yield HistogramMetricFamily(name, "from one token of a stream to the next", buckets, self._sum)
+        for name, labels in self._names:
+            family = HistogramMetricFamily(name, "from one token of a stream to the next", labels=list(labels))
+            family.add_metric(list(labels.values()), buckets, self._sum)
+            yield family
 
 
 class FrontMetrics:
@@ -94,22 +75,15 @@ class FrontMetrics:
         self.registry = CollectorRegistry()
         self._vllm_model, self._log = vllm_model, log
         self.observers: list[Callable[[Stream], None]] = []  # told of every ended stream
-        names = ("jaxllm", "vllm:") if vllm_model else ("jaxllm",)
-        prefixes = [name if name.endswith(":") else f"{name}_" for name in names]
-        self.gaps = Gaps(f"{prefix}inter_token_latency_seconds" for prefix in prefixes)
+        gaps: list[tuple[str, dict[str, str]]] = [("jaxllm_inter_token_latency_seconds", {})]
+        if vllm_model is not None:
+            gaps += [(name, {"model_name": vllm_model}) for name in vllm_metrics.GAPS]
+        self.gaps = Gaps(gaps)
         self.registry.register(self.gaps)
         self.requests = Counter("jaxllm_requests", "ended requests", ["outcome"], registry=self.registry)
         self.tokens = Counter("jaxllm_tokens_delivered", "tokens given to clients", registry=self.registry)
         self._histograms = {
-            what: [
-                Histogram(
-                    f"{name}{'' if name.endswith(':') else '_'}{what}_seconds",
-                    text,
-                    buckets=SECONDS,
-                    registry=self.registry,
-                )
-                for name in names
-            ]
+            what: [Histogram(f"jaxllm_{what}_seconds", text, buckets=SECONDS, registry=self.registry)]
             for what, text in {
                 "time_to_first_token": "from arrival to the first token",
                 "time_per_output_token": "mean gap between the tokens of a request",
@@ -119,11 +93,22 @@ class FrontMetrics:
                 "request_decode_time": "from the first token to the last",
             }.items()
         }
+        if vllm_model is not None:
+            self.observers.append(vllm_metrics.Requests(vllm_model, self.registry).ended)
+            for what, name in vllm_metrics.HISTOGRAMS.items():
+                theirs = Histogram(name, f"as vLLM's {name}", ["model_name"], buckets=SECONDS, registry=self.registry)
+                self._histograms[what].append(theirs.labels(vllm_model))
 
     def bind(self, client: EngineClient, admission: Admission) -> None:
         client.on_gap = self.gaps.observe
         dropped = (lambda: 0) if self._log is None else (lambda log=self._log: log.dropped)
-        self.registry.register(EngineCollector(client, admission, self._vllm_model, dropped))
+        self.registry.register(EngineCollector(client, admission, dropped))
+        facts = lambda: {} if client.health.ready is None else client.health.ready.facts  # noqa: E731
+        utilisation = Utilisation(facts)
+        client.on_beat = lambda beat: utilisation.beat(beat.stats)
+        self.registry.register(utilisation)
+        if self._vllm_model is not None:
+            self.registry.register(vllm_metrics.EngineView(self._vllm_model, lambda: client.health.beat.stats, facts))
 
     def ended(self, stream: Stream) -> None:
         self.requests.labels(stream.outcome).inc()

@@ -98,6 +98,7 @@ class Stream:
         self.first_s: float | None = None
         self.last_s: float | None = None
         self.began_running_s: float | None = None  # when it left the engine's queue
+        self.reason: str | None = None  # why the last of its sequences ended
         self.weights_version = ""  # of the weights behind the latest token
         self.num_tokens, self.num_cached = 0, 0
         self._limit, self._on_drop = limit_tokens, on_drop
@@ -138,6 +139,7 @@ class Stream:
         self._waiting_tokens += count
         if piece.finish_reason is not None:
             self.open -= 1
+            self.reason = piece.finish_reason
         have = self._inbox.get(piece.index)
         if have is None:
             self._inbox[piece.index] = piece
@@ -160,7 +162,7 @@ class Stream:
     def end(self, reason: str) -> None:
         """Ends every sequence that still runs with this reason; what is undelivered is delivered."""
         if self._error is None and self.open:
-            self.cancelled = True
+            self.cancelled, self.reason = True, reason
             for index in range(self.request.params.n):
                 have = self._inbox.setdefault(index, Piece(index))
                 have.finish_reason = have.finish_reason or reason

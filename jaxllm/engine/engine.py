@@ -35,6 +35,7 @@ from jaxllm.core import (
 from jaxllm.engine.decoding.structured import CompiledGrammar, GrammarCompiler
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 
@@ -51,7 +52,7 @@ class StepOnDevice(Protocol):
     def ready(self) -> bool: ...
 
 
-InFlight = tuple[StepPlan, StepOnDevice]
+InFlight = tuple[StepPlan, StepOnDevice, float]  # and when its launch began
 
 
 class StepRunner(Protocol):
@@ -96,6 +97,7 @@ class Engine:
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     residency: Residency | None = None  # None where there is no device
+    meter: StepMeter | None = None  # likewise
     intake: Intake = field(init=False)
     _in_flight: InFlight | None = None
     _turn: tuple[InFlight | None, InFlight | None] | None = None  # begun: the step before, and the one behind it
@@ -126,7 +128,8 @@ class Engine:
         plan = self.scheduler.schedule()
         after = None
         if plan is not None:
-            after = plan, self.runner.launch(plan)
+            began = time.perf_counter()
+            after = plan, self.runner.launch(plan), began
             self._measure_gap(before)
         self._turn = before, after
 
@@ -158,9 +161,11 @@ class Engine:
     def _account(self, step: InFlight | None) -> list[TokenOutput]:
         if step is None:
             return self.scheduler.commit(None, [])
-        plan, launched = step
+        plan, launched, began = step
         results = self.runner.collect(launched)
         self._busy_s = time.perf_counter()
+        if self.meter is not None:
+            self.meter.collected(plan, began, self._busy_s)
         return self.scheduler.commit(plan, results)
 
     def _look(self, step: InFlight | None) -> None:

@@ -63,11 +63,11 @@ class Intake:
         check_mask(request, self.vocab_size)
         return request
 
-    def encode(self, prompt: str) -> tuple[int, ...]:
-        """A text's ids with the model's own specials around it; of an empty text the start token, if there is one."""
+    def encode(self, prompt: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """A text's ids, the model's own specials around it; of an empty text the start token, if there is one."""
         if self.tokenizer is None:
             raise RequestError("prompt", prompt, "must be token ids; the model directory has no tokenizer.json")
-        ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=True))
+        ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
         return ids if ids or self.bos_token_id is None else (self.bos_token_id,)
 
     def check_ids(self, name: str, ids: SequenceOf[int]) -> tuple[int, ...]:

@@ -252,13 +252,18 @@ class EngineLoop:
         if isinstance(value, Generator):
             self._jobs.append((command.id, value))
         else:
-            self.send(Reply(command.id, value))
+            self._reply(command.id, value)
+
+    def _reply(self, number: int, value: Any) -> None:
+        """What it changed is known at once, not with the next heartbeat."""
+        self.send(self.progress.beat())
+        self.send(Reply(number, value))
 
     def _advance(self, number: int, job: Generator[None, None, Any]) -> None:
         try:
             next(job)
         except StopIteration as end:
-            self.send(Reply(number, end.value))
+            self._reply(number, end.value)
         except EngineBroken:
             raise
         except Exception as error:

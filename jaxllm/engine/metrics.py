@@ -24,6 +24,13 @@ class Metrics:
     preemptions: int = 0
     compiles_after_ready: int = 0  # anything but 0 is a defect
     exposed_host_s: float = 0.0  # upper bound on the time the device waited for the host between steps in a row
+    # Of steps, by phase; see engine.utilisation.
+    prefill_step_s: float = 0.0
+    prefill_flops: float = 0.0
+    prefill_bytes: float = 0.0
+    decode_step_s: float = 0.0
+    decode_flops: float = 0.0
+    decode_bytes: float = 0.0
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     # Gauges: the state after the last step.
     running: int = 0

@@ -41,11 +41,13 @@ from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.compile import Executables, Ladder, compile_all
 from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
 from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
+from jaxllm.graph.models.dims import step_cost
 from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
 from jaxllm.graph.quant.scheme import Scheme, quantisation
@@ -71,6 +73,8 @@ class StartReport:
     executables: int = 0
     traced: int = 0  # of them; the others were found as StableHLO
     compile_cache: CacheReport = field(default_factory=CacheReport)
+    device_kind: str = ""
+    devices: int = 1  # that a step runs on
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
@@ -118,6 +122,7 @@ def start(
                 f"{directory / 'tokenizer.json'}: token ids up to {largest}, but config.json has "
                 f"vocab_size = {model_config.vocab_size}: they must be below it"
             )
+    cost = step_cost(model_config, scheme.kind, scheme.group, jnp.dtype(config.model.dtype).itemsize)
     _plan(config, replicas[0], _shapes(config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
     engines, lanes = [], []
@@ -130,9 +135,13 @@ def start(
         lanes.append(tuple(runner for runner, _ in runners))
         for runner, num_pages in runners:
             scheduler = _scheduler(config, num_pages, runner)
-            engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
+            engine = Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars)
+            engine.meter = StepMeter(cost, runner.metrics)
+            engines.append(engine)
     for runner in (runner for own in lanes for runner in own):
         runner.all_compiled()
+    report.device_kind = meshes[0][0].devices.flat[0].device_kind
+    report.devices = max(1, config.mesh.size // len(engines))
     report.total_s = time.perf_counter() - began
     log.info("%s", report)
     residency = _residency(tuple(lanes), model_config, config, replicas, directory)

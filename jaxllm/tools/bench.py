@@ -25,8 +25,9 @@ from typing import Any, Protocol
 from jaxllm.core import JaxLLMError, RequestOutput, SamplingParams
 from jaxllm.engine.metrics import Metrics
 from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.dims import dims_of
 from jaxllm.tools.figures import RATE, Figure, median_figure
-from pallas_kernels.roofline import H200, Ceilings, Experts, ModelDims, decode_floor, prefill_floor, workload_floor
+from pallas_kernels.roofline import H200, Ceilings, ModelDims, decode_floor, prefill_floor, workload_floor
 
 SHORT_OUT, LONG_OUT = 64, 192
 PROMPT_IDS = (10, 10_000)  # from, below
@@ -83,27 +84,9 @@ class Floors:
 
 
 def floors(config: ModelConfig, device_name: str, quantization: str = "none") -> Floors:
-    """By the device's name as JAX gives it. Of an odd mix of shared and routed experts the shared one is rounded."""
-    experts = config.experts and Experts(
-        E=config.experts.count,
-        k=config.experts.per_token,
-        F=config.experts.d_ff,
-        shared=round(config.experts.shared_d_ff / config.experts.d_ff),
-        dense_layers=sum(not sparse for sparse in config.sparse_layers),
-    )
-    dims = ModelDims(
-        L=config.num_layers,
-        D=config.d_model,
-        N=config.num_heads,
-        K=config.num_kv_heads,
-        H=config.head_dim,
-        F=config.d_ff,
-        V=config.vocab_size,
-        tied=config.tie_embeddings,
-        experts=experts,
-    )
+    """By the device's name as JAX gives it."""
     device = next((known for known in CEILINGS if known.name == device_name), None)
-    return Floors(dims, device, "bf16" if quantization == "none" else quantization)
+    return Floors(dims_of(config), device, "bf16" if quantization == "none" else quantization)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jaxllm.config import ConfigError, EngineConfig, model_directory
 from jaxllm.graph.models.config import ModelConfig
-from pallas_kernels.roofline import BF16_BYTES, MODELS, WEIGHT_BYTES, Ceilings, Experts, ModelDims, Work
+from jaxllm.graph.models.dims import dims_of
+from pallas_kernels.roofline import BF16_BYTES, MODELS, WEIGHT_BYTES, Ceilings, ModelDims, Work
 from sharding.axes import Block, MeshConfig, MeshError
 
 DEVICES = Path(__file__).parent / "devices"
@@ -94,27 +94,6 @@ def read_device(name: str) -> Device:
 
 
 # ---- models ----
-
-
-def dims_of(model: ModelConfig) -> ModelDims:
-    """A model's sizes as the roofline wants them."""
-    routed: Any = getattr(model, "experts", None)
-    experts = None
-    if routed is not None:
-        sparse = sum(getattr(model, "sparse_layers", ()) or (True,) * model.num_layers)
-        shared = round(getattr(routed, "shared_d_ff", 0) / routed.d_ff)
-        experts = Experts(routed.count, routed.per_token, routed.d_ff, shared, model.num_layers - sparse)
-    return ModelDims(
-        L=model.num_layers,
-        D=model.d_model,
-        N=model.num_heads,
-        K=model.num_kv_heads,
-        H=model.head_dim,
-        F=model.d_ff,
-        V=model.vocab_size,
-        tied=model.tie_embeddings,
-        experts=experts,
-    )
 
 
 def find_model(name: str) -> tuple[ModelDims, int]:

@@ -39,6 +39,7 @@ def serve(
     temperature: Annotated[float, typer.Option()] = 0.0,
     goodput: Annotated[list[str] | None, typer.Option(help="ttft:MS, tpot:MS, e2el:MS; repeatable.")] = None,
     metric_percentiles: Annotated[str, typer.Option(help="Such as 50,99.")] = "90,99",
+    request_timeout: Annotated[float, typer.Option(help="Seconds one request may take.", min=0.001)] = 6 * 3600,
     seed: Annotated[int, typer.Option()] = 0,
     api_key: Annotated[str | None, typer.Option(help="Else JAXLLM_API_KEY.")] = None,
     result_filename: Annotated[Path | None, typer.Option("--result-filename", "--out", help="JSON.")] = None,
@@ -69,8 +70,11 @@ def serve(
         chat=chat,
         ignore_eos=ignore_eos,
         temperature=temperature,
+        timeout_s=request_timeout,
         seed=seed,
     )
+    if result_filename is not None:  # before minutes of measuring are lost to it
+        result_filename.parent.mkdir(parents=True, exist_ok=True)
     limits = loadgen.goodput_limits(goodput or ())
     target = Target(base_url.rstrip("/").removesuffix("/v1"), api_key or environment_api_key())
 

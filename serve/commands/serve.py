@@ -48,6 +48,7 @@ ENGINE_FLAGS = (
     "enable_prefix_caching",
     "dtype",
     "load_format",
+    "quantization",
     "scheduling_policy",
     "seed",
     "log_level",
@@ -69,6 +70,10 @@ FRONT_FLAGS = {  # flag -> setting
     "tool_call_parser": "tool_parser",
     "reasoning_parser": "reasoning_parser",
     "otlp_traces_endpoint": "otlp_traces_endpoint",
+}
+ALWAYS_ON = {  # vLLM's switches that are none here, and what to do who wants them off
+    "enable_auto_tool_choice": "use --tool-call-parser none",
+    "enable_chunked_prefill": "raise --max-num-batched-tokens above the longest prompt",
 }
 ModelArgument = Annotated[str | None, typer.Argument(help="Model directory; default: the bundled model.")]
 
@@ -108,7 +113,7 @@ def start_lines(ready: Ready, settings: FrontSettings, url: str) -> list[str]:
     """The four facts."""
     facts, lines = ready.facts, []
     if "weights_bytes" in facts:
-        seconds = sum(facts.get("seconds", {}).values())
+        seconds = facts.get("total_s", 0.0)  # phases overlap
         phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in facts.get("seconds", {}).items())
         lines.append(f"Model loading took {facts['weights_bytes'] / GIB:.2f} GiB memory and {seconds:.1f} s ({phases})")
     cache = f"{facts['cache_bytes'] / GIB:.2f} GiB, " if "cache_bytes" in facts else ""
@@ -158,6 +163,7 @@ def command(
     disable_radix_cache: Annotated[bool, typer.Option("--disable-radix-cache", help="SGLang's name for it.")] = False,
     dtype: Annotated[str | None, typer.Option()] = None,
     load_format: Annotated[str | None, typer.Option(help="auto, or dummy for random weights.")] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", "-q", help="int8, int4 or fp8.")] = None,
     scheduling_policy: Annotated[str | None, typer.Option("--scheduling-policy", "--schedule-policy")] = None,
     data_parallel_size: Annotated[int | None, typer.Option("--data-parallel-size", "--dp-size", "-dp")] = None,
     pipeline_parallel_size: Annotated[int | None, typer.Option("--pipeline-parallel-size", "--pp-size", "-pp")] = None,
@@ -172,6 +178,8 @@ def command(
     ] = None,
     allowed_origin: Annotated[list[str] | None, typer.Option(help="CORS: an origin; repeatable.")] = None,
     tool_call_parser: Annotated[str | None, typer.Option(help="auto, none, or a format's name.")] = None,
+    enable_auto_tool_choice: Annotated[bool, typer.Option(help="As in vLLM; always on here.")] = True,
+    enable_chunked_prefill: Annotated[bool, typer.Option(help="As in vLLM; always on here.")] = True,
     reasoning_parser: Annotated[str | None, typer.Option(help="auto, none, qwen3 or deepseek_r1.")] = None,
     otlp_traces_endpoint: Annotated[str | None, typer.Option(help="OpenTelemetry: where spans go.")] = None,
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: its metric names beside ours.")] = None,
@@ -198,6 +206,9 @@ def _serve(given: dict[str, Any]) -> int:
     flags = {field: given[name] for name, field in FRONT_FLAGS.items() if name in given}
     if given.get("metrics_compat") == "vllm":
         flags["metrics_compat_vllm"] = True
+    for name, instead in ALWAYS_ON.items():
+        if not given[name]:
+            raise ConfigError(f"--no-{name.replace('_', '-')}: it is always on here; {instead}")
     config = given.get("config")
     engine_config = load(config, **overrides)
     keys = {

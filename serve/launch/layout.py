@@ -15,7 +15,8 @@ from typing import Any
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.graph.models.config import ModelConfig
-from jaxllm.tools.planner import MemoryUse, dims_of, memory_use
+from jaxllm.graph.models.dims import dims_of
+from jaxllm.tools.planner import MemoryUse, memory_use
 from serve.launch.settings import LaunchSettings, Place
 from sharding.axes import MeshConfig, stage_layers
 from sharding.axes import check as check_mesh

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from jaxllm.core import MAX_N, Request
+from jaxllm.core import MAX_N, Request, TokenLogprobs
 from serve.errors import invalid
 from serve.front import Front, collect
 from serve.middleware import Call
@@ -41,6 +41,7 @@ def prepare(front: Front, call: Call, body: ChatBody) -> tuple[Request, ToolPlan
         continue_final=body.continue_final_message,
         variables=variables,
     )
+    params = params.replace(grammar=plan.past_thinking(params.grammar, prompt.text))
     ids = truncate(prompt.token_ids, body.truncate_prompt_tokens, front.intake.max_model_len)
     named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     check_length(len(ids), params.max_tokens, front.intake.max_model_len, named)
@@ -66,7 +67,7 @@ class Chat:
             "created": int(time.time()),
             "model": front.check_model(body.model),
         }
-        self.namer = Namer(front.tokenizer)
+        self.namer = Namer(None if body.return_tokens_as_token_ids else front.tokenizer)
         options = body.stream_options
         usage = options is not None and options.continuous_usage_stats
         self._text_only = not (body.logprobs or body.return_token_ids or usage)  # so are chunks in mid-stream
@@ -138,7 +139,7 @@ class Chat:
     async def events(self, front: Front, call: Call) -> AsyncGenerator[bytes]:
         head, options, begun = {**self.head, "object": "chat.completion.chunk"}, self.body.stream_options, set[int]()
         with_usage = options is not None and options.include_usage
-        text_only = self._text_only and not self.parsers
+        text_only, scored = self._text_only and not self.parsers, list[TokenLogprobs]()
         async with front.opened(call, [self.request]) as (stream,):
             while (pieces := await stream.next()) != []:
                 if pieces is None:
@@ -148,6 +149,10 @@ class Chat:
                     head |= weights_of(stream)
                 chunks = []
                 for piece in pieces:
+                    if not begun and self.body.prompt_logprobs is not None:
+                        scored += piece.prompt_logprobs
+                        if not piece.token_ids and piece.finish_reason is None:
+                            continue  # a part of a long prompt
                     if text_only and piece.finish_reason is None and piece.index in begun:
                         chunks.append(self._plain(piece, head, with_usage))
                         continue
@@ -155,6 +160,8 @@ class Chat:
                         chunk = {**head, "choices": [choice]}
                         if self.body.return_token_ids and not begun:
                             chunk["prompt_token_ids"] = list(self.request.prompt_token_ids)
+                        if self.body.prompt_logprobs is not None and not begun:
+                            chunk["prompt_logprobs"] = prompt_logprobs(scored, self.namer)
                         begun.add(piece.index)
                         if with_usage:
                             continuous = options is not None and options.continuous_usage_stats

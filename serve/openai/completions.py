@@ -22,7 +22,7 @@ def prepare(front: Front, call: Call, body: CompletionBody) -> list[Request]:
     params = completion_params(body, front.sampling_defaults)
     requests = []
     for i, prompt in enumerate(prompts_of(body.prompt, MAX_PROMPTS)):
-        ids = front.intake_encode(prompt)
+        ids = front.intake_encode(prompt, add_special_tokens=body.add_special_tokens)
         ids = truncate(ids, body.truncate_prompt_tokens, front.intake.max_model_len)
         check_length(len(ids), body.max_tokens, front.intake.max_model_len)
         requests.append(
@@ -48,7 +48,8 @@ class Completion:
             "created": int(time.time()),
             "model": front.check_model(body.model),
         }
-        self.namer = Namer(front.tokenizer)
+        self.namer = Namer(None if body.return_tokens_as_token_ids else front.tokenizer)
+        self._scored: list[list[TokenLogprobs]] = [[] for _ in requests]  # a streamed prompt's log-probabilities so far
         self.score_only = body.max_tokens == 0
         self._offsets: dict[int, int] = {}  # by choice: characters of text so far
         options = body.stream_options
@@ -127,6 +128,10 @@ class Completion:
                 chunks = []
                 for piece in pieces:
                     first = (which, piece.index) not in begun
+                    self._scored[which] += piece.prompt_logprobs
+                    if first and not piece.token_ids and piece.finish_reason is None:
+                        continue  # a part of a long prompt; its choices begin when all of it is known
+                    piece.prompt_logprobs = self._scored[which] if first else []
                     if self._text_only and not first and piece.finish_reason is None:
                         chunks.append(self.plain(which, piece))
                         continue
@@ -135,7 +140,8 @@ class Completion:
                     if options is not None and options.include_usage:
                         chunk["usage"] = self.usage(streams) if options.continuous_usage_stats else None
                     chunks.append(event(chunk))
-                yield b"".join(chunks)
+                if chunks:
+                    yield b"".join(chunks)
             if options is not None and options.include_usage:
                 yield event({**self.head, "choices": [], "usage": self.usage(streams)})
             yield DONE

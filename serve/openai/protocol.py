@@ -10,6 +10,7 @@ import logging
 from typing import Any, Literal
 
 import pydantic
+import pydantic_core
 
 from serve.errors import from_validation_error, unsupported
 
@@ -37,11 +38,42 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (None,),
     "lora_path": (None,),
     "lora_adapter": (None,),
+    "guided_whitespace_pattern": (None,),
+    "guided_json_object": (None, False),
+    "spaces_between_special_tokens": (None, True),
+    "include_reasoning": (None, True),
+    "thinking_token_budget": (None,),
+    "vllm_xargs": (None, {}),
+    "custom_logit_processor": (None,),
 }
 
 
 class Body(pydantic.BaseModel):
+    """A field that may be left out may be null too: OpenAI's schema says so of most, and clients send all they have."""
+
     model_config = pydantic.ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        needed = {name for name, item in cls.model_fields.items() if item.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name in needed}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: pydantic_core.CoreSchema, handler: pydantic.GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        found = handler.resolve_ref_schema(handler(core_schema))
+        for name, item in found.get("properties", {}).items():
+            either = item.get("anyOf") or [
+                {key: value for key, value in item.items() if key not in ("default", "title")}
+            ]
+            if name not in found.get("required", ()) and {"type": "null"} not in either:
+                kept = {key: item[key] for key in ("default", "title") if key in item}
+                found["properties"][name] = {"anyOf": [*either, {"type": "null"}], **kept}
+        return found
 
 
 class StreamOptions(Body):
@@ -78,6 +110,7 @@ class SamplingBody(Body):
     cache_salt: str | None = pydantic.Field(default=None, max_length=256)
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     request_id: str | None = pydantic.Field(default=None, pattern=r"^[A-Za-z0-9._-]{1,96}$")
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -95,6 +128,7 @@ class CompletionBody(SamplingBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
     logprobs: int | None = None
+    add_special_tokens: bool = True
 
 
 class ChatBody(SamplingBody):
@@ -204,9 +238,12 @@ class AnthropicBody(Body):
     metadata: dict[str, Any] | None = None
 
 
+CHAT_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"echo": (None, False), "add_special_tokens": (None, False)}
+
+
 def parse[T: Body](kind: type[T], body: Any) -> T:
     """The model, or ApiError naming the field; unknown fields cost one debug line."""
-    for name, harmless in UNSUPPORTED.items():
+    for name, harmless in (UNSUPPORTED | CHAT_UNSUPPORTED if kind is ChatBody else UNSUPPORTED).items():
         if name in body and body[name] not in harmless:
             raise unsupported(name)
     unknown = body.keys() - kind.model_fields.keys() - UNSUPPORTED.keys()

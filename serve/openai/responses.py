@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from jaxllm.core import Request
+from jaxllm.core import GrammarSpec, Request, RequestError
 from serve.errors import ApiError, invalid, unsupported
 from serve.front import Front, collect
 from serve.middleware import Call
@@ -16,6 +16,7 @@ from serve.openai.messages import render
 from serve.openai.params import check_length, make_params
 from serve.openai.protocol import ResponsesBody, parse
 from serve.openai.store import Stored
+from serve.openai.structured import grammar_of
 from serve.openai.usage import usage_of
 from serve.responses import PING, Answer, EventStream, as_json, event
 from serve.streams import Piece, Stream
@@ -54,9 +55,23 @@ def _check(body: ResponsesBody) -> None:
         raise unsupported("tools")
     if body.background:
         raise unsupported("background")
-    kind = ((body.text or {}).get("format") or {}).get("type", "text")
-    if kind != "text":
-        raise unsupported("text", f"of format {str(kind)[:40]!r} is not supported by this server")
+
+
+def grammar_of_text(text: dict[str, Any] | None) -> GrammarSpec | None:
+    """Of `text.format`, which is chat's response_format with the schema one step up."""
+    form = (text or {}).get("format")
+    if form is None:
+        return None
+    if not isinstance(form, dict):
+        raise invalid("text", "text.format must be an object")
+    if form.get("type") == "json_schema":
+        form = {"type": "json_schema", "json_schema": form}
+    elif form.get("type") not in ("text", "json_object"):
+        raise invalid("text", "text.format must be of type text, json_object or json_schema")
+    try:
+        return grammar_of({"response_format": form})
+    except RequestError as error:
+        raise ApiError(400, f"text.format: {error.allowed}", param="text", code="invalid_schema") from None
 
 
 class Response:
@@ -84,6 +99,7 @@ class Response:
             "previous_response_id": body.previous_response_id,
             "temperature": body.temperature,
             "top_p": body.top_p,
+            "text": body.text or {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "truncation": body.truncation or "disabled",
@@ -96,7 +112,7 @@ class Response:
         given = {"temperature": body.temperature, "top_p": body.top_p, "logprobs": body.top_logprobs}
         values = front.sampling_defaults | {name: value for name, value in given.items() if value is not None}
         params = make_params(
-            {**values, "max_tokens": body.max_output_tokens},
+            {**values, "max_tokens": body.max_output_tokens, "grammar": grammar_of_text(body.text)},
             {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"},
         )
         ids = render(front.tokenizer, self.messages).token_ids

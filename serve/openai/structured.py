@@ -49,8 +49,11 @@ def grammar_of(body: Mapping[str, Any]) -> GrammarSpec | None:
         if not isinstance(options, Mapping):
             raise RequestError("structured_outputs", options, "must be a JSON object")
         for name, value in options.items():
-            if name in MAKERS and value not in (None, False):
-                asked.append(MAKERS[name](value, f"structured_outputs.{name}"))
+            if value in (None, False):
+                continue  # also vLLM's switches, when they are off
+            if name not in MAKERS:
+                raise RequestError("structured_outputs", name, f"must be one of {', '.join(MAKERS)}")
+            asked.append(MAKERS[name](value, f"structured_outputs.{name}"))
     if len(asked) > 1:
         both = " and ".join(spec.field for spec in asked[:2])
         raise RequestError(asked[1].field, "given", f"only one of {both} may be given")

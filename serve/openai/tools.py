@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.core import GrammarSpec, RequestError
+from jaxllm.engine.decoding.grammars import after_thinking
 from serve.errors import ApiError, from_request_error, unsupported
 from serve.openai.parsers.events import Event, Parsed, openai_delta
 from serve.openai.parsers.output import (
+    ALIASES,
     REASONING_PARSERS,
     TOOL_PARSERS,
     OutputParser,
@@ -39,6 +41,17 @@ class ToolPlan:
     def keeps_special_tokens(self) -> bool:
         return self.tool_parser is not None and TOOL_PARSERS[self.tool_parser].keeps_special_tokens
 
+    def past_thinking(self, grammar: GrammarSpec | None, prompt: str) -> GrammarSpec | None:
+        """A form that is asked for is the answer's: a model that thinks may think first."""
+        if grammar is None or self.reasoning_parser is None:
+            return grammar
+        marks = REASONING_PARSERS[self.reasoning_parser]
+        inside = starts_in_reasoning(self.reasoning_parser, prompt)
+        try:
+            return after_thinking(grammar, marks.start, marks.end, inside=inside)
+        except RequestError as error:  # with what leads to it, it may be too long
+            raise from_request_error(error, code="invalid_schema") from None
+
     def parser(self, prompt: str) -> OutputParser:
         inside = starts_in_reasoning(self.reasoning_parser, prompt)
         return OutputParser(self.tool_parser, self.reasoning_parser, inside=inside, tool_names=self.names or None)
@@ -50,7 +63,8 @@ def parser_names(settings: FrontSettings, tokenizer: Any) -> tuple[str | None, s
         "" if tokenizer is None else tokenizer.templates.get("tool_use") or tokenizer.templates.get("default", "")
     )
     guessed = guess_parsers(template)
-    named = [None if name == "none" else name for name in (settings.tool_parser, settings.reasoning_parser)]
+    named = (ALIASES.get(name, name) for name in (settings.tool_parser, settings.reasoning_parser))
+    named = [None if name == "none" else name for name in named]
     tools, reasoning = (guess if name == "auto" else name for name, guess in zip(named, guessed, strict=True))
     if tools is not None and tools not in TOOL_PARSERS:
         raise ValueError(f"tool_parser = {tools!r}: must be auto, none, {', '.join(TOOL_PARSERS)}")

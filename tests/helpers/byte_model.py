@@ -24,7 +24,9 @@ from jaxllm.engine.faults import FaultyRunner, parse_faults
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.dims import step_cost
 from jaxllm.tokenizer import BYTE_OF_CHARACTER, Tokenizer
 
 SPECIALS = {"<|bos|>": 256, "<|eos|>": 257, "<|turn|>": 258}
@@ -189,4 +191,5 @@ def build_engine(
         runner = FaultyRunner(runner, parse_faults(fault))
     grammars = GrammarCompiler(lambda: TokenizerBridge(json.dumps(byte_tokenizer().spec), VOCAB, (EOS,)))
     engine = Engine(config, model, scheduler, runner, byte_tokenizer(), grammars=grammars)
+    engine.meter = StepMeter(step_cost(model, "none", 0, 2), scheduler.metrics)
     return engine, {"weights": "none"}

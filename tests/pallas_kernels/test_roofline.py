@@ -143,3 +143,54 @@ def test_the_peers_workload_has_the_published_floor():
     lengths = [(len(prompt), source.randint(100, 1024)) for prompt in prompts]
     assert roofline.workload_floor(MODELS["llama-3.1-8b"], lengths).tokens_per_s == pytest.approx(13_242, rel=2e-3)
     assert roofline.workload_floor(MODELS["qwen3-0.6b"], lengths).tokens_per_s == pytest.approx(36_130, rel=2e-3)
+
+
+SMALL = roofline.ModelDims(L=2, D=4, N=2, K=1, H=2, F=8, V=10, tied=True)
+
+
+def test_a_steps_work_is_counted_by_hand():
+    attention = 4 * 2 * 2 + 4 * 2 * 1 * 2 + 2 * 2 * 4  # q, k and v, o
+    linear, head = 2 * (attention + 3 * 4 * 8), 4 * 10
+    assert SMALL.dense_weights == linear == 288
+    kv_token = 2 * 2 * 1 * 2 * 2  # layers, K and V, heads, head dim, bytes
+    cost = roofline.StepCost(SMALL, ((None, 2),))
+    # Three rows decode with 5, 6 and 9 keys each.
+    found = cost(3, 3, [(20, 20)], decode=True)
+    assert found.bytes == 2 * (linear + head) + (20 + 3) * kv_token == 656 + 368
+    assert found.flops == 3 * 2 * linear + 3 * 2 * head + 4 * 20 * 2 * 2 * 2 == 1728 + 240 + 640
+    # A prompt's last three tokens beside one that decodes: 4 + 5 + 6 pairs, and 9.
+    found = cost(4, 2, [(6 + 9, 15 + 9)], decode=False)
+    assert found.bytes == 656 + (15 + 4) * kv_token
+    assert found.flops == 4 * 2 * linear + 2 * 2 * head + 4 * 24 * 2 * 2 * 2
+
+
+def test_windows_weigh_their_layers_and_bytes_a_weight_are_those_held():
+    cost = roofline.StepCost(SMALL, ((None, 1), (4, 1)), linear_bytes=1, head_bytes=2, kv_bytes=1)
+    found = cost(1, 1, [(10, 10), (4, 4)], decode=True)
+    assert cost.kv_token_bytes == 8
+    assert found.bytes == 288 + 2 * 40 + (1 + 10 / 2 + 4 / 2) * 8
+    assert found.flops == 2 * 288 + 2 * 40 + 4 * (10 + 4) * 2 * 2
+
+
+def test_a_step_reads_the_experts_that_uniform_routing_touches():
+    experts = roofline.Experts(E=4, k=2, F=8)
+    model = roofline.ModelDims(L=1, D=4, N=2, K=1, H=2, F=0, V=10, tied=True, experts=experts)
+    one, two = (roofline.StepCost(model, ((None, 1),))(n, n, [(0, 0)], decode=True) for n in (1, 2))
+    expert = 3 * 4 * 8
+    assert two.bytes - one.bytes == pytest.approx((3 - 2) * expert * 2 + 8)  # 4 (1 - 1/2^2) = 3 experts, one more token
+    assert one.flops == 2 * (48 + 4 * 4 + 2 * expert) + 2 * 40  # attention, router, two experts; the head
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 1024), (32, 1024)])
+def test_a_decode_step_costs_what_the_floor_says_and_the_tokens_it_writes(batch, context):
+    model = MODELS["llama-3.1-8b"]
+    floor, cost = decode_floor(model, batch, context), roofline.StepCost(model, ((None, model.L),))
+    found = cost(batch, batch, [(batch * context, batch * context)], decode=True)
+    assert found.bytes == pytest.approx(floor.weight_bytes + floor.kv_bytes + batch * model.kv_token_bytes())
+
+
+def test_peaks_are_datasheets_by_jaxs_name_and_a_cpu_has_none():
+    h200 = roofline.peak_of("NVIDIA H200")
+    assert h200 is not None
+    assert (h200.bf16_flops_per_s, h200.bytes_per_s) == (H200_DATASHEET.bf16_flops_per_s, H200_DATASHEET.bytes_per_s)
+    assert roofline.peak_of("cpu") is None

@@ -8,7 +8,8 @@ import pytest
 from helpers.server import Server
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.metrics import VLLM, FrontMetrics, Gaps
+from serve.metrics import FrontMetrics, Gaps
+from serve.vllm_metrics import ENGINE, GAPS, HISTOGRAMS
 
 ROOT = Path(__file__).parent.parent.parent
 DASHBOARD = ROOT / "configs" / "grafana" / "jaxllm.json"
@@ -19,6 +20,8 @@ FUNCTIONS = {"histogram_quantile", "sum", "by", "rate", "le", "outcome"}
 def exported():
     """Sample names after some traffic."""
     with Server() as server:
+        server.front.client.health.ready.facts.update(peak_flops_per_s=1e12, peak_bytes_per_s=1e12)
+        server.until(lambda: server.front.client.health.beat.stats)
         server.streamed_text(max_tokens=12)
         server.complete(max_tokens=4)
         server.until(lambda: server.front.client.health.beat.stats.get("finished_length") == 2)
@@ -35,7 +38,7 @@ def asked(expression):
 def test_the_dashboard_asks_only_for_what_is_exported(exported):
     panels = json.loads(DASHBOARD.read_text())["panels"]
     names = {name for panel in panels for target in panel["targets"] for name in asked(target["expr"])}
-    assert len(panels) == 12
+    assert len(panels) == 14
     assert len(names) > 20
     assert names <= exported.keys(), names - exported.keys()
     assert len({panel["id"] for panel in panels}) == len(panels)
@@ -51,7 +54,7 @@ def test_every_stage_of_a_request_is_measured(exported):
 
 
 def test_gaps_are_counted_in_the_bucket_they_belong_to():
-    gaps = Gaps(["gap_seconds"])
+    gaps = Gaps([("gap_seconds", {})])
     for seconds in (0.001, 0.0011, 100.0):
         gaps.observe(seconds)
     (family,) = gaps.collect()
@@ -59,13 +62,39 @@ def test_gaps_are_counted_in_the_bucket_they_belong_to():
     assert (buckets["0.001"], buckets["0.005"], buckets["80.0"], buckets["+Inf"]) == (1, 2, 2, 3)
 
 
-def test_vllms_names_stand_beside_ours_when_asked_for():
+def test_vllms_names_stand_beside_ours_with_its_label_when_asked_for():
+    """Its dashboards choose by model_name: a series without the label would not be seen."""
     with Server() as server:
-        metrics = FrontMetrics("byte")
+        server.front.metrics = metrics = FrontMetrics("byte")
         metrics.bind(server.front.client, server.front.admission)
+        server.streamed_text(max_tokens=12)
+        server.complete(max_tokens=4)
+        stats = {**server.front.client.health.beat.stats, "decode_flops": 500.0, "prefill_flops": 100.0}
+        stats |= {"decode_bytes": 900.0, "scheduled_tokens": 10.0}
+        server.front.client.health.ready.facts.update(devices=2, kv_token_bytes=16.0)
+        server.front.client.on_beat = lambda beat: None
+        server.front.client.health.beat = type(server.front.client.health.beat)(0.0, False, False, stats)
         text = metrics.text().decode()
-    for name, (kind, _) in VLLM.items():
-        assert f"vllm:{name}{'_total' if kind == 'counter' else ''}{{model_name=" in text, name
-    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "request_queue_time_seconds"):
-        assert f"vllm:{name}_bucket" in text
-    assert "vllm:kv_cache_usage_perc" in text
+    theirs = {
+        (sample.name, sample.labels.get("finished_reason"), sample.labels.get("le")): sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("vllm:")
+    }
+    assert all(sample.labels.get("model_name") == "byte" for sample in theirs.values())
+    for name, (kind, _) in ENGINE.items():
+        assert (f"vllm:{name}{'_total' if kind == 'counter' else ''}", None, None) in theirs, name
+    for name in (*HISTOGRAMS.values(), *GAPS):
+        assert (f"{name}_bucket", None, "+Inf") in theirs, name
+    for name in HISTOGRAMS.values():
+        assert theirs[f"{name}_count", None, None].value == 2
+    assert theirs["vllm:request_success_total", "length", None].value == 2
+    assert theirs["vllm:request_success_total", "stop", None].value == 0
+    assert theirs["vllm:request_generation_tokens_sum", None, None].value == 16
+    assert theirs["vllm:request_prompt_tokens_count", None, None].value == 2
+    assert ("vllm:kv_cache_usage_perc", None, None) in theirs
+    work = [
+        theirs[f"vllm:estimated_{what}_per_gpu_total", None, None].value
+        for what in ("flops", "read_bytes", "write_bytes")
+    ]
+    assert work == [600 / 2, (900 - 160) / 2, 160 / 2]

@@ -36,8 +36,8 @@ MESSAGES = [{"role": "user", "content": "Hello!"}]
 
 
 class Running:
-    def __init__(self, folder, **environ):
-        command = [sys.executable, "-c", START, str(folder), *FLAGS.split(), "--num-gpu-blocks-override", "64"]
+    def __init__(self, folder, *flags, **environ):
+        command = [sys.executable, "-c", START, str(folder), *FLAGS.split(), "--num-gpu-blocks-override", "64", *flags]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environ}
         environ["JAXLLM_CACHE_DIR"] = str(folder / "cache")
         self.process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
@@ -102,6 +102,18 @@ def test_a_schema_is_obeyed_by_a_random_model(server):
     assert isinstance(json.loads(choice["message"]["content"])["ok"], bool)
 
 
+def test_a_cpu_has_counted_work_and_no_share_of_a_peak(server):
+    server.post("/v1/completions", {"prompt": "hello", "max_tokens": 8, "ignore_eos": True})
+    stats = server.http.get("/server_info", headers={"authorization": "Bearer adm"}).json()["engine"]["stats"]
+    for phase in ("prefill", "decode"):
+        assert stats[f"{phase}_flops"] > 0
+        assert 0 < stats[f"{phase}_step_s"] < 600
+    text = server.http.get("/metrics").text
+    assert "jaxllm_engine_decode_bytes_total" in text
+    assert "jaxllm_mfu" not in text
+    assert "jaxllm_mbu" not in text
+
+
 def test_embeddings_come_from_the_served_model_and_leave_no_page_behind(server):
     answer = server.post("/v1/embeddings", {"input": ["hello there", "x " * 100]}).json()
     first, second = (one["embedding"] for one in answer["data"])
@@ -111,6 +123,20 @@ def test_embeddings_come_from_the_served_model_and_leave_no_page_behind(server):
     stats = server.http.get("/server_info", headers={"authorization": "Bearer adm"}).json()["engine"]["stats"]
     assert stats["held_pages"] == 0
     assert stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
+
+
+def test_the_engine_can_live_in_the_servers_process_to_debug(folder, server):
+    alone = Running(folder, "--in-process")
+    try:
+        children = subprocess.run(
+            ["ps", "--ppid", str(alone.process.pid), "-o", "args="], capture_output=True, text=True
+        )
+        assert "serve.engine_process" not in children.stdout
+        body = {"prompt": "hello", "max_tokens": 8, "temperature": 0}
+        texts = [one.post("/v1/completions", body).json()["choices"][0]["text"] for one in (alone, server)]
+        assert texts[0] == texts[1]
+    finally:
+        assert alone.stop() == 0
 
 
 def test_a_fault_point_of_the_environment_reaches_the_engine(folder):

@@ -94,10 +94,10 @@ def test_keys_come_from_flags_and_files_else_from_the_environment_and_are_never_
 
 
 def test_the_start_says_four_facts_and_ends_with_a_curl_to_paste():
-    facts = {"weights_bytes": 2**30, "cache_bytes": 2**31, "seconds": {"weights": 1.5, "compile": 2.0}}
+    facts = {"weights_bytes": 2**30, "cache_bytes": 2**31, "seconds": {"weights": 1.5, "compile": 2.0}, "total_s": 2.4}
     ready = Ready(1000, 64, 8000, 100, (), None, SamplingParams(), facts)
     lines = start_lines(ready, FrontSettings(model_names=("m",)), "http://127.0.0.1:8000")
-    assert lines[0] == "Model loading took 1.00 GiB memory and 3.5 s (weights 1.5 s, compile 2.0 s)"
+    assert lines[0] == "Model loading took 1.00 GiB memory and 2.4 s (weights 1.5 s, compile 2.0 s)"
     assert lines[1] == "KV cache: 2.00 GiB, 8,000 tokens"
     assert lines[2] == "Maximum concurrency for 1,000 tokens per request: 8.0x"
     assert "Serving m at http://127.0.0.1:8000" in lines[3]

@@ -45,6 +45,12 @@ REASONING_PARSERS = {
     "qwen3": ReasoningParser("<think>", "</think>"),
     "deepseek_r1": ReasoningParser("<think>", "</think>", always_inside=True),
 }
+ALIASES = {  # SGLang's names
+    "qwen25": "qwen",
+    "llama3": "llama3_json",
+    "deepseekv3": "deepseek_v3",
+    "deepseek-r1": "deepseek_r1",
+}
 # What a chat template says of the model's way with tools; the first that occurs.
 TEMPLATE_SIGNS = (
     ("<｜tool▁calls▁begin｜>", "deepseek_v3"),

@@ -10,8 +10,9 @@ import pytest
 
 from jaxllm.config import ConfigError, EngineConfig, load
 from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.dims import dims_of
 from jaxllm.tools import planner
-from jaxllm.tools.planner import Goal, dims_of, errors, memory_use, parse_gpus, parse_time, rank, read_device
+from jaxllm.tools.planner import Goal, errors, memory_use, parse_gpus, parse_time, rank, read_device
 from pallas_kernels.roofline import MODELS, decode_floor
 from serve.cli import main
 from sharding.axes import MeshConfig

@@ -27,7 +27,7 @@ ASKED = [
     ({"structured_outputs": {"json": SCHEMA}}, GrammarKind.JSON_SCHEMA, "structured_outputs.json"),
     ({"structured_outputs": {"choice": ["a"], "regex": None}}, GrammarKind.LARK, "structured_outputs.choice"),
     ({"structured_outputs": {"json_object": True}}, GrammarKind.JSON_SCHEMA, "structured_outputs.json_object"),
-    ({"structured_outputs": {"json_object": False}}, None, None),
+    ({"structured_outputs": {"json_object": False, "disable_any_whitespace": False}}, None, None),
 ]
 
 
@@ -56,6 +56,8 @@ REFUSED = [
     ({"guided_choice": "ab"}, "guided_choice"),
     ({"guided_regex": 3}, "guided_regex"),
     ({"structured_outputs": []}, "structured_outputs"),
+    ({"structured_outputs": {"jsn": SCHEMA}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}}, "structured_outputs"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
 ]
 
