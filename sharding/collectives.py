@@ -1,4 +1,4 @@
-"""What devices that share a model exchange inside a step, as the model sees it: four verbs.
+"""What devices that share a model exchange inside a step, as the model sees it: a few verbs.
 
 In: this device's part of a sum, of the vocabulary, of the tokens. Out: what the next product needs. `ALONE` is one
 device and does nothing; `Spread` runs inside a shard_map over the named mesh axes. Objects are static: they take part
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.all_reduce import api
 from pallas_kernels.sampling.reference import first_argmax
+from sharding.dispatch import Dispatch
 
 
 class Exchange(ABC):
@@ -23,10 +24,12 @@ class Exchange(ABC):
 
     The residual stream is x; `enter(x)` is what a column-split product reads, `leave(partial)` makes a row-split
     product's partial sums part of the residual stream again. With `scatter` the residual stream itself is spread along
-    its first dim.
+    its first dim. With `dispatch`, tokens then go to their experts' devices one by one: experts read `near(x)`, the
+    tokens of this device's expert shard, and `far(partial)` makes partial sums of those the residual stream.
     """
 
     scatter: bool
+    dispatch: Dispatch | None
 
     @abstractmethod
     def lookup(self, table: Float[Array, "V D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
@@ -43,6 +46,12 @@ class Exchange(ABC):
         """Experts by this device's numbering, of which it holds `held`; those of others fall outside it."""
 
     @abstractmethod
+    def near(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]: ...
+
+    @abstractmethod
+    def far(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]: ...
+
+    @abstractmethod
     def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
         """The logits of all of the vocabulary, in its order."""
 
@@ -56,6 +65,7 @@ class Alone(Exchange):
     """One device holds all of the model."""
 
     scatter: bool = False
+    dispatch: Dispatch | None = None
 
     def lookup(self, table: Float[Array, "V D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
         return table.at[ids].get(mode="clip")
@@ -68,6 +78,12 @@ class Alone(Exchange):
 
     def own_experts(self, ids: Int[Array, "T k"], held: int) -> Int[Array, "T k"]:
         return ids
+
+    def near(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return x
+
+    def far(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return partial
 
     def vocabulary(self, logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
         return logits
@@ -87,6 +103,12 @@ class Spread(Exchange):
     scatter: bool = False
     groups: tuple[tuple[int, ...], ...] | None = None  # ids of the devices that meet, in the order of `axes`
     implementation: str | None = None  # of all_reduce: None lets the dispatch choose
+    dispatch: Dispatch | None = None
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """The axes that cut one expert."""
+        return tuple(axis for axis in self.axes if axis != "expert")
 
     def lookup(self, table: Float[Array, "Vlocal D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
         local = ids - lax.axis_index(self.axes) * table.shape[0]
@@ -103,6 +125,14 @@ class Spread(Exchange):
 
     def own_experts(self, ids: Int[Array, "T k"], held: int) -> Int[Array, "T k"]:
         return ids - lax.axis_index("expert") * held if "expert" in self.axes else ids
+
+    def near(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return lax.all_gather(x, self._beside, axis=0, tiled=True) if self._beside else x
+
+    def far(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        if not self._beside:
+            return partial
+        return lax.psum_scatter(partial, self._beside, scatter_dimension=0, tiled=True)
 
     def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
         return lax.all_gather(logits, self.axes, axis=logits.ndim - 1, tiled=True)

@@ -7,6 +7,7 @@ shard_mapped functions. Knows nothing of layers' names, steps or what a function
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,25 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import EXPERT, ONCE, SPLIT, MeshConfig, ModelSizes, check, local_sizes, rows_of_shards
+from sharding.axes import (
+    EXPERT,
+    ONCE,
+    SPLIT,
+    MeshConfig,
+    ModelSizes,
+    check,
+    expert_rows,
+    local_sizes,
+    rows_of_shards,
+)
 from sharding.collectives import ALONE, Exchange, Spread
 from sharding.context import Context
+from sharding.dispatch import Dispatch, choose
 from sharding.mesh import SHARD_AXES
 
+log = logging.getLogger(__name__)
 Axes = tuple[str | None, ...]
+ROW_BYTES = 2  # of one hidden number of a token, in the rule of how experts are reached
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,18 @@ class Placement:
         if not self.shard_axes:
             return ALONE
         scatter = self.config.sequence_parallel and tokens is not None and tokens % self.config.width == 0
-        return Spread(self.shard_axes, scatter, self.groups, self.implementation)
+        dispatch = self.dispatch(tokens // self.config.expert if scatter and tokens else 0)
+        return Spread(self.shard_axes, scatter, self.groups, self.implementation, dispatch)
+
+    def dispatch(self, tokens: int) -> Dispatch | None:
+        """How so many tokens on each expert shard are sent to their experts; None: every device sees all tokens."""
+        experts, config = self.model.experts, self.config
+        if experts is None:
+            return None
+        row_bytes = ROW_BYTES * self.model.d_model
+        way = choose(config.expert_exchange, tokens, config.expert, experts.per_token, row_bytes)
+        log.debug("%d tokens: %s", tokens, way.why)
+        return Dispatch(config.expert, self.mesh.devices.flat[0].platform == "gpu") if way.all_to_all else None
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -108,10 +133,15 @@ class Placement:
         held, sizes = [], []
         for name, size in zip(axes, shape, strict=True):
             shards = self._along(name, axes)[1]
-            rows = rows_of_shards(name, self.model, shards, size) if name is not None and name in SPLIT else None
+            rows = self._rows(name, shards, size) if name is not None and name in SPLIT else None
             held.append(rows)
             sizes.append(size * shards if name == ONCE else size if rows is None else rows.size)
         return held, tuple(sizes)
+
+    def _rows(self, name: str, shards: int, size: int) -> np.ndarray:
+        if name == EXPERT:
+            return expert_rows(self.model, self.config)
+        return rows_of_shards(name, self.model, shards, size)
 
     def place(self, axes: Axes, leaf: Any) -> jax.Array:
         """A whole leaf, in host memory or on a device, cut and laid out over the mesh."""

@@ -83,6 +83,20 @@ class Residency(Protocol):
     def stop_trace(self) -> Path: ...
 
 
+class Balancer(Protocol):
+    """Moves routed experts between steps; see jaxllm.engine.balancer."""
+
+    pending: Any  # what is still to be moved
+
+    def turn(self) -> None: ...
+
+    def imbalance(self) -> float: ...
+
+    def plan(self) -> float: ...
+
+    def move_one(self) -> None: ...
+
+
 @dataclass
 class Engine:
     config: EngineConfig
@@ -93,6 +107,7 @@ class Engine:
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     residency: Residency | None = None  # None where there is no device
+    balancer: Balancer | None = None  # None where no experts can be moved
     intake: Intake = field(init=False)
     _in_flight: tuple[StepPlan, StepOnDevice] | None = None
     _busy_s: float | None = None  # when the device was last seen to work, while there is work for it
@@ -112,6 +127,8 @@ class Engine:
         """One turn: launch the next step, then account for the one before. Returns what its sequences learned."""
         before, self._in_flight = self._in_flight, None  # a step that raises takes the one before with it
         self._look(before)
+        if self.balancer is not None:
+            self.balancer.turn()
         plan = self.scheduler.schedule()
         after = None
         if plan is not None:

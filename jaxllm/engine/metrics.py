@@ -24,6 +24,8 @@ class Metrics:
     preemptions: int = 0
     compiles_after_ready: int = 0  # anything but 0 is a defect
     exposed_host_s: float = 0.0  # upper bound on the time the device waited for the host between steps in a row
+    expert_rebalances: int = 0  # arrangements of routed experts that were changed
+    moved_experts: int = 0  # slots that got another expert, by layer
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     # Gauges: the state after the last step.
     running: int = 0
@@ -31,6 +33,7 @@ class Metrics:
     free_pages: int = 0
     cached_pages: int = 0
     held_pages: int = 0
+    expert_imbalance: float = 0.0  # measured: the fullest device's tokens over the mean; 0 = not measured
 
     @property
     def prefix_hit_rate(self) -> float:

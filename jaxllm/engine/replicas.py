@@ -57,13 +57,14 @@ class Pools:
 
 @dataclass(frozen=True)
 class Counts:
-    """What all engines count, summed."""
+    """What all engines count, summed; of a ratio, the worst."""
 
     schedulers: tuple[Scheduler, ...]
 
     def as_dict(self) -> dict[str, float]:
         each = [scheduler.metrics.as_dict() for scheduler in self.schedulers]
-        return {name: sum(counts[name] for counts in each) for name in each[0]}
+        combine = {"expert_imbalance": max}
+        return {name: combine.get(name, sum)([counts[name] for counts in each]) for name in each[0]}
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class Runner:
     logits_sharding: jax.sharding.Sharding
     metrics: Metrics = field(default_factory=Metrics)
     steps: int = 0
+    load: jax.Array | None = None  # what the last step counted of its experts
     last_tokens: jax.Array = field(init=False)  # i32[S+1]: what each row sampled last
     _logits: dict[int, jax.Array] = field(default_factory=dict)  # by rows of the bucket: every step's go to one place
     _masks: dict[int, TokenMask | None] = field(default_factory=dict)  # by row
@@ -191,6 +192,7 @@ class Runner:
         state = self.kv, self.last_tokens, self._logits[shape.rows]
         stepped: Stepped = self.executables.step(shape)(self.params, *state, inputs)
         self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
+        self.load = stepped.load
         return stepped
 
     def _pack(self, shape: StepShape, rows: SequenceOf[ScheduledRow], places: SequenceOf[int]) -> np.ndarray:

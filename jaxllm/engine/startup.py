@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
+from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
@@ -42,6 +43,7 @@ from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all
 from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
+from jaxllm.graph.experts import add_tables
 from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
@@ -128,6 +130,7 @@ def start(
         for runner, num_pages in _runners(config, homes, params, compiled, report):
             scheduler = _scheduler(config, num_pages, runner)
             engines.append(Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars))
+            engines[-1].balancer = _balancer(config, homes[0], runner)
     report.total_s = time.perf_counter() - began
     log.info("%s", report)
     if len(engines) > 1:
@@ -167,6 +170,14 @@ def _residency(
         return _params(again, model_config, homes, source, lambda phase, share: None)[0]
 
     return Residency(runner, lambda source: loader.check(source, model_config), read, directory)
+
+
+def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | None:
+    if home.placement is None or not config.mesh.balances:
+        return None
+    balancer = Balancer(runner, config.mesh, home.whole)
+    balancer.warm_up()
+    return balancer
 
 
 def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:
@@ -209,6 +220,8 @@ def _params(
         through = homes[0].device if alone else jax.local_devices(backend="cpu")[0]  # no device need hold a whole leaf
         progress = lambda done, total: tell("weights", done / total)  # noqa: E731
         loader.load(directory, model_config, dtype, through, progress, scheme, stages.place)
+    for home, tree in zip(homes, stages.trees):
+        add_tables(home, tree)
     return jax.block_until_ready(list(stages.trees))
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import MAX_LOGIT_BIAS
-from jaxllm.graph import sampling, steps
+from jaxllm.graph import experts, sampling, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
 from jaxllm.graph.steps import Graph, SampleMode, Stepped
 from jaxllm.graph.traces import Job, Key, Traces
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 # The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
 WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
-STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, LOGITS, WHOLE), Stepped(WHOLE, KV, WHOLE, LOGITS, WHOLE)
+STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, LOGITS, WHOLE), Stepped(WHOLE, KV, WHOLE, LOGITS, WHOLE, WHOLE)
 SAMPLE_TAKES, SAMPLE_GIVES = (WHOLE, WHOLE, LOGITS, *[WHOLE] * 4), (WHOLE, WHOLE, WHOLE)
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
@@ -116,6 +116,10 @@ class Executables:
         return [executable for executable in self.table.values() if isinstance(executable, jax.stages.Compiled)]
 
     @property
+    def move_experts(self) -> jax.stages.Compiled:
+        return self.table["move_experts",]
+
+    @property
     def set_counts(self) -> jax.stages.Compiled:
         return self.table["set_counts",]
 
@@ -183,6 +187,8 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
     scalar = spec(jnp.int32)
     args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
     yield Job(("set_counts",), sampling.set_counts, args, donated=(0,))
+    if graph.placement is not None and graph.placement.config.balances:
+        yield Job(("move_experts",), *experts.move(graph.placement, params))
 
 
 def compile_all(

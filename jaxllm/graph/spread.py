@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxllm.graph.kv_cache import Device, KVCacheSpec
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import WHOLE, Ends, Params, abstract, axes
-from sharding.axes import MeshConfig
+from sharding.axes import MeshConfig, tabled
 from sharding.placement import Placement
 
 Path = tuple[str | int, ...]
@@ -57,7 +57,7 @@ class Home:
     @staticmethod
     def on(mesh: Mesh, model: ModelConfig, config: MeshConfig, ends: Ends = WHOLE) -> Home:
         """A mesh of one device is that device."""
-        device = mesh.devices.flat[0]
+        device, model = mesh.devices.flat[0], tabled(model, config)
         return Home(model, device, spread(model, mesh, config, ends=ends) if mesh.devices.size > 1 else None, ends)
 
     @property

@@ -166,6 +166,7 @@ class Stepped(NamedTuple):
     last_tokens: Int[Array, " S1"]
     logits: Float[Array, "R V"]  # of each row's last token
     hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
+    load: Int[Array, "Lx E"] | None = None  # tokens each expert got, by sparse layer; None where it is not measured
 
 
 def step(
@@ -201,7 +202,24 @@ def step(
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden)
+    load = expert_load(graph, shape, inputs, model.chosen())
+    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden, load)
+
+
+def expert_load(
+    graph: Graph, shape: StepShape, inputs: StepInputs, chosen: list[Int[Array, "t k"]]
+) -> Int[Array, "Lx E"] | None:
+    """How many tokens chose each expert, padding left out: one small sum for all layers."""
+    if not chosen or graph.config.experts is None:
+        return None
+    own, _, share = graph.dealt(shape)
+    dispatch = graph.exchange(shape).dispatch
+    live = own(inputs.slots < graph.num_pages * graph.page_size)
+    live = live if dispatch is None else dispatch.own(live)
+    every = jnp.arange(graph.config.experts.count, dtype=jnp.int32)
+    counts = ((jnp.stack(chosen)[..., None] == every) & live[:, None, None]).sum(axis=(1, 2), dtype=jnp.int32)
+    counts = counts if dispatch is None else dispatch.total(counts)
+    return jax.lax.psum(counts, graph.context.axis) if share and graph.context is not None else counts
 
 
 def pass_on(
