@@ -78,6 +78,9 @@ class MeshConfig:
     expert: int = _setting(1, _count, "ep", "expert_parallel_size")
     tensor: int = _setting(1, _count, "tp", "tensor_parallel_size")
     sequence_parallel: bool = _setting(False, _flag, "sp")  # residual stream split along tokens over expert x tensor
+    # Attention, shared experts and the vocabulary are not cut over `expert`: each of its shards has rows and pages of
+    # its own, and all shards share the experts.
+    attention_data: bool = _setting(False, _flag, "enable_dp_attention")
     # How routed tokens that are dealt out meet their experts; auto: what sends less (sharding.dispatch.choose).
     expert_exchange: str = _setting("auto", _exchange)
     redundant_experts: int = _setting(0, _spare, "num_redundant_experts", "ep_num_redundant_experts")  # spare slots
@@ -91,6 +94,13 @@ class MeshConfig:
         if self.sequence_parallel and self.width == 1:
             raise MeshError(
                 "mesh.sequence_parallel needs mesh.tensor > 1 or mesh.expert > 1: one device has nothing to spread"
+            )
+        if self.attention_data and self.expert == 1:
+            raise MeshError("mesh.attention_data needs mesh.expert > 1: its shards are what has rows of its own")
+        if self.attention_data and self.pipe * self.seq > 1:
+            raise MeshError(
+                f"mesh.attention_data with mesh.pipe = {self.pipe} and mesh.seq = {self.seq}: not built; "
+                "leave both at 1, or attention_data false"
             )
         if self.balances and self.expert == 1:
             raise MeshError("mesh.redundant_experts and mesh.rebalance_threshold need mesh.expert > 1")
@@ -116,7 +126,12 @@ class MeshConfig:
     @property
     def width(self) -> int:
         """Into how many shards attention's heads, the feed-forward and the vocabulary are cut."""
-        return self.expert * self.tensor
+        return self.tensor if self.attention_data else self.expert * self.tensor
+
+    @property
+    def attention_shards(self) -> int:
+        """How many parts of a stage have rows and pages of their own."""
+        return self.expert if self.attention_data else 1
 
     @property
     def balances(self) -> bool:
@@ -126,7 +141,8 @@ class MeshConfig:
     def __str__(self) -> str:
         named = {"dp": self.data, "pp": self.pipe, "cp": self.seq, "ep": self.expert, "tp": self.tensor}
         parts = [f"{name}{count}" for name, count in named.items() if count > 1]
-        return " x ".join(parts + ["sp"] * self.sequence_parallel) or "one device"
+        parts += ["sp"] * self.sequence_parallel + ["attention data"] * self.attention_data
+        return " x ".join(parts) or "one device"
 
 
 class ExpertSizes(Protocol):

@@ -24,12 +24,13 @@ class Exchange(ABC):
 
     The residual stream is x; `enter(x)` is what a column-split product reads, `leave(partial)` makes a row-split
     product's partial sums part of the residual stream again. With `scatter` the residual stream itself is spread along
-    its first dim. With `dispatch`, tokens then go to their experts' devices one by one: experts read `near(x)`, the
-    tokens of this device's expert shard, and `far(partial)` makes partial sums of those the residual stream.
+    its first dim. Where `apart`, experts do not read what `enter` gives: they read `near(x)`, and `far(partial)` makes
+    their sums part of the residual stream; with `dispatch`, tokens go from there to their experts' devices one by one.
     """
 
     scatter: bool
     dispatch: Dispatch | None
+    apart: bool
 
     @abstractmethod
     def lookup(self, table: Float[Array, "V D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
@@ -52,6 +53,14 @@ class Exchange(ABC):
     def far(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]: ...
 
     @abstractmethod
+    def measured(self, ids: Int[Array, "L t k"], live: Bool[Array, " T"]) -> tuple[Array, Array]:
+        """Of the experts that were chosen here and the step's tokens that are no padding: those to be counted here."""
+
+    @abstractmethod
+    def total(self, counts: Int[Array, "L E"]) -> Int[Array, "L E"]:
+        """Of what all devices counted."""
+
+    @abstractmethod
     def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
         """The logits of all of the vocabulary, in its order."""
 
@@ -66,6 +75,7 @@ class Alone(Exchange):
 
     scatter: bool = False
     dispatch: Dispatch | None = None
+    apart: bool = False
 
     def lookup(self, table: Float[Array, "V D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
         return table.at[ids].get(mode="clip")
@@ -84,6 +94,12 @@ class Alone(Exchange):
 
     def far(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return partial
+
+    def measured(self, ids: Int[Array, "L t k"], live: Bool[Array, " T"]) -> tuple[Array, Array]:
+        return ids, live
+
+    def total(self, counts: Int[Array, "L E"]) -> Int[Array, "L E"]:
+        return counts
 
     def vocabulary(self, logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
         return logits
@@ -104,6 +120,7 @@ class Spread(Exchange):
     groups: tuple[tuple[int, ...], ...] | None = None  # ids of the devices that meet, in the order of `axes`
     implementation: str | None = None  # of all_reduce: None lets the dispatch choose
     dispatch: Dispatch | None = None
+    apart: bool = False
 
     @property
     def _beside(self) -> tuple[str, ...]:
@@ -134,6 +151,12 @@ class Spread(Exchange):
             return partial
         return lax.psum_scatter(partial, self._beside, scatter_dimension=0, tiled=True)
 
+    def measured(self, ids: Int[Array, "L t k"], live: Bool[Array, " T"]) -> tuple[Array, Array]:
+        return ids, live if self.dispatch is None else self.dispatch.own(live)
+
+    def total(self, counts: Int[Array, "L E"]) -> Int[Array, "L E"]:
+        return counts if self.dispatch is None else self.dispatch.total(counts)
+
     def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
         return lax.all_gather(logits, self.axes, axis=logits.ndim - 1, tiled=True)
 
@@ -148,6 +171,74 @@ class Spread(Exchange):
         first = first_argmax(found[:, 0].T)  # shards follow the vocabulary's order, so the first is the lowest token
         chosen = jnp.take_along_axis(found[:, 1], first[None], axis=0)[0]
         return chosen.astype(jnp.int32), found[:, 2].any(axis=0)
+
+
+SUMMED_MOST_BYTES = 1 << 20  # up to here a sum with zeros, inside the step's graph, is faster than a gather
+
+
+@dataclass(frozen=True)
+class AttentionData(Exchange):
+    """Every shard along `expert` has tokens of its own, and all but the experts; `inner`: how one shard's devices meet.
+
+    Without `dispatch` every device sees the tokens of all shards and sums are taken over `axes`: all devices.
+    """
+
+    inner: Exchange
+    axes: tuple[str, ...]
+    scatter: bool = False
+    groups: tuple[tuple[int, ...], ...] | None = None
+    implementation: str | None = None
+    dispatch: Dispatch | None = None
+    summed_most_bytes: int = SUMMED_MOST_BYTES
+    apart: bool = True
+
+    def lookup(self, table: Float[Array, "V D"], ids: Int[Array, "*lead"]) -> Float[Array, "... D"]:
+        return self.inner.lookup(table, ids)
+
+    def enter(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.inner.enter(x)
+
+    def leave(self, partial: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.inner.leave(partial)
+
+    def own_experts(self, ids: Int[Array, "T k"], held: int) -> Int[Array, "T k"]:
+        return ids - lax.axis_index("expert") * held
+
+    def near(self, x: Float[Array, "T D"]) -> Float[Array, "nT D"]:
+        own = self.inner.enter(x)
+        if self.dispatch is not None:
+            return own
+        shards = lax.axis_size("expert")
+        if shards * own.nbytes > self.summed_most_bytes:
+            return lax.all_gather(own, "expert", axis=0, tiled=True)
+        room = jnp.zeros((shards * own.shape[0], own.shape[1]), own.dtype)
+        mine = lax.dynamic_update_slice_in_dim(room, own, lax.axis_index("expert") * own.shape[0], 0)
+        if len(self.axes) > 1:  # all devices of a shard have its tokens: one of them brings them
+            mine = jnp.where(lax.axis_index(self.axes[1:]) == 0, mine, jnp.zeros((), own.dtype))
+        return all_reduce(mine, self.axes, self.groups, implementation=self.implementation)
+
+    def far(self, partial: Float[Array, "nT D"]) -> Float[Array, "T D"]:
+        if self.dispatch is not None:
+            return self.inner.leave(partial)
+        if self.scatter or partial.nbytes > self.summed_most_bytes:
+            return self.inner.leave(lax.psum_scatter(partial, "expert", scatter_dimension=0, tiled=True))
+        return self._own(all_reduce(partial, self.axes, self.groups, implementation=self.implementation), 0)
+
+    def _own(self, x: Array, dim: int) -> Array:
+        share = x.shape[dim] // lax.axis_size("expert")
+        return lax.dynamic_slice_in_dim(x, lax.axis_index("expert") * share, share, dim)
+
+    def measured(self, ids: Int[Array, "L t k"], live: Bool[Array, " T"]) -> tuple[Array, Array]:
+        return ids if self.dispatch is not None else self._own(ids, 1), live
+
+    def total(self, counts: Int[Array, "L E"]) -> Int[Array, "L E"]:
+        return lax.psum(counts, "expert")
+
+    def vocabulary(self, logits: Float[Array, "... Vlocal"]) -> Float[Array, "... V"]:
+        return self.inner.vocabulary(logits)
+
+    def greedy(self, logits: Float[Array, "B Vlocal"]) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+        return self.inner.greedy(logits)
 
 
 def all_reduce(

@@ -28,7 +28,7 @@ from sharding.axes import (
     local_sizes,
     rows_of_shards,
 )
-from sharding.collectives import ALONE, Exchange, Spread
+from sharding.collectives import ALONE, AttentionData, Exchange, Spread
 from sharding.context import Context
 from sharding.dispatch import Dispatch, choose
 from sharding.mesh import SHARD_AXES
@@ -52,7 +52,9 @@ class Placement:
         check(self.model, self.config)
         self.roles.setdefault("whole", P())
         self.roles.setdefault("kv", self.kv_spec)
-        self.roles.setdefault("logits", P(None, self.shard_axes or None))
+        rows = "expert" if self.config.attention_data else None
+        self.roles.setdefault("rows", P(rows))  # what there is of each row
+        self.roles.setdefault("logits", P(rows, self.shard_axes or None))
         seq = ("seq",) if self.config.seq > 1 else ()
         self.roles.setdefault("tokens", P(self.shard_axes or None))
         self.roles.setdefault("context", P(seq or None))
@@ -60,7 +62,9 @@ class Placement:
 
     @property
     def shard_axes(self) -> tuple[str, ...]:
-        return tuple(name for name in SHARD_AXES if self.mesh.shape[name] > 1)
+        """Along which attention, the feed-forward and the vocabulary are cut."""
+        axes = SHARD_AXES[1:] if self.config.attention_data else SHARD_AXES
+        return tuple(name for name in axes if self.mesh.shape[name] > 1)
 
     @property
     def whole(self) -> NamedSharding:
@@ -74,7 +78,8 @@ class Placement:
     @property
     def kv_spec(self) -> P:
         """Pages [P, K, page, H]: kv heads are cut, repeated where there are fewer of them than shards."""
-        return P("seq" if self.config.seq > 1 else None, self.shard_axes or None)
+        pages = "expert" if self.config.attention_data else "seq" if self.config.seq > 1 else None
+        return P(pages, self.shard_axes or None)
 
     @property
     def context(self) -> Context | None:
@@ -84,15 +89,27 @@ class Placement:
     def local_model(self) -> Any:
         return local_sizes(self.model, self.config)
 
-    def exchange(self, tokens: int | None = None) -> Exchange:
-        """How shards meet in a step of so many tokens; the residual stream is spread only where they divide."""
-        if not self.shard_axes:
-            return ALONE
-        scatter = self.config.sequence_parallel and tokens is not None and tokens % self.config.width == 0
-        dispatch = self.dispatch(tokens // self.config.expert if scatter and tokens else 0)
-        return Spread(self.shard_axes, scatter, self.groups, self.implementation, dispatch)
+    def exchange(self, tokens: int | None = None, decode: bool = False) -> Exchange:
+        """How shards meet in a step of so many tokens a shard of attention; None: at the head.
 
-    def dispatch(self, tokens: int) -> Dispatch | None:
+        The residual stream is spread only where tokens divide, and only in prefill.
+        """
+        config, spread, count = self.config, False, tokens or 0
+        if config.sequence_parallel and not decode and count and count % config.width == 0:
+            spread = True
+        axes, groups = self.shard_axes, self._groups(config.width)
+        if config.attention_data:
+            dispatch = self._dispatch(count)
+            inner = Spread(axes, spread, groups, self.implementation) if axes else ALONE
+            every = "expert", *axes
+            groups = self._groups(config.stage_size)
+            return AttentionData(inner, every, inner.scatter, groups, self.implementation, dispatch)
+        if not axes:
+            return ALONE
+        dispatch = self._dispatch(count // config.expert) if spread else None
+        return Spread(axes, spread, groups, self.implementation, dispatch, apart=dispatch is not None)
+
+    def _dispatch(self, tokens: int) -> Dispatch | None:
         """How so many tokens on each expert shard are sent to their experts; None: every device sees all tokens."""
         experts, config = self.model.experts, self.config
         if experts is None:
@@ -102,11 +119,10 @@ class Placement:
         log.debug("%d tokens: %s", tokens, way.why)
         return Dispatch(config.expert, self.mesh.devices.flat[0].platform == "gpu") if way.all_to_all else None
 
-    @property
-    def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of the devices that hold one model between them, in the order of its shards; one group a seq shard."""
+    def _groups(self, size: int) -> tuple[tuple[int, ...], ...]:
+        """Ids of the devices that meet, in the order of the mesh: `size` neighbours each."""
         ids = np.vectorize(lambda device: device.id, otypes=[int])(self.mesh.devices)
-        return tuple(tuple(map(int, group)) for group in ids.reshape(-1, self.config.width))
+        return tuple(tuple(map(int, group)) for group in ids.reshape(-1, size))
 
     # ---- parameters ----
 
@@ -146,7 +162,7 @@ class Placement:
     def place(self, axes: Axes, leaf: Any) -> jax.Array:
         """A whole leaf, in host memory or on a device, cut and laid out over the mesh."""
         sharding = NamedSharding(self.mesh, self.spec(axes))
-        if not self.shard_axes:
+        if not self.shard_axes and not self.config.attention_data:
             return jax.device_put(leaf, sharding)
         held, shape = self._laid_out(axes, leaf.shape)
         local = sharding.shard_shape(shape)

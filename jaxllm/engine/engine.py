@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,6 @@ from jaxllm.core import (
     RowResult,
     SamplingParams,
     Sequence,
-    StepPlan,
     TokenOutput,
 )
 from jaxllm.engine.decoding.structured import CompiledGrammar, GrammarCompiler
@@ -37,6 +36,9 @@ from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxllm.engine.sharded import ShardedScheduler
 
 
 class StepOnDevice(Protocol):
@@ -54,7 +56,7 @@ class StepOnDevice(Protocol):
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests give it one without a device."""
 
-    def launch(self, plan: StepPlan) -> StepOnDevice: ...
+    def launch(self, plan: Any) -> StepOnDevice: ...  # a StepPlan, or a ShardedPlan where there are shards
 
     def choose(self, launched: Any) -> None: ...
 
@@ -101,7 +103,7 @@ class Balancer(Protocol):
 class Engine:
     config: EngineConfig
     model_config: ModelConfig
-    scheduler: Scheduler
+    scheduler: Scheduler | ShardedScheduler
     runner: StepRunner
     tokenizer: Tokenizer | None = None  # None: token ids in, token ids out
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
@@ -109,7 +111,7 @@ class Engine:
     residency: Residency | None = None  # None where there is no device
     balancer: Balancer | None = None  # None where no experts can be moved
     intake: Intake = field(init=False)
-    _in_flight: tuple[StepPlan, StepOnDevice] | None = None
+    _in_flight: tuple[Any, StepOnDevice] | None = None  # the plan is what the scheduler gave, and gets back
     _busy_s: float | None = None  # when the device was last seen to work, while there is work for it
 
     def __post_init__(self) -> None:
@@ -149,7 +151,7 @@ class Engine:
         before, self._in_flight = self._in_flight, None
         return self._account(before) if before is not None else []
 
-    def _account(self, step: tuple[StepPlan, StepOnDevice] | None) -> list[TokenOutput]:
+    def _account(self, step: tuple[Any, StepOnDevice] | None) -> list[TokenOutput]:
         if step is None:
             return self.scheduler.commit(None, [])
         plan, launched = step
@@ -157,11 +159,11 @@ class Engine:
         self._busy_s = time.perf_counter()
         return self.scheduler.commit(plan, results)
 
-    def _look(self, step: tuple[StepPlan, StepOnDevice] | None) -> None:
+    def _look(self, step: tuple[Any, StepOnDevice] | None) -> None:
         if step is not None and not step[1].ready:
             self._busy_s = time.perf_counter()
 
-    def _measure_gap(self, before: tuple[StepPlan, StepOnDevice] | None) -> None:
+    def _measure_gap(self, before: tuple[Any, StepOnDevice] | None) -> None:
         """The device has waited for the host since, at the earliest, it was last seen to work."""
         now = time.perf_counter()
         if self._busy_s is not None and (before is None or before[1].ready):

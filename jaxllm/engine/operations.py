@@ -15,6 +15,7 @@ from jaxllm.core import JaxLLMError
 from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Balancer, Residency
 from jaxllm.engine.replicas import ReplicatedEngine
+from jaxllm.engine.sharded import ShardedScheduler
 
 if TYPE_CHECKING:
     from jaxllm.engine.loop import EngineLoop
@@ -83,7 +84,8 @@ def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, No
     if loop.progress.asleep:
         raise Refused("asleep", "the engine is asleep; wake it up first")
     engine = engine.engines[0] if isinstance(engine, ReplicatedEngine) else engine
-    return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
+    scheduler = engine.scheduler.each[0] if isinstance(engine.scheduler, ShardedScheduler) else engine.scheduler
+    return embed(engine.runner, scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 
 
 # ---- weights and pages ----

@@ -74,7 +74,7 @@ class Schedulers:
     engine: ReplicatedEngine
 
     @property
-    def each(self) -> tuple[Scheduler, ...]:
+    def each(self) -> tuple[Any, ...]:
         return tuple(engine.scheduler for engine in self.engine.engines)
 
     @property

@@ -36,11 +36,13 @@ from jaxllm.engine.memory import (
     out_of_memory,
     plan_memory,
 )
+from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.sharded import ShardedScheduler
 from jaxllm.graph.compile import Executables, Ladder, compile_all
 from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
 from jaxllm.graph.experts import add_tables
@@ -180,7 +182,14 @@ def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | No
     return balancer
 
 
-def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:
+def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler | ShardedScheduler:
+    if config.mesh.attention_shards == 1:
+        return _one_scheduler(config, num_pages, runner.metrics)
+    shards = (_one_scheduler(config, num_pages, Metrics()) for _ in range(config.mesh.attention_shards))
+    return ShardedScheduler(tuple(shards), runner.metrics)
+
+
+def _one_scheduler(config: EngineConfig, num_pages: int, metrics: Metrics) -> Scheduler:
     pool = PagePool(num_pages, config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
@@ -190,7 +199,7 @@ def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Schedule
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
-    return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
+    return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], metrics)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
@@ -278,16 +287,20 @@ def _runners(
     for _ in homes:
         with _timed(report, "cache"):
             kv = [allocate(home.kv_shapes(spec)) for home, spec in zip(homes, specs)]
-            shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
-            counts = jnp.zeros(shape, jnp.uint16, device=final.whole)
+            counts = jnp.zeros(_counts_shape(config, final), jnp.uint16, device=final.sharding("rows"))
         logits = final.sharding("logits")
         own = (params[0], kv[0]) if len(homes) == 1 else (params, kv)
-        runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits)
+        shards = config.mesh.attention_shards
+        runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits, shards=shards)
         with _timed(report, "warm-up"):
             runner.warm_up()
         yield runner, specs[0].num_pages
     if config.compile.directory is not None and report.compile_cache.usable:
         seal(config.compile.directory)
+
+
+def _counts_shape(config: EngineConfig, home: Home) -> tuple[int, int]:
+    return config.mesh.attention_shards * (config.scheduler.max_num_seqs + 1), home.model.vocab_size
 
 
 def _compile(
@@ -298,8 +311,7 @@ def _compile(
     deterministic = config.scheduler.deterministic
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width, deterministic)
     final, dtype = homes[-1], jnp.dtype(config.model.dtype)
-    counts_shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
-    counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=final.whole)
+    counts = jax.ShapeDtypeStruct(_counts_shape(config, final), jnp.uint16, sharding=final.sharding("rows"))
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
     flags = dict(reference_attention=kernels == "reference", chained=kernels == "chain", whole=kernels == "layers")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import MAX_LOGIT_BIAS
-from jaxllm.graph import experts, sampling, steps
+from jaxllm.graph import experts, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
 from jaxllm.graph.steps import Graph, SampleMode, Stepped
 from jaxllm.graph.traces import Job, Key, Traces
@@ -28,9 +28,9 @@ from jaxllm.graph.traces import Job, Key, Traces
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 # The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
-WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
-STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, LOGITS, WHOLE), Stepped(WHOLE, KV, WHOLE, LOGITS, WHOLE, WHOLE)
-SAMPLE_TAKES, SAMPLE_GIVES = (WHOLE, WHOLE, LOGITS, *[WHOLE] * 4), (WHOLE, WHOLE, WHOLE)
+ROWS, LOGITS, KV, WHOLE = cast("tuple[Any, Any, Any, Any]", ("rows", "logits", "kv", "whole"))
+STEP_TAKES, STEP_GIVES = ("params", KV, ROWS, LOGITS, ROWS), Stepped(ROWS, KV, ROWS, LOGITS, ROWS, WHOLE)
+SAMPLE_TAKES, SAMPLE_GIVES = (ROWS, ROWS, LOGITS, *[ROWS] * 4), (ROWS, ROWS, ROWS)
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -160,13 +160,14 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
     spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
     vocab = graph.config.vocab_size
 
-    def spec(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def spec(dtype: Any, first: int, *shape: int) -> Any:
+        """`first` a shard."""
+        return jax.ShapeDtypeStruct((first * graph.shards, *shape), dtype, sharding=sharding)
 
     def logits(rows: int) -> Any:
-        return jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
+        return jax.ShapeDtypeStruct((rows * graph.shards, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
 
-    last_tokens = spec(jnp.int32, counts.shape[0])
+    last_tokens = jax.ShapeDtypeStruct((counts.shape[0],), jnp.int32, sharding=sharding)
     for shape in ladder.shapes():
         more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
         function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
@@ -181,12 +182,12 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
             function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
             yield Job(("sample", rows, mode), function, args, donated=(0, 1))
     for tokens in ladder.mixed_tokens:
-        function = spread(functools.partial(steps.prompt_logprobs, graph), ("params", "whole", "whole"), ("whole",) * 4)
+        function = spread(functools.partial(steps.prompt_logprobs, graph), ("params", "rows", "rows"), ("rows",) * 4)
         hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
         yield Job(("prompt_logprobs", tokens), function, (params, hidden, spec(jnp.int32, tokens)))
-    scalar = spec(jnp.int32)
-    args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
-    yield Job(("set_counts",), sampling.set_counts, args, donated=(0,))
+    one, flag = spec(jnp.int32, 1), spec(jnp.bool_, 1)
+    args = counts, one, spec(jnp.int32, COUNTS_CHUNK), one, flag, flag
+    yield Job(("set_counts",), spread(steps.set_counts, (ROWS,) * 6, ROWS), args, donated=(0,))
     if graph.placement is not None and graph.placement.config.balances:
         yield Job(("move_experts",), *experts.move(graph.placement, params))
 

@@ -74,8 +74,11 @@ class Home:
         return SingleDeviceSharding(self.device) if self.placement is None else self.placement.sharding(role)
 
     def kv_shapes(self, held: KVCacheSpec) -> Any:
-        """Of the pages on all devices, from those of one."""
-        return held.repeated(1 if self.placement is None else self.placement.config.width).shapes(self.sharding("kv"))
+        """Of the pages on all devices, from those of one, or of all that a sequence may lie on."""
+        if self.placement is not None:
+            mesh = self.placement.config
+            held = held.repeated(mesh.width).with_pages(held.num_pages * mesh.attention_shards)
+        return held.shapes(self.sharding("kv"))
 
     def shapes(self, dtype: DTypeLike) -> Params:
         """The parameters' shapes where they will lie."""

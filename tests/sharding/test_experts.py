@@ -178,6 +178,43 @@ def test_over_the_threshold_experts_move_by_themselves(directory, alone):
     assert metrics.compiles_after_ready == 0
 
 
+SHARED = dict(attention_data=True, ep=2, num_pages=32)
+
+
+def test_shards_of_attention_have_rows_and_pages_of_their_own_and_share_the_experts(directory, alone):
+    """Structured output, penalties, biases and embeddings too: each finds its own shard."""
+    expected = alone("qwen2-moe")
+    engine, _ = start(load(model=directory("qwen2-moe"), **SHAPE | SHARED, expert_exchange="sum", redundant_experts=2))
+    leaf = engine.runner.kv[0][0]
+    assert leaf.shape[:2] == (64, 2), "pages are dealt, heads are whole"
+    assert leaf.sharding.shard_shape(leaf.shape)[0] == 32
+    assert_same(observe(engine), expected)
+    assert min(shard.metrics.generated_tokens for shard in engine.scheduler.each) > 0
+    assert engine.scheduler.metrics.generated_tokens == 40
+    assert engine.scheduler.metrics.compiles_after_ready == 0
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        ("mixtral", dict(expert_exchange="all_to_all")),
+        ("qwen2-moe", dict(ep=4, expert_exchange="all_to_all", redundant_experts=4)),
+        ("qwen2-moe", dict(tp=2, sp=True, expert_exchange="all_to_all")),
+        ("qwen2-moe", dict(tp=2, expert_exchange="sum", redundant_experts=2)),
+        ("qwen3-moe", dict(ep=4, tp=2)),
+        ("qwen3-moe", dict(dp=2)),
+    ],
+    ids=str,
+)
+def test_every_mix_with_shards_of_attention_gives_what_one_device_gives(model, mesh, directory, alone):
+    engine, _ = start(load(model=directory(model), **SHAPE | SHARED | mesh))
+    assert_same(observe(engine), alone(model))
+    if "redundant_experts" in mesh:
+        rebalance(engine)
+        assert_same(observe(engine), alone(model))
+
+
 def test_an_engine_whose_experts_stay_says_so():
     from helpers.byte_model import build_engine
 

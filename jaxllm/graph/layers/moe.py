@@ -21,7 +21,7 @@ from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.models.config import ExpertsConfig, ModelConfig
 from pallas_kernels.grouped_matmul.api import route, routed_mlp
 from sharding.collectives import ALONE, Exchange
-from sharding.dispatch import copies_of
+from sharding.dispatch import Dispatch, copies_of
 
 # Layers of one shape share one trace.
 _route = jax.jit(route, static_argnames=("k", "norm_topk"))
@@ -49,19 +49,15 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
         """From the normed residual stream to what is added to it."""
-        if exchange.dispatch is None:
+        if not exchange.apart:
             read = exchange.enter(x)
             return exchange.leave(self._with_shared(read, self._routed(read, exchange)))
         near = exchange.near(x)
-        slots, weights = self._choose(near)
-        parcel, sent = exchange.dispatch.send(near, slots, weights, self.experts_gate_up[...].shape[0])
-        sums = _routed_mlp(
-            parcel.tokens, self.experts_gate_up[...], self.experts_down[...], *parcel[1:], elsewhere=True
+        out = exchange.far(
+            self._routed(near, exchange) if exchange.dispatch is None else self._sent(near, exchange.dispatch)
         )
-        out = exchange.far(exchange.dispatch.back(sums, sent))
         if self.shared is None:
             return out
-        # Cut over all devices, it reads every token.
         read = exchange.enter(x)
         return out + exchange.leave(self._with_shared(read, jnp.zeros_like(read)))
 
@@ -82,6 +78,13 @@ class MoE(nnx.Module):
         elsewhere = self.copies is not None or gate_up.shape[0] < self.experts.count  # other devices hold experts too
         ids = exchange.own_experts(slots, gate_up.shape[0])
         return _routed_mlp(tokens, gate_up, down, ids, weights, elsewhere=elsewhere).reshape(x.shape)
+
+    def _sent(self, x: Float[Array, "t D"], dispatch: Dispatch) -> Float[Array, "t D"]:
+        """The same sums of this device's tokens, by the devices of their experts."""
+        slots, weights = self._choose(x)
+        gate_up, down = self.experts_gate_up[...], self.experts_down[...]
+        parcel, sent = dispatch.send(x, slots, weights, gate_up.shape[0])
+        return dispatch.back(_routed_mlp(parcel.tokens, gate_up, down, *parcel[1:], elsewhere=True), sent)
 
     def _with_shared(self, x: Float[Array, "... D"], out: Float[Array, "... D"]) -> Float[Array, "... D"]:
         if self.shared is None or self.shared_gate is None:
