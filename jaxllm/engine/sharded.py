@@ -102,13 +102,13 @@ class ShardedScheduler:
 
     def commit(self, plan: ShardedPlan | None, results: list[RowResult]) -> list[TokenOutput]:
         parts = (NOTHING,) * len(self.each) if plan is None else plan.parts
+        if len(results) != sum(len(part.rows) for part in parts):
+            raise ValueError(f"{len(results)} results for {sum(len(part.rows) for part in parts)} scheduled rows")
         outputs, start = [], 0
         for shard, part in zip(self.each, parts, strict=True):
             end = start + len(part.rows)
             outputs += shard.commit(part if part.rows else None, results[start:end])
             start = end
-        if start != len(results):
-            raise ValueError(f"{len(results)} results for {start} scheduled rows")
         self.counted.steps += plan is not None
         for output in outputs:
             if output.finish_reason is not None:

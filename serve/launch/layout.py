@@ -125,6 +125,9 @@ def _processes(
             f"mesh.pipe = {mesh.pipe} in {place.processes} processes: pipeline stages live in one process; spread "
             "mesh.tensor over processes, or give one process all stages"
         )
+    if mesh.attention_data or mesh.balances:
+        what = "mesh.attention_data" if mesh.attention_data else "mesh.redundant_experts or rebalance_threshold"
+        raise ConfigError(f"{what} in {place.processes} processes: one process drives all devices of such a mesh")
     if mesh.size % place.processes:
         raise ConfigError(f"mesh {mesh}: {mesh.size} devices do not divide over {place.processes} processes")
     here = launch.mode == "local" or (launch.mode == "auto" and launch.process_id < 0 and place.source == "settings")

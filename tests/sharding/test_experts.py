@@ -110,7 +110,11 @@ def assert_same(seen, expected):
 
 def rebalance(engine):
     """As an operator asks for it."""
-    job = OPERATIONS["rebalance_experts"](EngineLoop(engine, lambda _: [], lambda _: None), {})
+    return finished(OPERATIONS["rebalance_experts"](EngineLoop(engine, lambda _: [], lambda _: None), {}))
+
+
+def finished(job):
+    """What a job of the loop gives in the end."""
     while True:
         try:
             next(job)
@@ -181,9 +185,10 @@ def test_over_the_threshold_experts_move_by_themselves(directory, alone):
 SHARED = dict(attention_data=True, ep=2, num_pages=32)
 
 
-def test_shards_of_attention_have_rows_and_pages_of_their_own_and_share_the_experts(directory, alone):
-    """Structured output, penalties, biases and embeddings too: each finds its own shard."""
-    expected = alone("qwen2-moe")
+def test_shards_of_attention_have_rows_and_pages_of_their_own_and_share_the_experts(directory):
+    """Penalties, biases, masks, seeds and embeddings too: each finds its own shard."""
+    lone = start(load(model=directory("qwen2-moe"), **SHAPE))[0]
+    expected, wanted = observe(lone), observe_sampling(lone)
     engine, _ = start(load(model=directory("qwen2-moe"), **SHAPE | SHARED, expert_exchange="sum", redundant_experts=2))
     leaf = engine.runner.kv[0][0]
     assert leaf.shape[:2] == (64, 2), "pages are dealt, heads are whole"
@@ -191,7 +196,38 @@ def test_shards_of_attention_have_rows_and_pages_of_their_own_and_share_the_expe
     assert_same(observe(engine), expected)
     assert min(shard.metrics.generated_tokens for shard in engine.scheduler.each) > 0
     assert engine.scheduler.metrics.generated_tokens == 40
+    found = observe_sampling(engine)
+    assert found[0] == wanted[0]
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
     assert engine.scheduler.metrics.compiles_after_ready == 0
+
+
+def observe_sampling(engine):
+    """Tokens of requests that ask the sampler for all it does, one taken back on the way; an embedding."""
+    asked = [
+        dict(temperature=1.0, seed=5, top_p=0.9),
+        dict(temperature=0.0, frequency_penalty=1.5, repetition_penalty=1.3, logit_bias={7: 4.0}),
+        dict(temperature=1.0, seed=9, min_tokens=6, stop_token_ids=list(range(2, 200))),
+        dict(temperature=0.7, seed=1, presence_penalty=1.0, logprobs=2),
+        dict(temperature=0.0, frequency_penalty=2.0),
+    ]
+    sequences = []
+    for number, more in enumerate(asked):
+        params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True} | more)
+        made = engine.make_request(list(range(10 * number + 2, 10 * number + 9)), params)
+        sequences += engine.add(made)
+    gone = engine.add(engine.make_request([3, 4, 5], PARAMS.replace(max_tokens=60)))[0]
+    for _ in range(3):
+        engine.step()
+    engine.abort(gone.request.id)
+    while engine.has_work:
+        engine.step()
+        engine.check()
+    job = OPERATIONS["embed"](EngineLoop(engine, lambda _: [], lambda _: None), EMBEDDED)
+    return [sequence.output_token_ids for sequence in sequences], finished(job)
+
+
+EMBEDDED = {"token_ids": list(range(5, 45)), "pooling": "mean"}
 
 
 @pytest.mark.mesh
