@@ -100,7 +100,7 @@ class Dispatch:
         theirs = jnp.where((theirs >= 0) & (theirs < held), theirs, -1)
         letters = _join(tokens[token], theirs, weights[token])
         came = self._exchange(letters, sizes, n * t, t)
-        x, slots, weights = _split(came, tokens.shape[1], k, tokens.dtype)
+        x, slots, weights = _split(came, k, tokens.dtype)
         live = jnp.arange(n * t, dtype=jnp.int32) < sizes[:, lax.axis_index(self.axis)].sum()
         return Parcel(x, jnp.where(live[:, None], slots, -1), weights), Sent(sizes, goes, row, room)
 
@@ -108,7 +108,7 @@ class Dispatch:
         """Each token's sums, from the devices it went to, added in the order of devices in f32."""
         t, n = sent.goes.shape
         came = self._exchange(_as_bits(sums), sent.sizes.T, sent.room, t)
-        found = lax.bitcast_convert_type(came, sums.dtype)
+        found = _as_floats(came, sums.dtype)
         total = jnp.zeros((t, sums.shape[1]), jnp.float32)
         for device in range(n):
             part = found.at[sent.row[:, device]].get(mode="clip").astype(jnp.float32)
@@ -139,24 +139,27 @@ def _starts(sizes: Int[Array, "... n"]) -> Int[Array, "... n"]:
     return jnp.cumsum(sizes, axis=-1, dtype=jnp.int32) - sizes
 
 
-def _as_bits(x: Array) -> Array:
-    """Integers travel as they are; floats that are no numbers might not."""
-    return lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+def _as_bits(x: Float[Array, "r D"]) -> UInt[Array, "r W"]:
+    """Whole words travel as they are; floats that are no numbers might not. D is even where numbers have two bytes."""
+    each = 4 // x.dtype.itemsize
+    return lax.bitcast_convert_type(x.reshape(x.shape[0], -1, each) if each > 1 else x, jnp.uint32)
+
+
+def _as_floats(bits: UInt[Array, "r W"], dtype: jnp.dtype) -> Float[Array, "r D"]:
+    return lax.bitcast_convert_type(bits, dtype).reshape(bits.shape[0], -1)
 
 
 def _join(x: Float[Array, "r D"], slots: Int[Array, "r k"], weights: Float[Array, "r k"]) -> UInt[Array, "r W"]:
-    """One row a token, so that one exchange carries all: its hidden state, then its slots and weights as bits."""
-    bits = _as_bits(x)
-    parts = (lax.bitcast_convert_type(part, bits.dtype).reshape(x.shape[0], -1) for part in (slots, weights))
-    return jnp.concatenate([bits, *parts], axis=1)
+    """One row a token, so that one exchange carries all: its hidden state, then its slots and weights."""
+    parts = (lax.bitcast_convert_type(part, jnp.uint32) for part in (slots, weights))
+    return jnp.concatenate([_as_bits(x), *parts], axis=1)
 
 
-def _split(rows: UInt[Array, "r W"], D: int, k: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    words = rows[:, D:].reshape(rows.shape[0], 2, k, -1)
-    words = words[..., 0] if words.shape[-1] == 1 else words
-    slots = lax.bitcast_convert_type(words[:, 0], jnp.int32)
-    weights = lax.bitcast_convert_type(words[:, 1], jnp.float32)
-    return lax.bitcast_convert_type(rows[:, :D], dtype), slots, weights
+def _split(rows: UInt[Array, "r W"], k: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    width = rows.shape[1] - 2 * k
+    slots = lax.bitcast_convert_type(rows[:, width : width + k], jnp.int32)
+    weights = lax.bitcast_convert_type(rows[:, width + k :], jnp.float32)
+    return _as_floats(rows[:, :width], dtype), slots, weights
 
 
 def copies_of(ids: Int[Array, "t k"], table: Int[Array, "E c1"]) -> Int[Array, "t k"]:
