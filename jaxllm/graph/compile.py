@@ -89,11 +89,14 @@ class Executables:
 
     @property
     def temporary_bytes(self) -> int:
-        """What the hungriest executable allocates while it runs, beside its arguments and results."""
-        return max((analysis.temp_size_in_bytes for analysis in self._memory()), default=0)
+        """What the hungriest executable allocates while it runs, beside its arguments and results; of a move, both."""
+        sizes = [analysis.temp_size_in_bytes for analysis in self._memory(self._compiled())]
+        move = [self.table["move_experts",]] if ("move_experts",) in self.table else []
+        sizes += [found.temp_size_in_bytes + found.output_size_in_bytes for found in self._memory(move)]
+        return max(sizes, default=0)
 
-    def _memory(self) -> Iterable[Any]:
-        for executable in self._compiled():
+    def _memory(self, executables: Iterable[jax.stages.Compiled]) -> Iterable[Any]:
+        for executable in executables:
             analysis = executable.memory_analysis()
             if analysis is not None:
                 yield analysis

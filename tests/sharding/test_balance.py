@@ -62,6 +62,8 @@ def test_no_load_is_even():
         ({"expert": 2, "rebalance_threshold": 0.9}, "must be over 1"),
         ({"expert": 2, "rebalance_interval": 0}, "rebalance_interval = 0"),
         ({"expert": 2, "pipe": 2, "redundant_experts": 2}, "mesh.pipe = 2"),
+        ({"attention_data": True}, "needs mesh.expert > 1"),
+        ({"expert": 2, "pipe": 2, "attention_data": True}, "mesh.pipe = 2 and mesh.seq = 1: not built"),
         ({"expert": 2, "expert_exchange": "deepep"}, "must be auto, sum or all_to_all"),
     ],
 )
