@@ -44,6 +44,7 @@ class Balancer:
     _load: np.ndarray = field(init=False)  # of this one
     known: np.ndarray = field(init=False)  # f64[layers, experts], of the last whole interval
     _read: deque[Any] = field(default_factory=deque)  # arrays on their way to the host; jax's type leaves is_ready out
+    _seen: Any = None  # the last step's
     _steps: int = 0
 
     def __post_init__(self) -> None:
@@ -67,10 +68,14 @@ class Balancer:
         """Before a step: look at the load now and then, and move one layer if any is to move."""
         if self.pending:
             self.move_one()
+        load = self.runner.load
+        if load is None or load is self._seen:  # no step since the last turn
+            return
+        self._seen = load
         self._steps += 1
-        if self._steps % max(1, self.config.rebalance_interval // READINGS) == 0 and self.runner.load is not None:
-            self.runner.load.copy_to_host_async()
-            self._read.append(self.runner.load)
+        if self._steps % max(1, self.config.rebalance_interval // READINGS) == 0:
+            load.copy_to_host_async()
+            self._read.append(load)
         while self._read and self._read[0].is_ready():
             self._load += np.asarray(self._read.popleft())
         if self._steps >= self.config.rebalance_interval:

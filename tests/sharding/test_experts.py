@@ -108,6 +108,16 @@ def assert_same(seen, expected):
     assert np.abs(seen[1] - expected[1]).max() < 1e-5
 
 
+def assert_counts(engine):
+    """Of a prefill of 19 tokens and a decode: every token counts its two experts in each of two layers, once."""
+    engine.add(engine.make_request(list(range(2, 21)), SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
+    for tokens in (19, 1):
+        engine.step()
+        np.testing.assert_array_equal(np.asarray(engine.runner.load).sum(axis=1), [2 * tokens] * 2)
+    while engine.has_work:
+        engine.step()
+
+
 def rebalance(engine):
     """As an operator asks for it."""
     return finished(OPERATIONS["rebalance_experts"](EngineLoop(engine, lambda _: [], lambda _: None), {}))
@@ -132,6 +142,7 @@ def test_experts_are_sent_their_tokens_and_moved_between_steps_and_nothing_chang
     assert "all-to-all" in text[False]
     assert "all-to-all" not in text[True], "in a decode step every device has every token"
     assert_same(observe(engine), expected)
+    assert_counts(engine)
     before = [slots.copy() for slots in engine.balancer.slots]
     assert 1 < engine.scheduler.metrics.expert_imbalance < 2
     engine.balancer.known = np.tile([0.0, 0, 0, 0, 10, 50, 30, 10], (2, 1))  # most of it on the second device
@@ -167,6 +178,8 @@ def test_every_mix_of_experts_gives_what_one_device_gives(name, directory, alone
     if "redundant_experts" in mesh:
         rebalance(engine)
         assert_same(observe(engine), alone(model))
+        if "dp" not in mesh:
+            assert_counts(engine)
         assert engine.scheduler.metrics.as_dict()["expert_imbalance"] >= 1
 
 
@@ -249,6 +262,7 @@ def test_every_mix_with_shards_of_attention_gives_what_one_device_gives(model, m
     if "redundant_experts" in mesh:
         rebalance(engine)
         assert_same(observe(engine), alone(model))
+        assert_counts(engine)
 
 
 def test_an_engine_whose_experts_stay_says_so():

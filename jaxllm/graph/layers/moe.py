@@ -42,7 +42,6 @@ class MoE(nnx.Module):
         dense = dataclasses.replace(config, d_ff=experts.shared_d_ff or config.d_ff, mlp_bias=False)
         self.shared = MLP(dense, dtype, rngs) if shared else None
         self.shared_gate = parameter((1, D), (None, "embed"), dtype, rngs) if shared else None
-
         # Where each expert's weights lie, if they can be moved: how many copies, then their slots.
         table = E, 1 + experts.copies
         self.copies = parameter(table, (None, None), jnp.int32, rngs, "zeros") if experts.copies else None
@@ -53,9 +52,8 @@ class MoE(nnx.Module):
             read = exchange.enter(x)
             return exchange.leave(self._with_shared(read, self._routed(read, exchange)))
         near = exchange.near(x)
-        out = exchange.far(
-            self._routed(near, exchange) if exchange.dispatch is None else self._sent(near, exchange.dispatch)
-        )
+        dispatch = exchange.dispatch
+        out = exchange.far(self._routed(near, exchange) if dispatch is None else self._sent(near, dispatch))
         if self.shared is None:
             return out
         read = exchange.enter(x)
