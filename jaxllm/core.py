@@ -304,12 +304,33 @@ class StepPlan:
     preempted: tuple[Sequence, ...] = ()
 
     @property
+    def parts(self) -> tuple[StepPlan, ...]:
+        """By shard."""
+        return (self,)
+
+    @property
     def num_tokens(self) -> int:
         return sum([row[2] for row in self.rows])  # asked several times a step: half the time of a generator and a name
 
     @property
     def decode_only(self) -> bool:
         return self.num_tokens == len(self.rows)
+
+
+@dataclass(frozen=True)
+class ShardedPlan:
+    """One step of several shards, each with rows and pages of its own. One without work has an empty plan."""
+
+    parts: tuple[StepPlan, ...]
+
+    @property
+    def rows(self) -> tuple[ScheduledRow, ...]:
+        """Shard after shard."""
+        return tuple(row for part in self.parts for row in part.rows)
+
+    @property
+    def decode_only(self) -> bool:
+        return all(part.decode_only for part in self.parts)
 
 
 class SampledToken(NamedTuple):

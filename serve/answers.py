@@ -146,6 +146,7 @@ ANSWERS: dict[tuple[str, str], Schema] = {
     ("POST", "/pause"): record(paused=FLAG),
     ("POST", "/resume"): record(paused=FLAG),
     ("POST", "/reset_prefix_cache"): record(evicted_pages=COUNT),
+    ("POST", "/rebalance_experts"): record(imbalance=NUMBER, expected=NUMBER, layers=COUNT),
     ("POST", "/sleep"): record(asleep=FLAG, level=COUNT),
     ("POST", "/wake_up"): record(asleep=FLAG, weights_version=TEXT),
     ("POST", "/update_weights"): record(weights_version=TEXT),

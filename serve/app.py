@@ -86,6 +86,14 @@ TABLE: tuple[Entry, ...] = (
     ),
     Entry(
         "POST",
+        "/rebalance_experts",
+        probes.operation("rebalance_experts", timeout_s=LONG_S),
+        None,
+        "Move experts by measured load (admin)",
+        empty_body=True,
+    ),
+    Entry(
+        "POST",
         "/sleep",
         probes.operation("sleep", protocol.SleepBody, LONG_S),
         protocol.SleepBody,

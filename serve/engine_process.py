@@ -115,8 +115,9 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine | ReplicatedEngine, d
         facts["weights_bytes"] = report.memory.weights_bytes
         facts["cache_bytes"] = report.memory.cache_bytes
     facts |= {"device": report.device_kind, "devices": report.devices}
-    if engine.meter is not None:
-        facts["kv_token_bytes"] = engine.meter.cost.kv_token_bytes
+    meter = (engine.engines[0] if isinstance(engine, ReplicatedEngine) else engine).meter
+    if meter is not None:
+        facts["kv_token_bytes"] = meter.cost.kv_token_bytes
     peak = peak_of(report.device_kind)
     if peak is not None:
         facts["peak_flops_per_s"] = peak.bf16_flops_per_s * report.devices

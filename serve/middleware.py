@@ -31,6 +31,7 @@ ADMIN = frozenset(
         "/sleep",
         "/wake_up",
         "/reset_prefix_cache",
+        "/rebalance_experts",
         "/start_profile",
         "/stop_profile",
         "/update_weights",

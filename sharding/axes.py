@@ -6,7 +6,8 @@ Knows nothing of devices, arrays or ranks in programs.
 
 Mesh axes, outermost first: `data` (replicas that share nothing), `pipe` (consecutive layers), `seq` (tokens of one
 sequence: context parallelism), `expert` (experts; attention is split over it too), `tensor` (rows and columns of
-matrices). The CLI's names are dp, pp, cp, ep, tp; sp is no axis: it spreads the residual stream over `tensor`.
+matrices). The CLI's names are dp, pp, cp, ep, tp; sp is no axis: it spreads the residual stream over the devices that
+share a layer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxllm.core import JaxLLMError
+from sharding.balance import first_slots, most_copies
 
 MAX_AXIS = 4096
 
@@ -34,10 +36,32 @@ def _count(name: str, value: Any) -> int:
     return value
 
 
+def _interval(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31 - 1:
+        raise MeshError(f"{name} = {value!r}: must be an integer in [1, {2**31 - 1}]")
+    return value
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise MeshError(f"{name} = {value!r}: must be true or false")
     return value
+
+
+def _spare(name: str, value: Any) -> int:
+    return 0 if value == 0 and not isinstance(value, bool) else _count(name, value)
+
+
+def _exchange(name: str, value: Any) -> str:
+    if value not in ("auto", "sum", "all_to_all"):
+        raise MeshError(f"{name} = {value!r}: must be auto, sum or all_to_all")
+    return value
+
+
+def _threshold(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value == 0 or 1 < value <= MAX_AXIS):
+        raise MeshError(f"{name} = {value!r}: must be over 1 (the fullest device's load by the mean), or 0 for never")
+    return float(value)
 
 
 def _setting(default: Any, check: Callable[[str, Any], Any], *aliases: str) -> Any:
@@ -53,13 +77,38 @@ class MeshConfig:
     seq: int = _setting(1, _count, "cp", "context_parallel_size")
     expert: int = _setting(1, _count, "ep", "expert_parallel_size")
     tensor: int = _setting(1, _count, "tp", "tensor_parallel_size")
-    sequence_parallel: bool = _setting(False, _flag, "sp")  # residual stream split along tokens over `tensor`
+    sequence_parallel: bool = _setting(False, _flag, "sp")  # residual stream split along tokens over expert x tensor
+    # Attention, shared experts and the vocabulary are not cut over `expert`: each of its shards has rows and pages of
+    # its own, and all shards share the experts.
+    attention_data: bool = _setting(False, _flag, "enable_dp_attention")
+    # How routed tokens that are dealt out meet their experts; auto: what sends less (sharding.dispatch.choose).
+    expert_exchange: str = _setting("auto", _exchange)
+    redundant_experts: int = _setting(0, _spare, "num_redundant_experts", "ep_num_redundant_experts")  # spare slots
+    # Experts are moved when the fullest device's measured load is over this many times the mean; 0: when told to.
+    rebalance_threshold: float = _setting(0.0, _threshold)
+    rebalance_interval: int = _setting(1000, _interval, "eplb_rebalance_num_iterations")  # steps that are measured
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             spec.metadata["check"](f"mesh.{spec.name}", getattr(self, spec.name))
-        if self.sequence_parallel and self.tensor == 1:
-            raise MeshError("mesh.sequence_parallel needs mesh.tensor > 1: with one device there is nothing to spread")
+        if self.sequence_parallel and self.width == 1:
+            raise MeshError(
+                "mesh.sequence_parallel needs mesh.tensor > 1 or mesh.expert > 1: one device has nothing to spread"
+            )
+        if self.attention_data and self.expert == 1:
+            raise MeshError("mesh.attention_data needs mesh.expert > 1: its shards are what has rows of its own")
+        if self.attention_data and self.pipe * self.seq > 1:
+            raise MeshError(
+                f"mesh.attention_data with mesh.pipe = {self.pipe} and mesh.seq = {self.seq}: not built; "
+                "leave both at 1, or attention_data false"
+            )
+        if self.balances and self.expert == 1:
+            raise MeshError("mesh.redundant_experts and mesh.rebalance_threshold need mesh.expert > 1")
+        if self.balances and self.pipe > 1:
+            raise MeshError(
+                f"mesh.pipe = {self.pipe}: experts are measured and moved in a whole model only; "
+                "leave mesh.redundant_experts and mesh.rebalance_threshold at 0, or give these devices to mesh.expert"
+            )
 
     @property
     def stage_size(self) -> int:
@@ -77,12 +126,23 @@ class MeshConfig:
     @property
     def width(self) -> int:
         """Into how many shards attention's heads, the feed-forward and the vocabulary are cut."""
-        return self.expert * self.tensor
+        return self.tensor if self.attention_data else self.expert * self.tensor
+
+    @property
+    def attention_shards(self) -> int:
+        """How many parts of a stage have rows and pages of their own."""
+        return self.expert if self.attention_data else 1
+
+    @property
+    def balances(self) -> bool:
+        """Whether experts' load is measured and experts can be moved."""
+        return self.redundant_experts > 0 or self.rebalance_threshold > 0
 
     def __str__(self) -> str:
         named = {"dp": self.data, "pp": self.pipe, "cp": self.seq, "ep": self.expert, "tp": self.tensor}
         parts = [f"{name}{count}" for name, count in named.items() if count > 1]
-        return " x ".join(parts + ["sp"] * self.sequence_parallel) or "one device"
+        parts += ["sp"] * self.sequence_parallel + ["attention data"] * self.attention_data
+        return " x ".join(parts) or "one device"
 
 
 class ExpertSizes(Protocol):
@@ -101,6 +161,8 @@ class ModelSizes(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
     @property
@@ -191,13 +253,33 @@ def local_sizes(model: Any, mesh: MeshConfig) -> Any:
     return dataclasses.replace(model, **changed)
 
 
+def tabled(model: Any, mesh: MeshConfig) -> Any:
+    """The model with a table of its experts' copies in each layer, where they can be moved."""
+    if not mesh.balances or model.experts is None:
+        return model
+    copies = most_copies(mesh.redundant_experts, mesh.expert)
+    return dataclasses.replace(model, experts=dataclasses.replace(model.experts, copies=copies))
+
+
+def expert_rows(model: ModelSizes, mesh: MeshConfig) -> np.ndarray:
+    """i32[mesh.expert, slots a device]: the expert in each slot, before any is moved."""
+    return first_slots(model.experts.count, mesh.redundant_experts, mesh.expert).reshape(mesh.expert, -1)
+
+
 def check(model: ModelSizes, mesh: MeshConfig) -> None:
     """Raises MeshError for a mesh this model cannot be spread over."""
     experts: ExpertSizes | None = model.experts
     if mesh.expert > 1 and experts is None:
         raise MeshError(f"mesh.expert = {mesh.expert}: the model has no experts; give these devices to mesh.tensor")
     if experts is not None:
-        Block("experts.count", experts.count).units(mesh.expert)
+        spare = mesh.redundant_experts
+        Block("experts.count" + " + redundant_experts" * (spare > 0), experts.count + spare).units(mesh.expert)
+        held = (experts.count + spare) // mesh.expert
+        if held > experts.count:
+            raise MeshError(
+                f"mesh.redundant_experts = {spare}: each of {mesh.expert} devices would hold {held} of "
+                f"{experts.count} experts; a second copy on one device serves nothing"
+            )
         Block("experts.d_ff", experts.d_ff).units(mesh.tensor)
         Block("experts.shared_d_ff", experts.shared_d_ff).units(mesh.width)
     sizes = {"gate_up": 2 * model.d_ff, "ffn": model.d_ff, "vocab": model.vocab_size}

@@ -35,6 +35,16 @@ def stage_meshes(config: MeshConfig, devices: Sequence[Any] | None = None) -> tu
             f"mesh.data > 1 over {processes} processes: an engine drives replicas of its own process only; "
             "spread mesh.tensor or mesh.pipe over processes, or start one engine a process behind the gateway"
         )
+    if processes > 1 and config.attention_data:
+        raise MeshError(
+            f"mesh.attention_data over {processes} processes: one process schedules all shards and reads their tokens; "
+            "start one engine a process behind the gateway instead"
+        )
+    if processes > 1 and config.balances:
+        raise MeshError(
+            f"mesh.redundant_experts or rebalance_threshold over {processes} processes: experts are moved within one "
+            "process only; leave both at 0"
+        )
     shape = (config.data, config.pipe, config.seq, config.expert, config.tensor)
     grid = np.array(found[: config.size], dtype=object).reshape(shape)
     if processes > 1:

@@ -8,6 +8,7 @@ shard_mapped functions. Knows nothing of layers' names, steps or what a function
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +18,25 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import EXPERT, ONCE, SPLIT, MeshConfig, ModelSizes, check, local_sizes, rows_of_shards
-from sharding.collectives import ALONE, Exchange, Spread
+from sharding.axes import (
+    EXPERT,
+    ONCE,
+    SPLIT,
+    MeshConfig,
+    ModelSizes,
+    check,
+    expert_rows,
+    local_sizes,
+    rows_of_shards,
+)
+from sharding.collectives import ALONE, AttentionData, Exchange, Spread
 from sharding.context import Context
+from sharding.dispatch import Dispatch, choose
 from sharding.mesh import SHARD_AXES
 
+log = logging.getLogger(__name__)
 Axes = tuple[str | None, ...]
+ROW_BYTES = 2  # of one hidden number of a token, in the rule of how experts are reached
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,9 @@ class Placement:
         check(self.model, self.config)
         self.roles.setdefault("whole", P())
         self.roles.setdefault("kv", self.kv_spec)
-        self.roles.setdefault("logits", P(None, self.shard_axes or None))
+        rows = "expert" if self.config.attention_data else None
+        self.roles.setdefault("rows", P(rows))  # what there is of each row
+        self.roles.setdefault("logits", P(rows, self.shard_axes or None))
         seq = ("seq",) if self.config.seq > 1 else ()
         self.roles.setdefault("tokens", P(self.shard_axes or None))
         self.roles.setdefault("context", P(seq or None))
@@ -47,7 +63,9 @@ class Placement:
 
     @property
     def shard_axes(self) -> tuple[str, ...]:
-        return tuple(name for name in SHARD_AXES if self.mesh.shape[name] > 1)
+        """Along which attention, the feed-forward and the vocabulary are cut."""
+        axes = SHARD_AXES[1:] if self.config.attention_data else SHARD_AXES
+        return tuple(name for name in axes if self.mesh.shape[name] > 1)
 
     @property
     def whole(self) -> NamedSharding:
@@ -61,7 +79,8 @@ class Placement:
     @property
     def kv_spec(self) -> P:
         """Pages [P, K, page, H]: kv heads are cut, repeated where there are fewer of them than shards."""
-        return P("seq" if self.config.seq > 1 else None, self.shard_axes or None)
+        pages = "expert" if self.config.attention_data else "seq" if self.config.seq > 1 else None
+        return P(pages, self.shard_axes or None)
 
     @property
     def context(self) -> Context | None:
@@ -71,18 +90,40 @@ class Placement:
     def local_model(self) -> Any:
         return local_sizes(self.model, self.config)
 
-    def exchange(self, tokens: int | None = None) -> Exchange:
-        """How shards meet in a step of so many tokens; the residual stream is spread only where they divide."""
-        if not self.shard_axes:
-            return ALONE
-        scatter = self.config.sequence_parallel and tokens is not None and tokens % self.config.width == 0
-        return Spread(self.shard_axes, scatter, self.groups, self.implementation)
+    def exchange(self, tokens: int | None = None, decode: bool = False) -> Exchange:
+        """How shards meet in a step of so many tokens a shard of attention; None: at the head.
 
-    @property
-    def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of the devices that hold one model between them, in the order of its shards; one group a seq shard."""
+        The residual stream is spread only where tokens divide, and only in prefill.
+        """
+        config, spread, count = self.config, False, tokens or 0
+        if config.sequence_parallel and not decode and count and count % config.width == 0:
+            spread = True
+        axes, groups = self.shard_axes, self._groups(config.width)
+        if config.attention_data:
+            dispatch = self._dispatch(count)
+            inner = Spread(axes, spread, groups, self.implementation) if axes else ALONE
+            every = "expert", *axes
+            groups = self._groups(config.stage_size)
+            return AttentionData(inner, every, inner.scatter, groups, self.implementation, dispatch)
+        if not axes:
+            return ALONE
+        dispatch = self._dispatch(count // config.expert) if spread else None
+        return Spread(axes, spread, groups, self.implementation, dispatch, apart=dispatch is not None)
+
+    def _dispatch(self, tokens: int) -> Dispatch | None:
+        """How so many tokens on each expert shard are sent to their experts; None: every device sees all tokens."""
+        experts, config = self.model.experts, self.config
+        if experts is None:
+            return None
+        row_bytes = ROW_BYTES * self.model.d_model
+        way = choose(config.expert_exchange, tokens, config.expert, experts.per_token, row_bytes)
+        log.debug("%d tokens: %s", tokens, way.why)
+        return Dispatch(config.expert, self.mesh.devices.flat[0].platform == "gpu") if way.all_to_all else None
+
+    def _groups(self, size: int) -> tuple[tuple[int, ...], ...]:
+        """Ids of the devices that meet, in the order of the mesh: `size` neighbours each."""
         ids = np.vectorize(lambda device: device.id, otypes=[int])(self.mesh.devices)
-        return tuple(tuple(map(int, group)) for group in ids.reshape(-1, self.config.width))
+        return tuple(tuple(map(int, group)) for group in ids.reshape(-1, size))
 
     # ---- parameters ----
 
@@ -128,15 +169,20 @@ class Placement:
         held, sizes = [], []
         for name, size in zip(axes, shape, strict=True):
             shards = self._along(name, axes)[1]
-            rows = rows_of_shards(name, self.model, shards, size) if name is not None and name in SPLIT else None
+            rows = self._rows(name, shards, size) if name is not None and name in SPLIT else None
             held.append(rows)
             sizes.append(size * shards if name == ONCE else size if rows is None else rows.size)
         return held, tuple(sizes)
 
+    def _rows(self, name: str, shards: int, size: int) -> np.ndarray:
+        if name == EXPERT:
+            return expert_rows(self.model, self.config)
+        return rows_of_shards(name, self.model, shards, size)
+
     def place(self, axes: Axes, leaf: Any) -> jax.Array:
         """A whole leaf, in host memory or on a device, cut and laid out over the mesh."""
         sharding = NamedSharding(self.mesh, self.spec(axes))
-        if not self.shard_axes:
+        if not self.shard_axes and not self.config.attention_data:
             return jax.device_put(leaf, sharding)
         held, shape = self._laid_out(axes, leaf.shape)
         local = sharding.shard_shape(shape)

@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,6 @@ from jaxllm.core import (
     RowResult,
     SamplingParams,
     Sequence,
-    StepPlan,
     TokenOutput,
 )
 from jaxllm.engine.decoding.structured import CompiledGrammar, GrammarCompiler
@@ -38,6 +37,9 @@ from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxllm.engine.sharded import ShardedScheduler
 
 
 class StepOnDevice(Protocol):
@@ -52,13 +54,14 @@ class StepOnDevice(Protocol):
     def ready(self) -> bool: ...
 
 
-InFlight = tuple[StepPlan, StepOnDevice, float]  # and when its launch began
+# The plan is what the scheduler gave and gets back; the last is when the launch began.
+InFlight = tuple[Any, StepOnDevice, float]
 
 
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests give it one without a device."""
 
-    def launch(self, plan: StepPlan) -> StepOnDevice: ...
+    def launch(self, plan: Any) -> StepOnDevice: ...  # a StepPlan, or a ShardedPlan where there are shards
 
     def choose(self, launched: Any) -> None: ...
 
@@ -87,17 +90,32 @@ class Residency(Protocol):
     def stop_trace(self) -> Path: ...
 
 
+class Balancer(Protocol):
+    """Moves routed experts between steps; see jaxllm.engine.balancer."""
+
+    pending: Any  # what is still to be moved
+
+    def turn(self) -> None: ...
+
+    def imbalance(self) -> float: ...
+
+    def plan(self) -> float: ...
+
+    def move_one(self) -> None: ...
+
+
 @dataclass
 class Engine:
     config: EngineConfig
     model_config: ModelConfig
-    scheduler: Scheduler
+    scheduler: Scheduler | ShardedScheduler
     runner: StepRunner
     tokenizer: Tokenizer | None = None  # None: token ids in, token ids out
     default_params: SamplingParams = field(default_factory=SamplingParams)  # from generation_config.json
     grammars: GrammarCompiler | None = None  # None where there is no tokenizer
     residency: Residency | None = None  # None where there is no device
     meter: StepMeter | None = None  # likewise
+    balancer: Balancer | None = None  # None where no experts can be moved
     intake: Intake = field(init=False)
     _in_flight: InFlight | None = None
     _turn: tuple[InFlight | None, InFlight | None] | None = None  # begun: the step before, and the one behind it
@@ -125,6 +143,8 @@ class Engine:
             return
         before, self._in_flight = self._in_flight, None  # a step that raises takes the one before with it
         self._look(before)
+        if self.balancer is not None:
+            self.balancer.turn()
         plan = self.scheduler.schedule()
         after = None
         if plan is not None:

@@ -60,7 +60,9 @@ def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
     itemsize = np.dtype(np.float32).itemsize
     ffn = 2 * model.d_ff
     if model.experts is not None:  # each choice of a token has an input, a hidden layer and an output of its own
-        ffn = max(ffn, 2 * model.experts.per_token * (model.d_model + model.experts.d_ff))
+        # A device can be sent every token of all shards of attention.
+        each = 2 * model.experts.per_token * (model.d_model + model.experts.d_ff)
+        ffn = max(ffn, each * config.mesh.attention_shards)
     widest = 4 * model.d_model + ffn + 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     activations = config.scheduler.token_budget * widest * itemsize
     sampler = 6 * config.scheduler.max_num_seqs * model.vocab_size * itemsize

@@ -31,6 +31,8 @@ class Metrics:
     decode_step_s: float = 0.0
     decode_flops: float = 0.0
     decode_bytes: float = 0.0
+    expert_rebalances: int = 0  # arrangements of routed experts that were changed
+    moved_experts: int = 0  # slots that got another expert, by layer
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     # Gauges: the state after the last step.
     running: int = 0
@@ -38,6 +40,7 @@ class Metrics:
     free_pages: int = 0
     cached_pages: int = 0
     held_pages: int = 0
+    expert_imbalance: float = 0.0  # measured: the fullest device's tokens over the mean; 0 = not measured
 
     @property
     def prefix_hit_rate(self) -> float:

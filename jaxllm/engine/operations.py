@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.embedding import embed
-from jaxllm.engine.engine import Residency
+from jaxllm.engine.engine import Balancer, Residency
 from jaxllm.engine.replicas import ReplicatedEngine
+from jaxllm.engine.sharded import ShardedScheduler
 
 if TYPE_CHECKING:
     from jaxllm.engine.loop import EngineLoop
@@ -50,6 +51,27 @@ def reset_prefix_cache(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str,
     return {"evicted_pages": count}
 
 
+def rebalance_experts(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
+    """Experts lie by the load measured so far, one layer a turn; requests go on meanwhile."""
+    engines = loop.engine.engines if isinstance(loop.engine, ReplicatedEngine) else (loop.engine,)
+    balancers = [engine.balancer for engine in engines if engine.balancer is not None]
+    if not balancers:
+        needs = "mesh.expert > 1 and mesh.redundant_experts or mesh.rebalance_threshold"
+        raise Refused("not_supported", f"this engine's experts stay where they are: that needs {needs}")
+    return _rebalance(balancers)
+
+
+def _rebalance(balancers: list[Balancer]) -> Generator[None, None, dict[str, Any]]:
+    before = max(balancer.imbalance() for balancer in balancers)
+    expected = max(balancer.plan() for balancer in balancers)
+    layers = sum(len(balancer.pending) for balancer in balancers)
+    for balancer in balancers:
+        while balancer.pending:
+            balancer.move_one()
+            yield
+    return {"imbalance": before, "expected": expected, "layers": layers}
+
+
 def check(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str, float]:
     """The books balance; what they say now."""
     loop.engine.scheduler.check(loop.borrowed)
@@ -62,7 +84,8 @@ def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, No
     if loop.progress.asleep:
         raise Refused("asleep", "the engine is asleep; wake it up first")
     engine = engine.engines[0] if isinstance(engine, ReplicatedEngine) else engine
-    return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
+    scheduler = engine.scheduler.each[0] if isinstance(engine.scheduler, ShardedScheduler) else engine.scheduler
+    return embed(engine.runner, scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 
 
 # ---- weights and pages ----
@@ -170,6 +193,7 @@ OPERATIONS: dict[str, Operation] = {
     "pause": pause,
     "resume": resume,
     "reset_prefix_cache": reset_prefix_cache,
+    "rebalance_experts": rebalance_experts,
     "check": check,
     "embed": embedding,
     "sleep": sleep,

@@ -26,7 +26,7 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 
 LOOK_S = 5e-5  # between looks at the devices while all of them work
-OF_THE_PROCESS = ("compiles_after_ready",)  # counts that every engine sees the same
+WORST = ("compiles_after_ready", "expert_imbalance")  # of the process, so the same everywhere; a ratio
 
 
 class ReplicaFailedError(RuntimeError):
@@ -71,7 +71,7 @@ class Pools:
 
 @dataclass(frozen=True)
 class Counts:
-    """What all engines count, summed where it is counted by engine."""
+    """What all engines count, summed where it is counted by engine; of a ratio, the worst."""
 
     schedulers: tuple[Scheduler, ...]
 
@@ -85,7 +85,7 @@ class Counts:
 
     def as_dict(self) -> dict[str, float]:
         each = [scheduler.metrics.as_dict() for scheduler in self.schedulers]
-        return {name: (max if name in OF_THE_PROCESS else sum)(counts[name] for counts in each) for name in each[0]}
+        return {name: (max if name in WORST else sum)(counts[name] for counts in each) for name in each[0]}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Schedulers:
     engine: ReplicatedEngine
 
     @property
-    def each(self) -> tuple[Scheduler, ...]:
+    def each(self) -> tuple[Any, ...]:
         return tuple(engine.scheduler for engine in self.engine.engines)
 
     @property

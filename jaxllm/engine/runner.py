@@ -5,7 +5,8 @@ the one before it is collected: sampled tokens pass from one to the next on the 
 from a token that is not known yet, `launch` leaves the sampling to `choose`.
 
 Owns the parameters, the KV pages and the per-row state; picks the bucket, packs the inputs, calls the compiled step
-and reads the answers back. Knows nothing of policy, queues, stop conditions or text.
+and reads the answers back. With several shards (attention data) one step computes the rows of all, each on its own
+pages; what there is of each row lies shard after shard. Knows nothing of policy, queues, stop conditions or text.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jaxllm.core import (
     SamplingParams,
     ScheduledRow,
     Sequence,
+    ShardedPlan,
     StepPlan,
     TokenLogprobs,
     stream_seed,
@@ -64,11 +66,12 @@ class Launched:
     """A step on its way through the device."""
 
     rows: tuple[ScheduledRow, ...]
+    at: list[int]  # where in the step's arrays each row is
     greedy: jax.Array  # the step's own tokens
     sampled: Sampled | None  # None: not chosen yet
     masks: list[TokenMask | None]  # by row of the plan
     bucket: int
-    prompts: tuple[Any, Any] | None = None  # targets, and their log-probabilities on the device
+    prompts: tuple[Any, Any, Any] | None = None  # where rows start, targets, their log-probabilities on the device
     bits: list[np.ndarray | None] = field(default_factory=list)  # what the masks allowed
     waits: bool = False  # for `choose`
 
@@ -83,47 +86,59 @@ class Launched:
 class Runner:
     params: Any
     kv: KVCache | list[KVCache]  # a list of them: of each pipeline stage
-    counts: jax.Array  # u16[S+1, V]; row S takes the writes of padding rows
+    counts: jax.Array  # u16[S+1, V] a shard; row S takes the writes of padding rows
     executables: Executables
     ladder: Ladder
     vocab_size: int
     logits_sharding: jax.sharding.Sharding
     metrics: Metrics = field(default_factory=Metrics)
     steps: int = 0
-    last_tokens: jax.Array = field(init=False)  # i32[S+1]: what each row sampled last
+    shards: int = 1
+    load: jax.Array | None = None  # what the last step counted of its experts
+    last_tokens: jax.Array = field(init=False)  # i32[S+1] a shard: what each row sampled last
     _logits: dict[int, jax.Array] = field(default_factory=dict)  # by rows of the bucket: every step's go to one place
-    _masks: dict[int, TokenMask | None] = field(default_factory=dict)  # by row
-    _keys: dict[int, tuple[int, int]] = field(default_factory=dict)  # by row
+    _masks: dict[int, TokenMask | None] = field(default_factory=dict)  # by place: row of all shards
+    _keys: dict[int, tuple[int, int]] = field(default_factory=dict)  # by place
     _neutral: dict[int, tuple[Any, Any, Any, Any]] = field(default_factory=dict)  # by bucket
-    _page_table: np.ndarray = field(init=False)  # i32[S, W]: each running sequence's pages
+    _page_table: np.ndarray = field(init=False)  # i32[places, W]: each running sequence's pages
     _num_pages: np.ndarray = field(init=False)  # how many of a row's are right
     _compiles_when_ready: int = 0
 
     def __post_init__(self) -> None:
-        rows = self.counts.shape[0] - 1
-        self.last_tokens = put(np.zeros(rows + 1, np.int32), self.counts.sharding)
+        rows = self.counts.shape[0]
+        self.last_tokens = put(np.zeros(rows, np.int32), self.counts.sharding)
         for bucket in self.ladder.decode_rows:
-            self._logits[bucket] = zeros((bucket, self.vocab_size), jnp.float32, self.logits_sharding)
+            shape = bucket * self.shards, self.vocab_size
+            self._logits[bucket] = zeros(shape, jnp.float32, self.logits_sharding)
         self._page_table = np.zeros((rows, self.ladder.width), np.int32)
         self._num_pages = np.zeros(rows, np.int64)
 
+    @property
+    def scratch(self) -> int:
+        """The row of a shard that nothing is read from."""
+        return self.counts.shape[0] // self.shards - 1
+
     # ---- a step ----
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan | ShardedPlan) -> Launched:
         """Put one step on the device. Raises only for faults of the whole step; a sick row carries its own error."""
         self.steps += 1
-        for sequence in plan.admitted:
-            self._admit(sequence)
+        for shard, part in enumerate(plan.parts):
+            for sequence in part.admitted:
+                self._admit(shard, sequence)
         rows = plan.rows
         wants_prompt = any(row.sequence.request.params.prompt_logprobs is not None for row in rows)
         decode = plan.decode_only and not wants_prompt  # a decode step gives no hidden states
-        shape = self.ladder.of(len(rows), plan.num_tokens, decode=decode)
-        places = [self._place(row.sequence) for row in rows]
-        stepped = self._step(shape, self._pack(shape, rows, places))
+        most_rows, most_tokens = (max(size) for size in zip(*((len(p.rows), p.num_tokens) for p in plan.parts)))
+        shape = self.ladder.of(most_rows, most_tokens, decode=decode)
+        parts = [[(self._place(shard, row.sequence), row) for row in p.rows] for shard, p in enumerate(plan.parts)]
+        stepped = self._step(shape, self._pack(shape, parts))
+        places = [place for part in parts for place, _ in part]
+        at = [shard * shape.rows + i for shard, part in enumerate(parts) for i in range(len(part))]
         masks = [self._masks[place] if row.sample else None for row, place in zip(rows, places)]
-        launched = Launched(rows, stepped.token_ids, None, masks, shape.rows)
+        launched = Launched(rows, at, stepped.token_ids, None, masks, shape.rows)
         if wants_prompt:
-            launched.prompts = self._prompt_logprobs(rows, stepped.hidden, shape)
+            launched.prompts = self._prompt_logprobs(parts, stepped.hidden, shape)
         # num_pending counts this step's token; another one is the step before's, still unknown.
         launched.waits = any(
             mask is not None and row.sequence.num_pending > 1 and mask.follows_tokens for row, mask in zip(rows, masks)
@@ -145,7 +160,7 @@ class Runner:
         if mode is SampleMode.GREEDY:
             launched.sampled = Sampled(launched.greedy)
         else:
-            launched.sampled = self._sample(mode, launched.bucket, list(zip(rows, launched.bits)))
+            launched.sampled = self._sample(mode, launched.bucket, list(zip(launched.at, rows, launched.bits)))
         for leaf in jax.tree.leaves(launched.sampled):
             leaf.copy_to_host_async()
 
@@ -161,26 +176,30 @@ class Runner:
         return [RowResult(token, prompt) for token, prompt in zip(sampled, prompts, strict=True)]
 
     def hidden_states(self, token_ids: SequenceOf[int], start: int, pages: SequenceOf[int]) -> np.ndarray:
-        """The model's last hidden states of one sequence's tokens from `start` on, f32[count, D], through prefill."""
+        """The model's last hidden states of one sequence's tokens from `start` on, f32[count, D], through prefill.
+
+        On the first shard.
+        """
         shape = self.ladder.mixed(len(token_ids))
         table = np.zeros((1, shape.width), np.int32)
         table[0, : len(pages)] = pages
-        scratch = self.counts.shape[0] - 1
-        packed = pack(shape, token_ids, [len(token_ids)], [start + len(token_ids)], [scratch], table, scratch)
-        hidden = self._step(shape, packed).hidden
-        return np.asarray(jax.device_get(hidden)[: len(token_ids)], np.float32)
+        length, scratch = len(token_ids), self.scratch
+        packed = pack(shape, token_ids, [length], [start + length], [scratch], table, scratch)
+        idle = self._pack(shape, [[]] * self.shards)[packed.size :]
+        hidden = self._step(shape, np.concatenate([packed, idle])).hidden
+        return np.asarray(jax.device_get(hidden)[:length], np.float32)
 
     def warm_up(self) -> None:
         """Run every executable once on padding, so that no request pays for a first launch."""
         for shape in self.ladder.shapes():
-            stepped = self._step(shape, self._pack(shape, (), ()))
+            stepped = self._step(shape, self._pack(shape, [[]] * self.shards))
             if not shape.decode:
-                targets = np.zeros(shape.tokens, np.int32)
+                targets = np.zeros(shape.tokens * self.shards, np.int32)
                 self.executables.prompt_logprobs(shape.tokens)(self.params, stepped.hidden, targets)
         for rows in self.ladder.decode_rows:
             for mode in SAMPLER_MODES:
                 self._sample(mode, rows, [])
-        self._set_counts(self.counts.shape[0] - 1, [], in_prompt=True, fresh=True)
+        self._set_counts(self.scratch, [], in_prompt=True, fresh=True)
         jax.block_until_ready((self.kv, self.counts))
 
     def all_compiled(self) -> None:
@@ -194,81 +213,98 @@ class Runner:
         state = self.kv, self.last_tokens, self._logits[shape.rows]
         stepped: Stepped = self.executables.step(shape)(self.params, *state, inputs)
         self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
+        self.load = stepped.load
         return stepped
 
-    def _pack(self, shape: StepShape, rows: SequenceOf[ScheduledRow], places: SequenceOf[int]) -> np.ndarray:
+    def _pack(self, shape: StepShape, parts: SequenceOf[SequenceOf[tuple[int, ScheduledRow]]]) -> np.ndarray:
+        """The rows of each shard, with their places."""
+        packed = [self._pack_shard(shape, part) for part in parts]
+        return packed[0] if len(packed) == 1 else np.concatenate(packed)
+
+    def _pack_shard(self, shape: StepShape, part: SequenceOf[tuple[int, ScheduledRow]]) -> np.ndarray:
         token_ids: list[int] = []
-        for row, place in zip(rows, places):
+        scratch = self.scratch
+        for place, row in part:
             known = row.sequence.tokens[row.start : row.start + row.count]
             token_ids += known
             if len(known) < row.count:
-                token_ids.append(-1 - place)
-        scratch = self.counts.shape[0] - 1
+                token_ids.append(-1 - place % (scratch + 1))
         return pack(
             shape,
             token_ids,
-            [row.count for row in rows],
-            [row.start + row.count for row in rows],
-            [place if row.sample else scratch for row, place in zip(rows, places)],
-            self._page_table[list(places)],
+            [row.count for _, row in part],
+            [row.start + row.count for _, row in part],
+            [place % (scratch + 1) if row.sample else scratch for place, row in part],
+            self._page_table[[place for place, _ in part]],
             scratch,
         )
 
-    def _place(self, sequence: Sequence) -> int:
-        """The sequence's row, whose page table is made to hold its pages."""
-        row = sequence.row
-        assert row is not None
-        have, pages = self._num_pages[row], sequence.pages
+    def _place(self, shard: int, sequence: Sequence) -> int:
+        """The sequence's row among those of all shards, whose page table is made to hold its pages."""
+        assert sequence.row is not None
+        place = shard * (self.scratch + 1) + sequence.row
+        have, pages = self._num_pages[place], sequence.pages
         if have < len(pages):
-            self._page_table[row, have : len(pages)] = pages[have:]
-            self._num_pages[row] = len(pages)
-        return row
+            self._page_table[place, have : len(pages)] = pages[have:]
+            self._num_pages[place] = len(pages)
+        return place
 
     # ---- per-row state ----
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, shard: int, sequence: Sequence) -> None:
         """A sequence takes (or retakes, after preemption) its row: rebuild what the device and the masks know of it."""
         assert sequence.row is not None
-        row, prompt, output = sequence.row, sequence.request.prompt_token_ids, sequence.output_token_ids
-        self._keys[row] = stream_seed(sequence.request.seed, sequence.index)
+        prompt, output = sequence.request.prompt_token_ids, sequence.output_token_ids
+        place = shard * (self.scratch + 1) + sequence.row
+        self._keys[place] = stream_seed(sequence.request.seed, sequence.index)
         mask = TokenMask(sequence, self.vocab_size)
-        self._masks[row] = mask if mask.restricts else None
-        self._num_pages[row] = 0
+        self._masks[place] = mask if mask.restricts else None
+        self._num_pages[place] = 0
         if has_penalties(sequence.request.params):
-            self._set_counts(row, prompt, in_prompt=True, fresh=True)
-            self._set_counts(row, output, in_prompt=False, fresh=False)
+            self._set_counts(place, prompt, in_prompt=True, fresh=True)
+            self._set_counts(place, output, in_prompt=False, fresh=False)
 
-    def _set_counts(self, row: int, token_ids: SequenceOf[int], *, in_prompt: bool, fresh: bool) -> None:
+    def _set_counts(self, place: int, token_ids: SequenceOf[int], *, in_prompt: bool, fresh: bool) -> None:
+        """Other shards count nothing, in their scratch rows."""
+        shard, row = divmod(place, self.scratch + 1)
+        rows, sizes = np.full(self.shards, self.scratch, np.int32), np.zeros(self.shards, np.int32)
+        rows[shard] = row
+        of_prompt, anew = np.full(self.shards, in_prompt), np.zeros(self.shards, np.bool_)
         for start in range(0, max(len(token_ids), int(fresh)), COUNTS_CHUNK):
             part = token_ids[start : start + COUNTS_CHUNK]
-            chunk = np.zeros(COUNTS_CHUNK, np.int32)
-            chunk[: len(part)] = part
-            args = np.int32(row), chunk, np.int32(len(part)), np.bool_(in_prompt), np.bool_(fresh and start == 0)
+            chunk = np.zeros((self.shards, COUNTS_CHUNK), np.int32)
+            chunk[shard, : len(part)] = part
+            sizes[shard], anew[shard] = len(part), fresh and start == 0
+            # Copies: the device may read them after they have changed here.
+            args = rows, chunk.reshape(-1), sizes.copy(), of_prompt, anew.copy()
             self.counts = self.executables.set_counts(self.counts, *args)
 
     # ---- sampling ----
 
-    def _sample(self, mode: SampleMode, bucket: int, rows: list[tuple[ScheduledRow, np.ndarray | None]]) -> Sampled:
+    def _sample(self, mode: SampleMode, bucket: int, rows: list[tuple[int, ScheduledRow, Any]]) -> Sampled:
+        """`rows`: where in the arrays each is, the row, and what its mask allows."""
         packed, bias_ids, bias, mask = self._neutral_arrays(bucket)
         if rows:
-            scratch = self.counts.shape[0] - 1
-            packed = pack_samples(bucket, [self._sample_row(row, scratch) for row, _ in rows], scratch)
-        if any(row.sequence.request.params.logit_bias for row, _ in rows if row.sample):
-            bias_ids, bias = self._bias_arrays(bucket, [row for row, _ in rows])
-        if any(bits is not None for _, bits in rows):
+            samples = [SampleRow(row=self.scratch)] * (bucket * self.shards)
+            for at, row, _ in rows:
+                samples[at] = self._sample_row(at // bucket, row)
+            packed = pack_samples(len(samples), samples, self.scratch)
+        if any(row.sequence.request.params.logit_bias for _, row, _ in rows if row.sample):
+            bias_ids, bias = self._bias_arrays(bucket, rows)
+        if any(bits is not None for _, _, bits in rows):
             mask = np.full(mask.shape, 0xFFFFFFFF, np.uint32)
-            for i, (_, bits) in enumerate(rows):
-                mask[i] = mask[i] if bits is None else bits
+            for at, _, bits in rows:
+                mask[at] = mask[at] if bits is None else bits
         state = self.counts, self.last_tokens
         call = self.executables.sample(bucket, mode)
         sampled, self.counts, self.last_tokens = call(*state, self._logits[bucket], packed, bias_ids, bias, mask)
         return sampled
 
-    def _sample_row(self, row: ScheduledRow, scratch: int) -> SampleRow:
+    def _sample_row(self, shard: int, row: ScheduledRow) -> SampleRow:
         sequence, params = row.sequence, row.sequence.request.params
         if not row.sample or sequence.row is None:  # ended while its last step waited for a mask
-            return SampleRow(row=scratch)
-        key0, key1 = self._keys[sequence.row]
+            return SampleRow(row=self.scratch)
+        key0, key1 = self._keys[shard * (self.scratch + 1) + sequence.row]
         return SampleRow(
             row=sequence.row,
             key0=key0,
@@ -286,51 +322,58 @@ class Runner:
     def _neutral_arrays(self, bucket: int) -> tuple[Any, Any, Any, Any]:
         """Device arrays that ask for nothing, made once a bucket: most batches send no bias and no mask."""
         if bucket not in self._neutral:
-            ids = np.full((bucket, MAX_LOGIT_BIAS), self.vocab_size, np.int32)
-            mask = np.full((bucket, -(-self.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-            packed = pack_samples(bucket, [], self.counts.shape[0] - 1)
-            arrays = packed, ids, np.zeros((bucket, MAX_LOGIT_BIAS), np.float32), mask
+            rows = bucket * self.shards
+            ids = np.full((rows, MAX_LOGIT_BIAS), self.vocab_size, np.int32)
+            mask = np.full((rows, -(-self.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+            packed = pack_samples(rows, [], self.scratch)
+            arrays = packed, ids, np.zeros((rows, MAX_LOGIT_BIAS), np.float32), mask
             self._neutral[bucket] = put(arrays, self.counts.sharding)
         return self._neutral[bucket]
 
-    def _bias_arrays(self, bucket: int, rows: SequenceOf[ScheduledRow]) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.full((bucket, MAX_LOGIT_BIAS), self.vocab_size, np.int32)
-        bias = np.zeros((bucket, MAX_LOGIT_BIAS), np.float32)
-        for i, row in enumerate(rows):
+    def _bias_arrays(self, bucket: int, rows: list[tuple[int, ScheduledRow, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.full((bucket * self.shards, MAX_LOGIT_BIAS), self.vocab_size, np.int32)
+        bias = np.zeros(ids.shape, np.float32)
+        for at, row, _ in rows:
             wanted = row.sequence.request.params.logit_bias or {}
-            ids[i, : len(wanted)] = list(wanted)
-            bias[i, : len(wanted)] = list(wanted.values())
+            ids[at, : len(wanted)] = list(wanted)
+            bias[at, : len(wanted)] = list(wanted.values())
         return ids, bias
 
     def _token(self, launched: Launched, i: int, host: Sampled) -> SampledToken:
         mask, bits = launched.masks[i], launched.bits[i]
         if mask is not None and bits is not None and not bits.any():
             return SampledToken(token_id=-1, error=mask.why_nothing)
-        token, wanted = int(host.token_ids[i]), launched.rows[i].sequence.request.params.logprobs
+        at = launched.at[i]
+        token, wanted = int(host.token_ids[at]), launched.rows[i].sequence.request.params.logprobs
         if token < 0:
             return SampledToken(token_id=-1, error=NUMERICAL_ERROR)
         if wanted is None or host.logprobs is None:
             return SampledToken(token)
         found = host.logprobs, host.ranks, host.top_ids, host.top_logprobs
-        return SampledToken(token, _logprobs(token, i, found, wanted))
+        return SampledToken(token, _logprobs(token, at, found, wanted))
 
     # ---- prompt log-probabilities ----
 
     def _prompt_logprobs(
-        self, rows: SequenceOf[ScheduledRow], hidden: jax.Array | None, shape: StepShape
-    ) -> tuple[Any, Any] | None:
-        """Of prompt tokens start+1 .. start+count of each row: the tokens, and the answer on its way. None: of none."""
+        self, parts: SequenceOf[SequenceOf[tuple[int, ScheduledRow]]], hidden: jax.Array | None, shape: StepShape
+    ) -> tuple[list[int], Any, Any] | None:
+        """Of prompt tokens start+1 .. start+count of each row: where each row's tokens start, the tokens, and the
+        answer on its way. None: of none."""
+        rows = [row for part in parts for _, row in part]
         if not any(_prompt_span(row) for row in rows):
             return None
-        targets = np.zeros(shape.tokens, np.int32)
-        starts = itertools.accumulate((row.count for row in rows), initial=0)
+        starts: list[int] = []
+        for shard, part in enumerate(parts):
+            ends = itertools.accumulate((row.count for _, row in part), initial=shard * shape.tokens)
+            starts += itertools.islice(ends, len(part))
+        targets = np.zeros(shape.tokens * self.shards, np.int32)
         for row, at in zip(rows, starts):
             span = _prompt_span(row)
             targets[at : at + len(span)] = row.sequence.tokens[span.start : span.stop]
         found = self.executables.prompt_logprobs(shape.tokens)(self.params, hidden, targets)
         for leaf in found:
             leaf.copy_to_host_async()
-        return targets, found
+        return starts, targets, found
 
 
 def _prompt_span(row: ScheduledRow) -> range:
@@ -340,9 +383,10 @@ def _prompt_span(row: ScheduledRow) -> range:
     return range(row.start + 1, min(row.start + row.count + 1, row.sequence.num_prompt))
 
 
-def _read_prompts(rows: SequenceOf[ScheduledRow], targets: np.ndarray, found: Any) -> list[tuple[TokenLogprobs, ...]]:
+def _read_prompts(
+    rows: SequenceOf[ScheduledRow], starts: list[int], targets: np.ndarray, found: Any
+) -> list[tuple[TokenLogprobs, ...]]:
     host = jax.tree.map(np.asarray, found)
-    starts = itertools.accumulate((row.count for row in rows), initial=0)
     return [
         tuple(
             _logprobs(int(targets[at + i]), at + i, host, row.sequence.request.params.prompt_logprobs or 0)

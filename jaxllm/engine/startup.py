@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
+from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
@@ -36,14 +37,17 @@ from jaxllm.engine.memory import (
     out_of_memory,
     plan_memory,
 )
+from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.sharded import ShardedScheduler
 from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.compile import Executables, Ladder, compile_all
 from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
+from jaxllm.graph.experts import add_tables
 from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
@@ -137,6 +141,7 @@ def start(
             scheduler = _scheduler(config, num_pages, runner)
             engine = Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars)
             engine.meter = StepMeter(cost, runner.metrics)
+            engine.balancer = _balancer(config, homes[0], runner)
             engines.append(engine)
     for runner in (runner for own in lanes for runner in own):
         runner.all_compiled()
@@ -194,7 +199,22 @@ def _residency(
     return Residency(lanes, lambda source: loader.check(source, model_config), read, directory)
 
 
-def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler:
+def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | None:
+    if home.placement is None or not config.mesh.balances:
+        return None
+    balancer = Balancer(runner, config.mesh, home.whole)
+    balancer.warm_up()
+    return balancer
+
+
+def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler | ShardedScheduler:
+    if config.mesh.attention_shards == 1:
+        return _one_scheduler(config, num_pages, runner.metrics)
+    shards = (_one_scheduler(config, num_pages, Metrics()) for _ in range(config.mesh.attention_shards))
+    return ShardedScheduler(tuple(shards), runner.metrics)
+
+
+def _one_scheduler(config: EngineConfig, num_pages: int, metrics: Metrics) -> Scheduler:
     pool = PagePool(num_pages, config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
@@ -204,7 +224,7 @@ def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Schedule
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
-    return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], runner.metrics)
+    return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], metrics)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
@@ -234,6 +254,8 @@ def _params(
         through = homes[0].device if alone else jax.local_devices(backend="cpu")[0]  # no device need hold a whole leaf
         progress = lambda done, total: tell("weights", done / total)  # noqa: E731
         loader.load(directory, model_config, dtype, through, progress, scheme, stages.place)
+    for home, tree in zip(homes, stages.trees):
+        add_tables(home, tree)
     return jax.block_until_ready(list(stages.trees))
 
 
@@ -276,16 +298,20 @@ def _runners(
         with _timed(report, "cache"):
             shapes = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
             kv = [allocate(own) if home.here else own for home, own in zip(homes, shapes)]
-            shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
-            counts = zeros(shape, jnp.uint16, final.whole)
+            counts = zeros(_counts_shape(config, final), jnp.uint16, final.sharding("rows"))
         logits = final.sharding("logits")
         own = (params[0], kv[0]) if len(homes) == 1 else (params, kv)
-        runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits)
+        shards = config.mesh.attention_shards
+        runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits, shards=shards)
         with _timed(report, "warm-up"):
             runner.warm_up()
         yield runner, specs[0].num_pages
     if config.compile.directory is not None and report.compile_cache.usable:
         seal(config.compile.directory)
+
+
+def _counts_shape(config: EngineConfig, home: Home) -> tuple[int, int]:
+    return config.mesh.attention_shards * (config.scheduler.max_num_seqs + 1), home.model.vocab_size
 
 
 def _compile(
@@ -296,8 +322,7 @@ def _compile(
     deterministic = config.scheduler.deterministic
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width, deterministic)
     final, dtype = homes[-1], jnp.dtype(config.model.dtype)
-    counts_shape = config.scheduler.max_num_seqs + 1, final.model.vocab_size
-    counts = jax.ShapeDtypeStruct(counts_shape, jnp.uint16, sharding=final.whole)
+    counts = jax.ShapeDtypeStruct(_counts_shape(config, final), jnp.uint16, sharding=final.sharding("rows"))
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
     flags = dict(reference_attention=kernels == "reference", chained=kernels == "chain", whole=kernels == "layers")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import MAX_LOGIT_BIAS
-from jaxllm.graph import sampling, steps
+from jaxllm.graph import experts, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
 from jaxllm.graph.steps import Graph, SampleMode, Stepped
 from jaxllm.graph.traces import Job, Key, Traces
@@ -28,9 +28,9 @@ from jaxllm.graph.traces import Job, Key, Traces
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 # The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
-WHOLE, LOGITS, KV = cast("tuple[Any, Any, Any]", ("whole", "logits", "kv"))
-STEP_TAKES, STEP_GIVES = ("params", KV, WHOLE, LOGITS, WHOLE), Stepped(WHOLE, KV, WHOLE, LOGITS, WHOLE)
-SAMPLE_TAKES, SAMPLE_GIVES = (WHOLE, WHOLE, LOGITS, *[WHOLE] * 4), (WHOLE, WHOLE, WHOLE)
+ROWS, LOGITS, KV, WHOLE = cast("tuple[Any, Any, Any, Any]", ("rows", "logits", "kv", "whole"))
+STEP_TAKES, STEP_GIVES = ("params", KV, ROWS, LOGITS, ROWS), Stepped(ROWS, KV, ROWS, LOGITS, ROWS, WHOLE)
+SAMPLE_TAKES, SAMPLE_GIVES = (ROWS, ROWS, LOGITS, *[ROWS] * 4), (ROWS, ROWS, ROWS)
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -89,11 +89,14 @@ class Executables:
 
     @property
     def temporary_bytes(self) -> int:
-        """What the hungriest executable allocates while it runs, beside its arguments and results."""
-        return max((analysis.temp_size_in_bytes for analysis in self._memory()), default=0)
+        """What the hungriest executable allocates while it runs, beside its arguments and results; of a move, both."""
+        sizes = [analysis.temp_size_in_bytes for analysis in self._memory(self._compiled())]
+        move = [self.table["move_experts",]] if ("move_experts",) in self.table else []
+        sizes += [found.temp_size_in_bytes + found.output_size_in_bytes for found in self._memory(move)]
+        return max(sizes, default=0)
 
-    def _memory(self) -> Iterable[Any]:
-        for executable in self._compiled():
+    def _memory(self, executables: Iterable[jax.stages.Compiled]) -> Iterable[Any]:
+        for executable in executables:
             analysis = executable.memory_analysis()
             if analysis is not None:
                 yield analysis
@@ -114,6 +117,10 @@ class Executables:
     def _compiled(self) -> list[jax.stages.Compiled]:
         """Without those that are composed of others here."""
         return [executable for executable in self.table.values() if isinstance(executable, jax.stages.Compiled)]
+
+    @property
+    def move_experts(self) -> jax.stages.Compiled:
+        return self.table["move_experts",]
 
     @property
     def set_counts(self) -> jax.stages.Compiled:
@@ -156,13 +163,14 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
     spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
     vocab = graph.config.vocab_size
 
-    def spec(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def spec(dtype: Any, first: int, *shape: int) -> Any:
+        """`first` a shard."""
+        return jax.ShapeDtypeStruct((first * graph.shards, *shape), dtype, sharding=sharding)
 
     def logits(rows: int) -> Any:
-        return jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
+        return jax.ShapeDtypeStruct((rows * graph.shards, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
 
-    last_tokens = spec(jnp.int32, counts.shape[0])
+    last_tokens = jax.ShapeDtypeStruct((counts.shape[0],), jnp.int32, sharding=sharding)
     for shape in ladder.shapes():
         more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
         function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
@@ -177,12 +185,14 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
             function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
             yield Job(("sample", rows, mode), function, args, donated=(0, 1))
     for tokens in ladder.mixed_tokens:
-        function = spread(functools.partial(steps.prompt_logprobs, graph), ("params", "whole", "whole"), ("whole",) * 4)
+        function = spread(functools.partial(steps.prompt_logprobs, graph), ("params", "rows", "rows"), ("rows",) * 4)
         hidden = spec(jax.tree.leaves(params)[0].dtype, tokens, graph.config.d_model)
         yield Job(("prompt_logprobs", tokens), function, (params, hidden, spec(jnp.int32, tokens)))
-    scalar = spec(jnp.int32)
-    args = counts, scalar, spec(jnp.int32, COUNTS_CHUNK), scalar, spec(jnp.bool_), spec(jnp.bool_)
-    yield Job(("set_counts",), sampling.set_counts, args, donated=(0,))
+    one, flag = spec(jnp.int32, 1), spec(jnp.bool_, 1)
+    args = counts, one, spec(jnp.int32, COUNTS_CHUNK), one, flag, flag
+    yield Job(("set_counts",), spread(steps.set_counts, (ROWS,) * 6, ROWS), args, donated=(0,))
+    if graph.placement is not None and graph.placement.config.balances:
+        yield Job(("move_experts",), *experts.move(graph.placement, params))
 
 
 def compile_all(

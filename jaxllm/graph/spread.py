@@ -25,7 +25,7 @@ from jaxllm.graph.models.decoder import WHOLE, Ends, Params, abstract, axes
 from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.leaf import QuantisedWeight
 from jaxllm.graph.quant.scheme import PLAIN, Scheme
-from sharding.axes import MeshConfig
+from sharding.axes import MeshConfig, tabled
 from sharding.hop import is_here
 from sharding.mesh import STAGE_AXES
 from sharding.placement import Placement
@@ -66,6 +66,7 @@ class Home:
     @staticmethod
     def on(mesh: Mesh, model: ModelConfig, config: MeshConfig, ends: Ends = WHOLE, scheme: Scheme = PLAIN) -> Home:
         """A mesh of one device is that device."""
+        model = tabled(model, config)
         placement = spread(model, mesh, config, ends=ends) if mesh.devices.size > 1 else None
         return Home(model, mesh.devices.flat[0], placement, ends, scheme)
 
@@ -106,8 +107,11 @@ class Home:
         return SingleDeviceSharding(self.device) if self.placement is None else self.placement.sharding(role)
 
     def kv_shapes(self, held: KVCacheSpec) -> Any:
-        """Of the pages on all devices, from those of one."""
-        return held.repeated(1 if self.placement is None else self.placement.config.width).shapes(self.sharding("kv"))
+        """Of the pages on all devices, from those of one, or of all that a sequence may lie on."""
+        if self.placement is not None:
+            mesh = self.placement.config
+            held = held.repeated(mesh.width).with_pages(held.num_pages * mesh.attention_shards)
+        return held.shapes(self.sharding("kv"))
 
     def shapes(self, dtype: DTypeLike) -> Params:
         """The parameters' shapes where they will lie. MeshError where quantised weights cannot be cut so."""

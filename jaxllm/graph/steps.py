@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
@@ -89,7 +89,7 @@ class Graph:
         if self.placement is None:
             return ALONE
         if shape is None or shape.decode:
-            return self.placement.exchange()
+            return self.placement.exchange(None if shape is None else shape.rows, decode=True)
         share = self.context is not None and self.context.shares(shape.tokens)
         return self.placement.exchange(shape.tokens // self.placement.config.seq if share else shape.tokens)
 
@@ -98,6 +98,11 @@ class Graph:
         if self.chained and exchange is ALONE:
             return _onward
         return plainly if exchange is ALONE else functools.partial(plainly, exchange=exchange)
+
+    @property
+    def shards(self) -> int:
+        """How many parts have rows and pages of their own; what there is of each row lies one after another's."""
+        return 1 if self.placement is None else self.placement.config.attention_shards
 
     @property
     def context(self) -> Context | None:
@@ -166,6 +171,7 @@ class Stepped(NamedTuple):
     last_tokens: Int[Array, " S1"]
     logits: Float[Array, "R V"]  # of each row's last token
     hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
+    load: Int[Array, "Lx E"] | None = None  # tokens each expert got, by sparse layer; None where it is not measured
 
 
 def step(
@@ -202,7 +208,22 @@ def step(
     logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden)
+    load = expert_load(graph, shape, inputs, model.chosen())
+    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden, load)
+
+
+def expert_load(
+    graph: Graph, shape: StepShape, inputs: StepInputs, chosen: list[Int[Array, "t k"]]
+) -> Int[Array, "Lx E"] | None:
+    """How many tokens chose each expert, padding left out: one small sum for all layers."""
+    if not chosen or graph.config.experts is None:
+        return None
+    own, _, share = graph.dealt(shape)
+    exchange = graph.exchange(shape)
+    ids, live = exchange.measured(jnp.stack(chosen), own(inputs.slots < graph.num_pages * graph.page_size))
+    every = jnp.arange(graph.config.experts.count, dtype=jnp.int32)
+    counts = exchange.total(((ids[..., None] == every) & live[:, None, None]).sum(axis=(1, 2), dtype=jnp.int32))
+    return jax.lax.psum(counts, graph.context.axis) if share and graph.context is not None else counts
 
 
 def pass_on(
@@ -249,6 +270,18 @@ def sample(
     if mode is not SampleMode.LOGPROBS:
         return Sampled(tokens), counts, last_tokens
     return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
+
+
+def set_counts(
+    counts: UInt[Array, "S1 V"],
+    row: Int[Array, " one"],
+    token_ids: Int[Array, " C"],
+    n: Int[Array, " one"],
+    in_prompt: Bool[Array, " one"],
+    fresh: Bool[Array, " one"],
+) -> UInt[Array, "S1 V"]:
+    """Each shard's own row: see sampling.set_counts."""
+    return sampling.set_counts(counts, row[0], token_ids, n[0], in_prompt[0], fresh[0])
 
 
 def prompt_logprobs(

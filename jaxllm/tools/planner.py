@@ -133,7 +133,11 @@ def memory_use(model: ModelDims, mesh: MeshConfig, config: EngineConfig, *, item
     width = mesh.width
     layers = model.weight_bytes() / BF16_BYTES - model.head_weights * (1 if model.tied else 2)
     ends = model.head_weights * (1 if model.tied or mesh.pipe > 1 else 2)  # the first stage embeds, the last one scores
-    weights = (layers / mesh.pipe + ends) / width * itemsize
+    one = model.expert_layers * model.expert_weights  # of one routed expert in every layer that has them
+    routed = one * model.experts.E if model.experts else 0
+    lying = routed + one * mesh.redundant_experts
+    whole = (layers - routed) / mesh.pipe + ends
+    weights = (whole / width + lying / mesh.pipe / mesh.expert / mesh.tensor) * itemsize
     held = 1 if model.latent else max(model.K // width, 1) / model.K
     kv = model.kv_token_bytes(itemsize) * held / mesh.pipe / mesh.seq
     seqs = config.scheduler.max_num_seqs or 256

@@ -57,6 +57,8 @@ ENGINE_FLAGS = (
     "context_parallel_size",
     "expert_parallel_size",
     "tensor_parallel_size",
+    "enable_dp_attention",
+    "num_redundant_experts",
 )
 FRONT_FLAGS = {  # flag -> setting
     "host": "host",
@@ -170,6 +172,12 @@ def command(
     context_parallel_size: Annotated[int | None, typer.Option("--context-parallel-size", "-cp")] = None,
     expert_parallel_size: Annotated[int | None, typer.Option("--expert-parallel-size", "--ep-size", "-ep")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option("--tensor-parallel-size", "--tp-size", "-tp")] = None,
+    enable_dp_attention: Annotated[
+        bool | None, typer.Option("--enable-dp-attention", help="Rows and pages a shard of -ep; shared experts.")
+    ] = None,
+    num_redundant_experts: Annotated[
+        int | None, typer.Option("--num-redundant-experts", "--ep-num-redundant-experts", help="Slots for copies.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--random-seed")] = None,
     max_queue: Annotated[int | None, typer.Option("--max-queue", "--max-queued-requests", parser=size)] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds that requests in flight get at the end.")] = None,

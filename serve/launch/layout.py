@@ -122,6 +122,9 @@ def _processes(
             f"mesh.data = {mesh.data} in {place.processes} processes of one engine: launch each replica by itself "
             "with data = 1 and put jaxllm gateway before them, or use launch.mode = 'ray'"
         )
+    if mesh.attention_data or mesh.balances:
+        what = "mesh.attention_data" if mesh.attention_data else "mesh.redundant_experts or rebalance_threshold"
+        raise ConfigError(f"{what} in {place.processes} processes: one process drives all devices of such a mesh")
     if mesh.size % place.processes:
         raise ConfigError(f"mesh {mesh}: {mesh.size} devices do not divide over {place.processes} processes")
     here = launch.mode == "local" or (launch.mode == "auto" and launch.process_id < 0 and place.source == "settings")

@@ -257,7 +257,7 @@ def test_a_request_can_be_aborted_by_its_name(server):
 
 
 def test_what_an_engine_without_a_device_cannot_do_is_a_501(server):
-    for path in ("/sleep", "/wake_up", "/start_profile", "/stop_profile"):
+    for path in ("/sleep", "/wake_up", "/start_profile", "/stop_profile", "/rebalance_experts"):
         answer = server.http.post(path, headers=HEAD)
         assert answer.status_code == 501, path
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -18,6 +18,7 @@ class Experts:
 @dataclass(frozen=True)
 class Model:
     vocab_size: int = 96
+    d_model: int = 24
     num_layers: int = 5
     num_heads: int = 8
     num_kv_heads: int = 2
@@ -62,6 +63,12 @@ def test_shards_hold_every_row_once(axis, size, shards):
         (Model(vocab_size=97), {"tensor": 2}, "vocab_size = 97"),
         (Model(), {"expert": 2}, "no experts"),
         (Model(experts=Experts(count=6)), {"expert": 4}, "experts.count = 6"),
+        (
+            Model(experts=Experts(count=6)),
+            {"expert": 4, "redundant_experts": 3},
+            "redundant_experts = 9 .* 4 x 2 \\+ 1",
+        ),
+        (Model(experts=Experts(count=2)), {"expert": 2, "redundant_experts": 4}, "hold 3 of 2 experts"),
         (Model(experts=Experts(d_ff=15)), {"tensor": 2}, "experts.d_ff = 15"),
         (Model(windows=(None, 8, None, None, None)), {"seq": 2}, "window"),
     ],

@@ -74,21 +74,20 @@ NAMES = {"tp": (1, 2, 4, 8), "pp": (1, 2), "dp": (1, 2), "ep": (1, 2), "cp": (1,
 
 
 def meshes():
-    """All mixes of at most eight devices, with and without sp where there is tp."""
+    """All mixes of at most eight devices; where there is tp also with sp, where there is ep with attention data."""
     for sizes in itertools.product(*NAMES.values()):
         if int(np.prod(sizes)) <= 8:
             mesh = dict(zip(NAMES, sizes))
             yield mesh
             if mesh["tp"] > 1:
                 yield mesh | {"sp": True}
+            if mesh["ep"] > 1 and mesh["pp"] == mesh["cp"] == 1:
+                yield mesh | {"attention_data": True}
 
 
 def label(mesh):
-    return (
-        " ".join(f"{name}{size}" for name, size in mesh.items() if name != "sp" and size > 1)
-        + (" sp" * mesh.get("sp", False))
-        or "one device"
-    )
+    sizes = " ".join(f"{name}{mesh[name]}" for name in NAMES if mesh[name] > 1) or "one device"
+    return sizes + " sp" * mesh.get("sp", False) + " attention data" * mesh.get("attention_data", False)
 
 
 MESHES = {label(mesh): mesh for mesh in meshes()}
@@ -219,9 +218,9 @@ def compare_numbers(alone, seen):
     }
 
 
-def compare(alone, seen, replicas):
+def compare(alone, seen, caches):
     found = compare_numbers(alone, seen)
-    cached = alone["prefix cache"][1] if replicas == 1 else None  # the second request may go to the other replica
+    cached = alone["prefix cache"][1] if caches == 1 else None  # the second request may go to another cache
     same = seen["prefix cache"][0] == alone["prefix cache"][0] and cached in (None, seen["prefix cache"][1])
     found["prefix cache"] = None if same else "other tokens or no hit"
     for name in ("chunked prefill", "structured"):
@@ -256,7 +255,8 @@ def run(name, directories, alone, results):
     except MeshError as reason:
         results.note(name, dict.fromkeys(COLUMNS, refusal(reason)))
         return
-    found = compare(alone(dense), seen, mesh["dp"] * mesh["pp"])  # a pipeline has a lane a stage
+    caches = mesh["dp"] * mesh["pp"] * (mesh["ep"] if "attention_data" in mesh else 1)  # a pipeline has a lane a stage
+    found = compare(alone(dense), seen, caches)
     results.note(name, {column: wrong or "same" for column, wrong in found.items()})
     assert not any(found.values()), found
 

@@ -1,11 +1,13 @@
 """Leaves on a mesh, the exchange between its devices, and meshes that cannot be."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.config import ExpertsConfig, ModelConfig
 from sharding.axes import MeshConfig, MeshError
 from sharding.collectives import ALONE
 from sharding.mesh import stage_meshes
@@ -74,6 +76,47 @@ def test_a_table_cut_by_vocabulary_is_looked_up_as_one():
     place.roles["table"] = place.spec(("vocab", "embed"))
     got = place.wrap(look, ("table", "whole"), "whole")(place.place(("vocab", "embed"), table), ids)
     np.testing.assert_array_equal(got, table[ids])
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_shards_of_attention_bring_their_tokens_together_for_the_experts_and_sums_home(tensor, most_bytes):
+    """By a sum with zeros, or by a gather: the same numbers."""
+    config = MeshConfig(expert=2, tensor=tensor, attention_data=True)
+    experts = ExpertsConfig(count=4, per_token=2, d_ff=4)
+    place = Placement(stage_meshes(config)[0][0], config, dataclasses.replace(MODEL, experts=experts))
+    exchange = dataclasses.replace(place.exchange(3, decode=True), summed_most_bytes=most_bytes)
+    x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)  # three tokens a shard
+
+    def body(x):
+        near = exchange.near(x)
+        part = near * (1.0 + jax.lax.axis_index("expert").astype(jnp.float32))
+        return jnp.stack([near, near]), exchange.far(part)
+
+    near, far = place.wrap(body, ("rows",), ("rows", "rows"))(jnp.asarray(x))
+    np.testing.assert_array_equal(near, np.stack([x] * 4))
+    np.testing.assert_allclose(far, 3 * tensor * x, rtol=1e-6)
+
+
+@dataclasses.dataclass
+class Elsewhere:
+    """A device of one of two processes."""
+
+    process_index: int
+    platform: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"expert": 2, "attention_data": True}, "mesh.attention_data over 2 processes"),
+        ({"expert": 2, "redundant_experts": 2}, "experts are moved within one process only"),
+        ({"pipe": 2}, "mesh.pipe > 1 over 2 processes"),
+    ],
+)
+def test_what_one_process_must_drive_is_refused_over_two(settings, said):
+    with pytest.raises(MeshError, match=said):
+        stage_meshes(MeshConfig(**settings), [Elsewhere(0), Elsewhere(1)])
 
 
 def test_a_mesh_larger_than_the_machine_counts_devices():

@@ -45,6 +45,9 @@ class ExpertsConfig:
     d_ff: int  # of one expert
     norm_topk: bool = False  # the chosen probabilities are scaled to sum to 1
     shared_d_ff: int = 0  # of an expert that every token passes, times a gate of its own; 0 = none
+    copies: int = (
+        0  # most slots one expert's weights lie in, by a table in each layer; 0 = no table: expert e in slot e
+    )
 
     def __post_init__(self) -> None:
         for name in ("count", "per_token", "d_ff"):

@@ -55,8 +55,10 @@ class Layer(nnx.Module):
     ) -> Float[Array, "... D"]:
         """Everything after attention: the hidden states the next layer sees."""
         x = x + exchange.leave(self.attention.output(mixed))
-        read = exchange.enter(rms_norm(x, self.norms[...][1], self.norm_eps))
-        return x + exchange.leave(self.mlp(read, exchange) if isinstance(self.mlp, MoE) else self.mlp(read))
+        normed = rms_norm(x, self.norms[...][1], self.norm_eps)
+        if isinstance(self.mlp, MoE):
+            return x + self.mlp(normed, exchange)
+        return x + exchange.leave(self.mlp(exchange.enter(normed)))
 
 
 # onward(layer, the next layer or None, x[..., D], attention's output[..., NH]) -> the next x, and the next qkv or None
@@ -140,6 +142,11 @@ class Decoder(nnx.Module):
         """Hidden states from the residual stream after the last layer."""
         assert self.final_norm is not None, "a part without its last end"
         return exchange.enter(rms_norm(x, self.final_norm[...], self.config.norm_eps))
+
+    def chosen(self) -> list[Int[Array, "T k"]]:
+        """The experts that each token took in this pass, of every layer that measures them."""
+        blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+        return [block.chosen[...] for block in blocks if block.copies is not None]
 
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

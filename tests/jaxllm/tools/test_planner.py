@@ -109,6 +109,18 @@ def test_memory_of_a_device_is_what_is_counted_by_hand():
     assert memory_use(LLAMA, MeshConfig(seq=2, pipe=2), config).kv_token_bytes == 32_768
 
 
+def test_shards_of_attention_hold_all_but_the_experts_of_which_spare_slots_are_more():
+    config, one = EngineConfig(), 48 * 3 * 2048 * 768  # of one expert in all layers
+    whole = memory_use(MOE, MeshConfig(), config).weights_bytes
+    cut = memory_use(MOE, MeshConfig(expert=4), config)
+    shards = memory_use(MOE, MeshConfig(expert=4, attention_data=True), config)
+    spare = memory_use(MOE, MeshConfig(expert=4, redundant_experts=8), config)
+    assert cut.weights_bytes == pytest.approx(whole / 4)
+    assert shards.weights_bytes == pytest.approx(whole - 2 * 128 * one * 3 / 4)
+    assert spare.weights_bytes == pytest.approx(cut.weights_bytes + 2 * one * 8 / 4)
+    assert shards.kv_token_bytes == 4 * cut.kv_token_bytes, "of a token on the shard that has it"
+
+
 def test_the_bundled_model_has_the_sizes_of_its_config():
     model = ModelConfig.from_directory(ROOT / "jaxllm" / "models" / "first-light")
     dims = dims_of(model)
