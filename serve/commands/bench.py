@@ -125,7 +125,8 @@ def _subject(llm: LLM, repeats: int) -> Subject:
     llm.generate([[0, 1, 2, 3]], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1), use_tqdm=False)
     about["first_token_s"] = round(process_age_s(), 2)
     metrics = llm.engine.scheduler.metrics
-    least = floors(llm.engine.model_config, device, llm.engine.config.model.quantization)
+    config = llm.engine.config
+    least = floors(llm.engine.model_config, device, config.model.quantization, config.cache.kv_dtype)
     return Subject(Bench(llm, least, metrics, repeats), metrics, about)
 
 
