@@ -6,7 +6,7 @@ captured in one CUDA graph); decode calls share lengths and table and have pages
 more of them than the L2 cache holds; each is the best of a few
 repetitions on the host's clock. The two ceilings (read-only reduce, bf16 matrix product) are measured in the same run.
 
-    python -m benchmarks.kernels --out benchmarks/results [--only decode|ragged] [--commit HASH]
+    python -m benchmarks.kernels --out benchmarks/results [--only decode|ragged] [--match TEXT,TEXT] [--commit HASH]
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import implementations
+from pallas_kernels.flash_attention import api as flash_api
+from pallas_kernels.flash_attention.specs import FLASH_ATTENTION_SPECS
 from pallas_kernels.paged_attention import api, specs
 
 N, K, H = 32, 8, 128  # Llama-3.1-8B's heads
@@ -56,6 +58,8 @@ RAGGED = {
     "2k over 16k": ([(2048, 18432)], 32, 8, 128),
     "mixed lengths": ([(1000, 1000), (3000, 5001), (4096, 4096), (777, 9000), (2048, 2048)], 32, 8, 128),
     "1x16384 H64": ([(16384, 16384)], 32, 8, 64),
+    "1x16384 H80": ([(16384, 16384)], 32, 8, 80),
+    "1x16384 H96": ([(16384, 16384)], 32, 8, 96),
     "1x16384 H256": ([(16384, 16384)], 16, 4, 256),
 }
 
@@ -115,14 +119,16 @@ def ceilings() -> Ceilings:
 def check(pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
     """Relative error of every GPU implementation against the reference, on every spec it accepts."""
     found, waiting = [], []
-    for op, call, cases in (
+    suites: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
         ("paged_attention", api.paged_attention, specs.PAGED_ATTENTION_SPECS),
         ("paged_attention.decode", api.paged_attention_decode, specs.PAGED_ATTENTION_DECODE_SPECS),
-    ):
+        ("flash_attention", flash_api.flash_attention, FLASH_ATTENTION_SPECS),
+    )
+    for op, call, cases in suites:
         for spec in cases:
             arrays = spec.inputs()
             if op.endswith("decode"):
-                q = np.zeros((len(spec.rows), spec.N, spec.H), arrays[0].dtype)
+                q = np.zeros((len(arrays[4]), *arrays[0].shape[1:]), arrays[0].dtype)
                 q[arrays[4] > 0] = arrays[0]
                 arrays = (q, *arrays[1:5])
             compiled = {}
@@ -256,14 +262,49 @@ class Bench:
                 jnp.asarray(np.cumsum([0] + [count for count, _ in rows]), jnp.int32),
             )
 
+        def make_narrow() -> tuple[Any, ...]:
+            q, k, v, *rest = make()
+            return q, k.astype(jnp.float8_e4m3fn), v.astype(jnp.float8_e4m3fn), *rest
+
         names = "paged_attention", f"{label} page {page_size}"
         for each in implementations("paged_attention", "gpu"):
             call = functools.partial(api.paged_attention, scale=H**-0.5, implementation=each.name)
+            repeat = 1 if "reference" in each.name else 5
+            self.add((*names, each.name), _chained(call, calls), make, calls, work, repeat)
+            if "reference" not in each.name and page_size == 64:
+                ones = jnp.ones((K,), jnp.float32)
+                scaled = functools.partial(call, k_scale=ones, v_scale=ones)
+                lse = functools.partial(call, return_lse=True)
+                self.add((names[0], f"{label} lse", each.name), _chained(lse, calls), make, calls, work, repeat)
+                if H <= 128:
+                    self.add(
+                        (names[0], f"{label} e4m3", each.name),
+                        _chained(scaled, calls),
+                        make_narrow,
+                        calls,
+                        work,
+                        repeat,
+                    )
 
-            def chain(q: Any, *rest: Any, call: Callable[..., Any] = call) -> Any:
-                return functools.reduce(lambda q, _: call(q, *rest), range(calls), q)
+    def flash(self, label: str, rows: list[tuple[int, int]], N: int, K: int, H: int, aligned: bool) -> None:
+        """Packed keys without pages, of rows that are all their own keys; read in place if `aligned`, else copied."""
+        T, calls = sum(count for count, _ in rows), 3
+        work = float(sum(4 * N * H * count * count / 2 for count, _ in rows))
 
-            self.add((*names, each.name), chain, make, calls, work, 1 if "reference" in each.name else 5)
+        def make() -> tuple[Any, ...]:
+            keys = jax.random.split(jax.random.key(0), 3)
+            return (
+                jax.random.normal(keys[0], (T, N, H), jnp.bfloat16),
+                jax.random.normal(keys[1], (T, K, H), jnp.bfloat16),
+                jax.random.normal(keys[2], (T, K, H), jnp.bfloat16) * 16,
+                jnp.asarray(np.cumsum([0] + [count for count, _ in rows]), jnp.int32),
+            )
+
+        call = functools.partial(
+            flash_api.flash_attention, scale=H**-0.5, aligned=aligned, implementation="mosaic_sm90"
+        )
+        names = "flash_attention", f"{label}{'' if aligned else ' copied'}", "mosaic_sm90"
+        self.add(names, _chained(call, calls), make, calls, work, 5)
 
     def cudnn(self, label: str, B: int, T: int, N: int, K: int, H: int) -> None:
         def make() -> tuple[Any, ...]:
@@ -280,6 +321,20 @@ class Bench:
             return functools.reduce(lambda q, _: attend(q, k, v), range(3), q)
 
         self.add(("paged_attention", f"{label} dense", "cudnn"), chain, make, 3, 4.0 * B * N * H * T * T / 2, 5)
+
+
+def _chained(call: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    """Each call's outputs are the next one's queries; log-sum-exps are kept, so that they are computed."""
+
+    def chain(q: Any, *rest: Any) -> Any:
+        kept = []
+        for _ in range(calls):
+            found = call(q, *rest)
+            q = found[0] if isinstance(found, tuple) else found
+            kept += [found[1].max()] if isinstance(found, tuple) else []
+        return q, kept
+
+    return chain
 
 
 def _layers(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,7 +375,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=("decode", "ragged"))
     parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--match", default="", help="only shapes whose label holds one of these, separated by commas")
     options = parser.parse_args()
+    wanted = options.match.split(",")
     bench = Bench()
     checks = check(bench.pool)
     bad = [each for each in checks if each.get("good") is False]
@@ -328,16 +385,20 @@ def main() -> int:
         print("WRONG", each)
     print(f"{len(checks)} checks against the reference, {len(bad)} wrong", flush=True)
     if options.only != "ragged":
-        for shape in DECODE:
-            bench.decode(*shape)
+        for B, S, page_size in DECODE:
+            if any(text in f"{B}x{S}" for text in wanted):
+                bench.decode(B, S, page_size)
     if options.only != "decode":
         for label, (rows, *heads) in RAGGED.items():
+            if not any(text in label for text in wanted):
+                continue
             bench.ragged(label, rows, *heads, page_size=64)
-        bench.ragged("4x4096", *RAGGED["4x4096"], page_size=16)
-        bench.ragged("1x16384", *RAGGED["1x16384"], page_size=16)
-        bench.cudnn("4x4096", 4, 4096, 32, 8, 128)
-        bench.cudnn("1x16384", 1, 16384, 32, 8, 128)
-        bench.cudnn("1x16384 H64", 1, 16384, 32, 8, 64)
+            if label in ("4x4096", "1x16384"):
+                bench.ragged(label, rows, *heads, page_size=16)
+            if all(count == length for count, length in rows):  # what cuDNN and packed keys can do
+                bench.cudnn(label, len(rows), rows[0][0], *heads)
+                for aligned in (True, False):
+                    bench.flash(label, rows, *heads, aligned=aligned)
     measured = ceilings()
     print(measured, flush=True)
     write(options.out, bench.run(measured), checks, measured, options.commit)

@@ -1,9 +1,10 @@
-"""What quantised weights cost in quality: perplexity on held-out text and KL against the plain weights.
+"""What quantised weights and fp8 pages cost in quality: perplexity on held-out text and KL against the plain model.
 
 In: a model directory (the bundled model unless named) and the standard library's held-out files, which its training
 never read (by the hash of their paths: tools/train/corpus.py). Out: a line a scheme on the terminal, quality.json and
 quality.md in --out. Every scheme sees the same tokens; KL is of next-token distributions, plain to quantised, in nats a
-token; "top 1" is how often both choose the same token. Runs on a CPU in f32, so that only the weights (and fp8's
+token; "top 1" is how often both choose the same token; "fp8 KV" has plain weights, and keys and values rounded as pages
+with kv_dtype = "fp8" hold them. Runs on a CPU in f32, so that only the weights (and fp8's
 activations) are rounded.
 
     python -m benchmarks.quality --out benchmarks/results/quality [--model DIR] [--windows 24]
@@ -30,6 +31,7 @@ from jaxllm.graph.quant.leaf import QuantisedWeight
 from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.weights.loader import load
 from jaxllm.tokenizer import Tokenizer
+from pallas_kernels.page_write.reference import as_stored
 from tools.train import corpus
 from tools.train.model import causal_attention
 
@@ -42,6 +44,7 @@ SCHEMES = {
     "int4 g64": Scheme("int4", 64),
     "int4 g128": Scheme("int4", 128),
 }
+NARROW = "fp8 KV"
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,17 @@ def held_out(tokenizer: Tokenizer, windows: int) -> np.ndarray:
     return np.array(rows, np.int32)
 
 
-def log_probabilities(config: ModelConfig, params: Params, ids: jax.Array) -> jax.Array:
-    """f32[T, V] of one window."""
+def log_probabilities(config: ModelConfig, params: Params, ids: jax.Array, narrow: bool = False) -> jax.Array:
+    """f32[T, V] of one window; `narrow`: with keys and values as fp8 pages hold them."""
+    ones = jnp.ones((config.num_kv_heads,), jnp.float32)
     graphdef, _ = abstract(config, jnp.float32)
     model = merge(graphdef, params)
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         del layer
+        if narrow:
+            k, v = (as_stored(each, ones, jnp.float8_e4m3fn).astype(each.dtype) for each in (k, v))
         return causal_attention(config, q, k, v)
 
     return jax.nn.log_softmax(model.logits(model(ids[None], positions, attend))[0])
@@ -80,16 +86,17 @@ def log_probabilities(config: ModelConfig, params: Params, ids: jax.Array) -> ja
 
 def measure(config: ModelConfig, directory: Path, windows: np.ndarray) -> list[Row]:
     run = jax.jit(lambda params, ids: log_probabilities(config, params, ids))
+    run_narrow = jax.jit(lambda params, ids: log_probabilities(config, params, ids, narrow=True))
     plain = load(directory, config, jnp.float32)
     expected = [np.asarray(run(plain, window[:-1])) for window in windows]
     rows = []
-    for name, scheme in SCHEMES.items():
+    for name, scheme in (SCHEMES | {NARROW: PLAIN}).items():
         start = time.perf_counter()
         scheme.check(config)
         params = load(directory, config, jnp.float32, scheme=scheme)
         loss = kl = same = 0.0
         for window, sure in zip(windows, expected, strict=True):
-            got = np.asarray(run(params, window[:-1]))
+            got = np.asarray((run_narrow if name == NARROW else run)(params, window[:-1]))
             loss -= float(np.take_along_axis(got, window[1:, None], axis=1).sum())
             kl += float((np.exp(sure) * (sure - got)).sum())
             same += float((got.argmax(axis=1) == sure.argmax(axis=1)).sum())
@@ -108,7 +115,7 @@ def write(out: Path, model: str, tokens: int, rows: list[Row]) -> None:
     lines = [
         f"`python -m benchmarks.quality`: {model}, {tokens:,} held-out tokens, f32 on a CPU.",
         "",
-        "| weights | perplexity | KL, nats a token | same top token | bytes of the matrices |",
+        "| weights, or pages | perplexity | KL, nats a token | same top token | bytes of the matrices |",
         "| --- | --- | --- | --- | --- |",
         *(
             f"| {r.scheme} | {r.perplexity:.3f} | {r.kl:.4f} | {r.top_1:.1%} | {r.matrix_bytes or '':,} |"

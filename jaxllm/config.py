@@ -154,6 +154,8 @@ class CacheConfig:
     page_size: int = _knob(AUTO, _integer(1, 256, auto=True, power_of_two=True), "block_size")  # tokens
     num_pages: int | None = _knob(None, _integer(1, 2**31 - 1, optional=True), "num_gpu_blocks_override")  # None: fit
     memory_fraction: float = _knob(0.9, _fraction, "gpu_memory_utilization")  # of the device, weights included
+    # Of keys and values in their pages; auto: the model's. fp8 holds twice the tokens (docs/adr/0042).
+    kv_dtype: str = _knob("auto", _choice("auto", "fp8", fp8_e4m3="fp8"), "kv_cache_dtype")
     prefix_cache: bool = _knob(True, _flag, "enable_prefix_caching")
     prefix_index: str = _knob("hashed", _choice("hashed", "radix"))  # how cached pages are found again
     cpu_cache_bytes: int = _knob(512 * 2**20, _integer(2**10, 2**50))  # when the device is a CPU

@@ -104,6 +104,25 @@ def paged_attention_cases() -> Iterator[Case]:
         label = " ".join(name for name, value in options.items() if value)
         arrays = (*_paged(8192, 4, 32, 8, H, page_size, 128, jnp.bfloat16), _i32(5))
         yield Case("mosaic_sm90", f"H{H} page {page_size} {label}".strip(), attend, arrays, allowance)
+    heads, scales = _array((32,), jnp.float32), _array((8,), jnp.float32)
+    for H, name, dtype, extras, allowance in (
+        (80, "", jnp.bfloat16, {}, 0),
+        (96, "", jnp.bfloat16, {}, 0),
+        (128, "sinks lse", jnp.bfloat16, {"sinks": heads}, 16),  # scalars of a tile, saved across its loops
+        (64, "sinks lse", jnp.bfloat16, {"sinks": heads}, 0),
+        (64, "e4m3", jnp.float8_e4m3fn, {"k_scale": scales, "v_scale": scales}, 0),
+        (96, "e4m3", jnp.float8_e4m3fn, {"k_scale": scales, "v_scale": scales}, 64),  # likewise, it seems
+        (128, "e4m3", jnp.float8_e4m3fn, {"k_scale": scales, "v_scale": scales}, 64),
+    ):
+        names, blocks = tuple(extras), mosaic_sm90.default_blocks(H)
+
+        def call(*arrays: Any, names: tuple[str, ...] = names, blocks: Any = blocks, lse: bool = "lse" in name) -> Any:
+            extras = mosaic_sm90.Extras(**dict(zip(names, arrays[6:], strict=True)))
+            options = {"scale": 0.1, "blocks": blocks, "extras": extras, "return_lse": lse, **plain}
+            return mosaic_sm90.ragged_attention(*arrays[:6], **options)
+
+        arrays = (*_paged(8192, 4, 32, 8, H, 64, 128, dtype), _i32(5), *extras.values())
+        yield Case("mosaic_sm90", f"H{H} {name}".strip(), call, arrays, allowance)
 
 
 def paged_attention_decode_cases() -> Iterator[Case]:
@@ -131,8 +150,18 @@ def paged_attention_decode_cases() -> Iterator[Case]:
         yield Case("triton", f"H{H} B{rows} page {page_size}", attend, arrays)
     arrays = _paged(32, 32, 16, 8, 256, 64, 128, jnp.bfloat16)
     yield Case("triton", "H256 cap window", functools.partial(attend, soft_cap=50.0, window=4096), arrays)
-    arrays = _paged(32, 32, 32, 8, 128, 64, 128, narrow)
-    yield Case("triton", "H128 e4m3 pages", scaled(attend), (*arrays, scales))
+    for H in (64, 128):
+        arrays = _paged(32, 32, 32, 8, H, 64, 128, narrow)
+        yield Case("triton", f"H{H} e4m3 pages", scaled(attend), (*arrays, scales))
+    for H in (80, 96):
+        yield Case("triton", f"H{H}", attend, _paged(32, 32, 32, 8, H, 64, 128, jnp.bfloat16))
+    for name, kernel in (("triton", triton), ("mosaic_sm90", decode_sm90)):
+
+        def sinking(*arrays: Any, kernel: Any = kernel) -> Any:
+            return kernel.paged_attention_decode(*arrays[:-1], scale=0.1, sinks=arrays[-1], return_lse=True)
+
+        arrays = *_paged(32, 32, 64, 8, 64, 64, 128, jnp.bfloat16), _array((64,), jnp.float32)
+        yield Case(name, "H64 sinks lse", sinking, arrays)
 
 
 def paged_attention_verify_cases() -> Iterator[Case]:
@@ -156,6 +185,41 @@ def paged_attention_decode_write_cases() -> Iterator[Case]:
     q, *arrays = _paged(32, 32, 32, 8, 128, 16, 512, jnp.bfloat16)
     new = _array((32, 8, 128), jnp.bfloat16)
     yield Case("mosaic_sm90", "H128", functools.partial(decode_sm90.decode_write, scale=0.1), (q, new, new, *arrays))
+
+
+def partial_attention_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.partial_attention import mosaic_sm90
+
+    def starting(*arrays: Any) -> Any:
+        return mosaic_sm90.partial_attention(*arrays[:-1], scale=0.1, query_starts=arrays[-1])
+
+    for tokens, rows, H, starts in ((64, 64, 128, ()), (4096, 8, 128, (_i32(9),)), (4096, 8, 64, (_i32(9),))):
+        q, *pages, _ = _paged(tokens, rows, 32, 8, H, 64, 128, jnp.bfloat16)
+        attend = starting if starts else functools.partial(mosaic_sm90.partial_attention, scale=0.1)
+        arrays = (q, *pages, _i32(tokens), _i32(tokens), *starts)
+        allowance = 16 if starts and H == 128 else 0  # scalars of a tile, saved across its loops
+        yield Case("mosaic_sm90", f"H{H} {'chunk' if starts else 'decode'}", attend, arrays, allowance)
+
+
+def flash_attention_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.paged_attention import mosaic_sm90
+
+    for H, options, allowance in (
+        (128, {}, 0),
+        (64, {}, 0),
+        (80, {}, 0),
+        (96, {}, 0),
+        (256, {}, 160),  # scalars of a tile, saved across its loops
+        (128, {"window": 1024}, 160),  # likewise
+    ):
+        k = _array((8192, 8, H), jnp.bfloat16)
+        arrays = _array((8192, 32, H), jnp.bfloat16), k, k, _i32(5), _i32(5)
+        attend = functools.partial(mosaic_sm90.flash_attention, scale=0.1, **options)
+        yield Case("mosaic_sm90", " ".join((f"H{H}", *options)), attend, arrays, allowance)
 
 
 def matmul_cases() -> Iterator[Case]:
@@ -254,6 +318,8 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention.decode": paged_attention_decode_cases,
     "paged_attention.decode_write": paged_attention_decode_write_cases,
     "paged_attention.verify": paged_attention_verify_cases,
+    "partial_attention": partial_attention_cases,
+    "flash_attention": flash_attention_cases,
     "decode_chain": decode_chain_cases,
     "matmul": matmul_cases,
     "grouped_matmul": grouped_matmul_cases,

@@ -48,7 +48,7 @@ from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.compile import Executables, Ladder, compile_all
 from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
 from jaxllm.graph.experts import add_tables
-from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate
+from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate, page_dtype
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
 from jaxllm.graph.models.dims import step_cost
@@ -58,6 +58,7 @@ from jaxllm.graph.quant.scheme import Scheme, quantisation
 from jaxllm.graph.spread import Home, held_bytes, zeros
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
+from jaxllm.graph.weights.kv_scales import with_scales
 from jaxllm.tokenizer import Tokenizer
 from sharding.mesh import stage_meshes
 
@@ -111,7 +112,7 @@ def start(
         meshes = stage_meshes(config.mesh, None if device is None else [device])
     directory = model_directory(config.model.path)
     with _timed(report, "config"):
-        model_config = ModelConfig.from_directory(directory)
+        model_config = with_scales(ModelConfig.from_directory(directory), directory, config.cache.kv_dtype)
         config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
         tokenizer = _tokenizer(directory)
         generation = read_generation_defaults(directory)
@@ -274,10 +275,11 @@ def _plan(
     config: EngineConfig, homes: tuple[Home, ...], params: list[Params], workspace: int | None = None
 ) -> tuple[MemoryPlan, list[KVCacheSpec]]:
     """Of one device of the fullest stage; the pages of each stage, which each lane of the pipeline gets."""
-    dtype, page_size = jnp.dtype(config.model.dtype), config.cache.page_size
+    page_size = config.cache.page_size
     plans, specs = [], []
     for home, own in zip(homes, params):
         held = home.held
+        dtype = page_dtype(config.cache.kv_dtype, config.model.dtype)
         spec = KVCacheSpec(held.num_layers, held.num_kv_heads, held.head_dim, page_size, 0, dtype)
         needed = estimate_workspace_bytes(config, held) if workspace is None else workspace
         plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.own_device))
@@ -358,7 +360,8 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     report = StartReport()
     with _timed(report, "devices"):
         meshes = stage_meshes(config.mesh, None if device is None else [device])
-    model_config = ModelConfig.from_directory(model_directory(config.model.path))
+    directory = model_directory(config.model.path)
+    model_config = with_scales(ModelConfig.from_directory(directory), directory, config.cache.kv_dtype)
     config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")

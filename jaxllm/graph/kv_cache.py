@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -49,6 +50,19 @@ class KVCacheSpec:
     @property
     def page_shape(self) -> tuple[int, int, int, int]:
         return self.num_pages, self.num_kv_heads, self.page_size, self.head_dim
+
+
+def page_dtype(kv_dtype: str, dtype: DTypeLike) -> jnp.dtype:
+    """What pages hold when the setting is `kv_dtype` and the model computes in `dtype`."""
+    return jnp.dtype(jnp.float8_e4m3fn if kv_dtype == "fp8" else dtype)
+
+
+def scales_of(pages: Array, scales: tuple[float, float]) -> dict[str, Array]:
+    """What e4m3 pages are read and written with: f32[K] of keys and of values; nothing for wider pages."""
+    if pages.dtype != jnp.float8_e4m3fn:
+        return {}
+    keys, values = (jnp.full((pages.shape[1],), scale, jnp.float32) for scale in scales)
+    return {"k_scale": keys, "v_scale": values}
 
 
 def allocate(shapes: list[Any]) -> KVCache:

@@ -36,7 +36,10 @@ def stage_models(model: ModelConfig, stages: int) -> Iterator[tuple[ModelConfig,
     for number, layers in enumerate(stage_layers(model.num_layers, stages)):
         windows = tuple(model.windows[layer] for layer in layers)
         sparse = tuple(model.sparse_layers[layer] for layer in layers)
-        part = dataclasses.replace(model, num_layers=len(layers), windows=windows, sparse_layers=sparse)
+        scales = tuple(model.kv_scales[layer] for layer in layers) if model.kv_scales else ()
+        part = dataclasses.replace(
+            model, num_layers=len(layers), windows=windows, sparse_layers=sparse, kv_scales=scales
+        )
         yield part, Ends(first=number == 0, last=number == stages - 1)
 
 

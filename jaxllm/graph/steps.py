@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxllm.core import MAX_LOGPROBS
 from jaxllm.graph import sampling
 from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
-from jaxllm.graph.kv_cache import KVCache
+from jaxllm.graph.kv_cache import KVCache, scales_of
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.layers.whole import through_all
@@ -133,14 +133,15 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache, share: bool = Fa
     decode, ragged = ("reference", "reference_wide") if graph.reference_attention else (None, None)
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        pages = _write(*kv[layer], k, v, inputs.slots)
+        scales = scales_of(kv[layer][0], graph.config.kv_scales_of(layer))
+        pages = _write(*kv[layer], k, v, inputs.slots, **scales)
         kv[layer] = pages
         window = graph.config.windows[layer]
         if inputs.query_starts is None:
             rows = inputs.page_table, inputs.kv_lens
-            return _decode(q, *pages, *rows, scale=scale, window=window, implementation=decode)
+            return _decode(q, *pages, *rows, scale=scale, window=window, implementation=decode, **scales)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
-        return _ragged(q, *pages, *args, scale=scale, window=window, implementation=ragged)
+        return _ragged(q, *pages, *args, scale=scale, window=window, implementation=ragged, **scales)
 
     return attend
 
@@ -152,12 +153,16 @@ def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCac
     live = inputs.slots < graph.num_pages * page_size
     positions = jnp.where(live, inputs.positions, -1)
     keys = context.keys(inputs.page_table, inputs.kv_lens, inputs.rows, positions, page_size)
+    scale, pinned = graph.config.attention_scale, "reference" if graph.reference_attention else None
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         if share:
             q, k, v = context.all(q), context.all(k), context.all(v)
-        kv[layer] = _write(*kv[layer], k, v, slots)
-        out, lse = _partial(q, *kv[layer], keys.table, inputs.rows, keys.visible, scale=graph.config.attention_scale)
+        scales = scales_of(kv[layer][0], graph.config.kv_scales_of(layer))
+        kv[layer] = _write(*kv[layer], k, v, slots, **scales)
+        seen = keys.table, inputs.rows, keys.visible
+        how = {"scale": scale, "query_starts": inputs.query_starts, "implementation": pinned}
+        out, lse = _partial(q, *kv[layer], *seen, **how, **scales)
         return context.merge(out, lse, share).astype(q.dtype)
 
     return attend

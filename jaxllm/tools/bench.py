@@ -65,12 +65,14 @@ class Floors:
     dims: ModelDims
     device: Ceilings | None
     weights: str = "bf16"  # how the linear layers are stored
+    kv_bytes: float = 2.0  # of a number in a page
 
     def decode_ms(self, batch: int, context: int) -> float | None:
         """At the nominal context, as published floors are; the steps that are timed read 64 to 192 tokens more."""
         if self.device is None:
             return None
-        return decode_floor(self.dims, batch, context, self.device, weights=self.weights).step_s * 1e3
+        stored = {"weights": self.weights, "kv_bytes": self.kv_bytes}
+        return decode_floor(self.dims, batch, context, self.device, **stored).step_s * 1e3
 
     def prefill_ms(self, tokens: int) -> float | None:
         if self.device is None:
@@ -83,10 +85,11 @@ class Floors:
         return workload_floor(self.dims, lengths, self.device, weights=self.weights).tokens_per_s
 
 
-def floors(config: ModelConfig, device_name: str, quantization: str = "none") -> Floors:
+def floors(config: ModelConfig, device_name: str, quantization: str = "none", kv_dtype: str = "auto") -> Floors:
     """By the device's name as JAX gives it."""
     device = next((known for known in CEILINGS if known.name == device_name), None)
-    return Floors(dims_of(config), device, "bf16" if quantization == "none" else quantization)
+    weights = "bf16" if quantization == "none" else quantization
+    return Floors(dims_of(config), device, weights, 1.0 if kv_dtype == "fp8" else 2.0)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,16 @@ def page_write(
     v: jax.Array,  # [T, K, H]
     slots: jax.Array,  # i32[T]
     *,
+    k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
+    v_scale: jax.Array | None = None,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Token t goes to slot = page * page_size + offset -> (k_pages, v_pages).
 
     A slot outside 0 .. P * page_size - 1 drops its token (padding). Slots within are distinct: two tokens in one slot
-    leave either. Everything else in the pages keeps its bits. k and v are cast to the pages' dtype.
+    leave either. Everything else in the pages keeps its bits. k and v are cast to the pages' dtype; scaled pages hold
+    what times scale[kv head] is nearest, the largest there is where that is larger still, NaN where that is NaN.
     """
     if k_pages.ndim != 4 or 0 in k_pages.shape or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
         raise ValueError(
@@ -43,4 +46,16 @@ def page_write(
     if slots.shape != k.shape[:1] or slots.dtype != jnp.int32:
         raise ValueError(f"slots must be i32[T] = i32[{k.shape[0]}], got {slots.dtype}{list(slots.shape)}")
     run = dispatch("page_write", implementation=implementation, platform=platform)
-    return run(k_pages, v_pages, k, v, slots)
+    check_scales(k_pages, k_scale, v_scale)
+    scales = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
+    return run(k_pages, v_pages, k, v, slots, **scales)
+
+
+def check_scales(k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    """ValueError unless e4m3 pages, and only they, come with scales."""
+    narrow = k_pages.dtype == jnp.float8_e4m3fn
+    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if narrow != (given is not None):
+            raise ValueError(f"{name} goes with float8_e4m3fn pages and only with them; pages are {k_pages.dtype}")
+        if given is not None and (given.shape != k_pages.shape[1:2] or given.dtype != jnp.float32):
+            raise ValueError(f"{name} must be f32[K] = f32[{k_pages.shape[1]}], got {given.dtype}{list(given.shape)}")

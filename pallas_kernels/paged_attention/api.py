@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Kernel, dispatch, imported, register
-from pallas_kernels.page_write.api import page_write
+from pallas_kernels.page_write.api import check_scales, page_write
 
 
 def _wide_reference() -> Kernel:
@@ -61,20 +61,24 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[N]
     k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
     v_scale: jax.Array | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
     platform: str | None = None,
-) -> jax.Array:
-    """Causal attention of ragged rows -> [T, N, H].
+) -> Any:
+    """Causal attention of ragged rows -> [T, N, H]; with `return_lse` also f32[T, N].
 
     Row r owns q[query_starts[r] : query_starts[r + 1]]: the last queries of its kv_lens[r] keys. Its key j lies in page
     page_table[r, j // page_size] at j % page_size. Query i sees key j iff i - window < j <= i. Tokens at or after
     query_starts[R] are padding and come out 0; rows may be empty. Query head n reads kv head n // (N / K).
     `soft_cap` c replaces each scaled score s by c * tanh(s / c). Scaled pages mean page * scale[kv head].
+    A head's sink adds exp(sink) to the denominators of its softmax, and nothing to the sums above them. The log-sum-exp
+    is the logarithm of the denominator, sink included; of a query that sees no key the lowest (-1e30).
     """
     _check("q[T, N, H]", q, k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
-    _check_scales(k_pages, k_scale, v_scale)
+    check_scales(k_pages, k_scale, v_scale)
     R = page_table.shape[0]
     if query_starts.shape != (R + 1,) or query_starts.dtype != jnp.int32:
         raise ValueError(
@@ -82,7 +86,7 @@ def paged_attention(
             f"got {query_starts.dtype}{list(query_starts.shape)}"
         )
     run = dispatch("paged_attention", implementation=implementation, platform=platform)
-    options = _options(scale, window, soft_cap, k_scale, v_scale)
+    options = _options(q, scale, window, soft_cap, sinks, k_scale, v_scale, return_lse)
     return run(q, k_pages, v_pages, page_table, kv_lens, query_starts, **options)
 
 
@@ -96,21 +100,26 @@ def paged_attention_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[N]
     k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
     v_scale: jax.Array | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
     platform: str | None = None,
-) -> jax.Array:
-    """One query a row, at position kv_lens - 1 -> [B, N, H]. A row with kv_lens 0 is padding and comes out 0.
+) -> Any:
+    """One query a row, at position kv_lens - 1 -> [B, N, H], with `return_lse` also f32[B, N].
+
+    A row with kv_lens 0 is padding and comes out 0.
 
     Everything else as in paged_attention.
     """
     _check("q[B, N, H]", q, k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
-    _check_scales(k_pages, k_scale, v_scale)
+    check_scales(k_pages, k_scale, v_scale)
     if q.shape[0] != page_table.shape[0]:
         raise ValueError(f"q[B, N, H] {q.shape} and page_table[B, W] {page_table.shape} disagree on B")
     run = dispatch(_DECODE, implementation=implementation, platform=platform)
-    return run(q, k_pages, v_pages, page_table, kv_lens, **_options(scale, window, soft_cap, k_scale, v_scale))
+    options = _options(q, scale, window, soft_cap, sinks, k_scale, v_scale, return_lse)
+    return run(q, k_pages, v_pages, page_table, kv_lens, **options)
 
 
 def paged_attention_decode_write(
@@ -168,6 +177,7 @@ def paged_attention_verify(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[N]
     k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
     v_scale: jax.Array | None = None,
     implementation: str | None = None,
@@ -181,29 +191,31 @@ def paged_attention_verify(
     if q.ndim != 4 or 0 in q.shape or q.shape[0] != page_table.shape[0]:
         raise ValueError(f"need q[B, Q, N, H], not empty, and page_table[B, W]; got {q.shape}, {page_table.shape}")
     _check("q[B, N, H]", q[:, 0], k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
-    _check_scales(k_pages, k_scale, v_scale)
+    check_scales(k_pages, k_scale, v_scale)
     run = dispatch(_VERIFY, implementation=implementation, platform=platform)
-    return run(q, k_pages, v_pages, page_table, kv_lens, **_options(scale, window, soft_cap, k_scale, v_scale))
+    options = _options(q, scale, window, soft_cap, sinks, k_scale, v_scale)
+    return run(q, k_pages, v_pages, page_table, kv_lens, **options)
 
 
 def _options(
+    q: jax.Array,
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    return_lse: bool = False,
 ) -> dict[str, Any]:
-    plain: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap}
-    return plain if k_scale is None else plain | {"k_scale": k_scale, "v_scale": v_scale}
-
-
-def _check_scales(k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
-    narrow = k_pages.dtype == jnp.float8_e4m3fn
-    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if narrow != (given is not None):
-            raise ValueError(f"{name} goes with float8_e4m3fn pages and only with them; pages are {k_pages.dtype}")
-        if given is not None and (given.shape != k_pages.shape[1:2] or given.dtype != jnp.float32):
-            raise ValueError(f"{name} must be f32[K] = f32[{k_pages.shape[1]}], got {given.dtype}{list(given.shape)}")
+    """What every implementation is given, and what only some calls ask for."""
+    options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    if sinks is not None:
+        if sinks.shape != (q.shape[-2],) or sinks.dtype != jnp.float32:
+            raise ValueError(f"sinks must be f32[N] = f32[{q.shape[-2]}], got {sinks.dtype}{list(sinks.shape)}")
+        options["sinks"] = sinks
+    if k_scale is not None:
+        options |= {"k_scale": k_scale, "v_scale": v_scale}
+    return options | {"return_lse": True} if return_lse else options
 
 
 def _check(

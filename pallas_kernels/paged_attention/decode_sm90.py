@@ -53,9 +53,10 @@ def paged_attention_decode(
     page_table: jax.Array,  # i32[B, W]
     kv_lens: jax.Array,  # i32[B]
     **options: Any,
-) -> jax.Array:
+) -> Any:
     """One query a row, at position kv_lens - 1. Rows of length 0 come out 0. Options as verify's."""
-    return verify(q[:, None], k_pages, v_pages, page_table, kv_lens, **options)[:, 0]
+    found = verify(q[:, None], k_pages, v_pages, page_table, kv_lens, **options)
+    return jax.tree.map(lambda array: array[:, 0], found)
 
 
 def decode_write(
@@ -87,13 +88,15 @@ def verify(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[N]
     k_scale: jax.Array | None = None,  # f32[K], with e4m3 pages
     v_scale: jax.Array | None = None,
+    return_lse: bool = False,
     new: tuple[jax.Array, jax.Array] | None = None,  # [B, K, H], of the last position
     counters: Any = None,  # i32[programs] of zeros, as a ref: saves making them; zeros afterwards
     blocks: Blocks | None = None,
     interpret: Any = None,
-) -> jax.Array:
+) -> Any:
     """The last `queries` queries of each row, whose keys are all in the pages; each has the bits of a decode step."""
     refuse(q, k_pages, k_scale, v_scale)
     B, queries, N, H = q.shape
@@ -131,6 +134,7 @@ def verify(
         factor,
         v_scale,
         *(new or (None, None)),
+        None if sinks is None else _of_tiles(sinks, shape),
         k_pages,
         v_pages,
         page_table,
@@ -138,7 +142,8 @@ def verify(
         plan(kv_lens, rows),
         counters,
     )
-    return _untiled(_call(shape, arrays, interpret), q.shape, shape)
+    out, lse = _call(shape, arrays, return_lse, interpret)
+    return (_untiled(out, q.shape, shape), _of_queries(lse, shape)) if return_lse else _untiled(out, q.shape, shape)
 
 
 def refuse(q: jax.Array, k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
@@ -201,7 +206,26 @@ def _parts(tiles: jax.Array, k_scale: jax.Array, shape: Shape) -> tuple[jax.Arra
     return jnp.concatenate([first, second], axis=2), unit[..., 0] * of_lane * shape.scale
 
 
-def _call(shape: Shape, arrays: tuple[Any, ...], interpret: Any) -> jax.Array:
+def _of_tiles(sinks: jax.Array, shape: Shape) -> jax.Array:
+    """f32[N] -> [K, lanes]: of the columns of each kv head's tile."""
+    if shape.filled:
+        return jnp.repeat(sinks.reshape(-1, shape.lanes), shape.heads_a_tile, axis=0)
+    own = jnp.tile(sinks.reshape(shape.rows.K, shape.group), (1, shape.rows.queries))
+    return jnp.pad(own, ((0, 0), (0, shape.lanes - shape.columns)))
+
+
+def _of_queries(lse: jax.Array, shape: Shape) -> jax.Array:
+    """f32[B, K, lanes], of which a kv head's own columns count -> [B, queries, N]."""
+    rows, heads = shape.rows, shape.heads_a_tile
+    if shape.filled:
+        each = jnp.arange(heads, dtype=jnp.int32)
+        own = lse.reshape(rows.B, rows.K // heads, heads, heads, shape.group)[:, :, each, each]
+        return own.reshape(rows.B, 1, -1)
+    own = lse[:, :, : shape.columns].reshape(rows.B, rows.K, rows.queries, shape.group)
+    return own.swapaxes(1, 2).reshape(rows.B, rows.queries, -1)
+
+
+def _call(shape: Shape, arrays: tuple[Any, ...], return_lse: bool, interpret: Any) -> Any:
     programs, f32 = shape.rows.programs, jnp.float32
     tiles = arrays[0].shape[:2]
     results = [
@@ -209,10 +233,12 @@ def _call(shape: Shape, arrays: tuple[Any, ...], interpret: Any) -> jax.Array:
         jax.ShapeDtypeStruct((programs, 2, shape.max_splits, shape.H, shape.lanes), f32),
         jax.ShapeDtypeStruct((programs, 2, shape.max_splits, 2, shape.lanes), f32),
     ]
+    if return_lse:
+        results.append(jax.ShapeDtypeStruct((shape.rows.B, shape.rows.K, shape.lanes), f32))
 
     def kernel(*refs: Any) -> None:
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
-            everything: tuple[Any, ...] = (*refs, *scratch, *barriers)
+            everything: tuple[Any, ...] = (*refs, *[None] * (not return_lse), *scratch, *barriers)
             found = Refs(*everything)
             wg = lax.axis_index("wg")
             if shape.early and not shape.interpret:
@@ -236,7 +262,7 @@ def _call(shape: Shape, arrays: tuple[Any, ...], interpret: Any) -> jax.Array:
 
         pl.run_scoped(body, decode_warps.scratch(shape), decode_warps.barriers(shape), collective_axes="wg")
 
-    return plgpu.kernel(
+    found = plgpu.kernel(
         kernel,
         out_type=results,
         grid=(programs,),
@@ -250,4 +276,5 @@ def _call(shape: Shape, arrays: tuple[Any, ...], interpret: Any) -> jax.Array:
             reduction_scratch_bytes=REDUCTION_BYTES,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
-    )(*arrays)[0]
+    )(*arrays)
+    return found[0], found[-1]

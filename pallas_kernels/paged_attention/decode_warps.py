@@ -92,6 +92,7 @@ class Refs:
     v_scale: Any
     new_k: Any  # [B, K, H], if written
     new_v: Any
+    sinks: Any  # f32[K, lanes], or None
     k: Any  # [P, K, page_size, H]
     v: Any
     table: Any  # i32[B, W]
@@ -101,6 +102,7 @@ class Refs:
     out: Any  # [B, K / heads_a_tile, lanes, H]
     partial: Any  # f32[programs, 2, max_splits, H, lanes]
     stats: Any  # f32[programs, 2, max_splits, 2, lanes]
+    lse: Any  # f32[B, K, lanes], if wanted
     ring: Any  # [TEAMS, stages, BLOCK, H]
     q_smem: Any  # [2, parts * lanes, H]
     scores: Any  # f32[TEAMS, team_blocks, BLOCK, lanes]
@@ -247,7 +249,7 @@ def compute_warpgroup(shape: Shape, refs: Refs, team: int) -> None:
         for other in range(TEAMS - 1):
             found = _take_over(shape, refs, other, found)
         splits = shape.rows.splits(unit.kv_len)[1]
-        pl.when(splits == 1)(lambda: _store(shape, refs, unit.row, unit.head, found[0], found[2]))
+        pl.when(splits == 1)(lambda: _store(shape, refs, unit.row, unit.head, found))
         pl.when(splits > 1)(lambda: _leave(shape, refs, unit, share, step, found))
 
     share = walk(shape.rows, refs.plan, refs.lens, team, TEAMS, visit)[0]
@@ -550,12 +552,18 @@ def _fold_by(
         return plgpu.layout_cast(jnp.full((shape.lanes,), value, jnp.float32), column)
 
     start = _full(dims, 0.0), column_full(_FLOOR), column_full(0.0)
-    acc, _, total = lax.fori_loop(0, pl.cdiv(splits, at_once), chunk, start)
-    _store(shape, refs, row, head, acc, total)
+    _store(shape, refs, row, head, lax.fori_loop(0, pl.cdiv(splits, at_once), chunk, start))
 
 
-def _store(shape: Shape, refs: Refs, row: jax.Array, head: jax.Array, acc: jax.Array, total: jax.Array) -> None:
+def _store(shape: Shape, refs: Refs, row: jax.Array, head: jax.Array, found: Carry) -> None:
+    acc, top, total = found
     seen = total > 0
+    if refs.sinks is not None:
+        sinks = plgpu.load(refs.sinks.at[head], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        total += jnp.exp2(sinks * LOG2E - top)
+    if refs.lse is not None:
+        lse = (top + jnp.log2(jnp.where(seen, total, 1.0))) * (1 / LOG2E)
+        refs.lse.at[row, head][...] = jnp.where(seen, lse, _MASKED)
     factor = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
     out = (acc * lax.broadcast_in_dim(factor, acc.shape, [1])).astype(shape.dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last output has left shared memory

@@ -20,7 +20,7 @@ MOST_UNITS = 24  # rows * kv heads of a decode step
 PROGRAMS = 2
 
 
-def ragged(q: jax.Array, *arrays: jax.Array, **options: Any) -> jax.Array:
+def ragged(q: jax.Array, *arrays: jax.Array, **options: Any) -> Any:
     """mosaic_sm90.paged_attention by two interpreted programs, with race detection."""
     if q.shape[0] * q.shape[1] > MOST_QUERIES:
         raise NotImplementedError(f"{q.shape[0]} x {q.shape[1]} queries would keep the interpreter busy for minutes")
@@ -29,16 +29,25 @@ def ragged(q: jax.Array, *arrays: jax.Array, **options: Any) -> jax.Array:
     return mosaic_sm90.paged_attention(q, *arrays, blocks=blocks, interpret=interpret, **options)
 
 
-def decode(q: jax.Array, *arrays: jax.Array, **options: Any) -> jax.Array:
+def flash(q: jax.Array, *arrays: jax.Array, **options: Any) -> Any:
+    """mosaic_sm90.flash_attention, likewise."""
+    if q.shape[0] * q.shape[1] > MOST_QUERIES:
+        raise NotImplementedError(f"{q.shape[0]} x {q.shape[1]} queries would keep the interpreter busy for minutes")
+    blocks = dataclasses.replace(mosaic_sm90.default_blocks(q.shape[2]), programs=PROGRAMS)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return mosaic_sm90.flash_attention(q, *arrays, blocks=blocks, interpret=interpret, **options)
+
+
+def decode(q: jax.Array, *arrays: jax.Array, **options: Any) -> Any:
     """decode_sm90.paged_attention_decode by one interpreted program, with race detection.
 
     Several programs would agree through counters, which the interpreter does not have; it runs them one after the
     other, so that results are right (`decode_by`), but calls that a race.
     """
-    return verify(q[:, None], *arrays, **options)[:, 0]
+    return jax.tree.map(lambda array: array[:, 0], verify(q[:, None], *arrays, **options))
 
 
-def verify(*arrays: jax.Array, **options: Any) -> jax.Array:
+def verify(*arrays: jax.Array, **options: Any) -> Any:
     """decode_sm90.verify, likewise."""
     q, k_pages = arrays[:2]
     if q.shape[0] * k_pages.shape[1] > MOST_UNITS:
@@ -53,12 +62,12 @@ def decode_write(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Arr
     return decode_sm90.decode_write(*arrays, blocks=decode_sm90.Blocks(programs=1), interpret=interpret, **options)
 
 
-def decode_by(programs: int, *arrays: jax.Array, **options: Any) -> jax.Array:
+def decode_by(programs: int, *arrays: jax.Array, **options: Any) -> Any:
     """decode_sm90.paged_attention_decode by several interpreted programs."""
     blocks, interpret = decode_sm90.Blocks(programs=programs), plgpu.InterpretGPUParams()
     return decode_sm90.paged_attention_decode(*arrays, blocks=blocks, interpret=interpret, **options)
 
 
-def triton_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
+def triton_decode(*arrays: jax.Array, **options: Any) -> Any:
     """triton.paged_attention_decode, interpreted."""
     return triton.paged_attention_decode(*arrays, interpret=True, **options)

@@ -35,16 +35,24 @@ def paged_attention_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> Any:
     """One query a row, at position kv_lens - 1; see api.paged_attention_decode."""
     B, N, H = q.shape
     K = k_pages.shape[1]
     positions = jnp.broadcast_to(kv_lens[:, None] - 1, (B, N // K))
     grouped = q.reshape(B, K, N // K, H)
     pages = _Pages(k_pages, v_pages, k_scale, v_scale)
-    return _attend(grouped, positions, pages, page_table, scale, window, soft_cap).reshape(B, N, H)
+    out, lse = _attend(grouped, positions, pages, page_table, scale, window, soft_cap, _per_query(sinks, K, 1))
+    return (out.reshape(B, N, H), lse.reshape(B, N)) if return_lse else out.reshape(B, N, H)
+
+
+def _per_query(sinks: jax.Array | None, K: int, queries: int) -> jax.Array | None:
+    """f32[N] -> [K, queries * N / K], the order of a tile's rows."""
+    return None if sinks is None else jnp.tile(sinks.reshape(K, -1), (1, queries))
 
 
 def verify(
@@ -57,6 +65,7 @@ def verify(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> jax.Array:
@@ -67,7 +76,7 @@ def verify(
     positions = jnp.repeat(jnp.where(kv_lens[:, None] > 0, own, -1), N // K, axis=1)
     grouped = q.reshape(B, Q, K, N // K, H).swapaxes(1, 2).reshape(B, K, Q * (N // K), H)
     pages = _Pages(k_pages, v_pages, k_scale, v_scale)
-    out = _attend(grouped, positions, pages, page_table, scale, window, soft_cap)
+    out, _ = _attend(grouped, positions, pages, page_table, scale, window, soft_cap, _per_query(sinks, K, Q))
     return out.reshape(B, K, Q, N // K, H).swapaxes(1, 2).reshape(B, Q, N, H)
 
 
@@ -82,10 +91,12 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    return_lse: bool = False,
     scores_at_once: int = SCORES_AT_ONCE,
-) -> jax.Array:
+) -> Any:
     """Ragged rows; see api.paged_attention.
 
     The flat queries are cut into tiles of one row each; groups of tiles attend together. The trip counts of both
@@ -103,7 +114,7 @@ def paged_attention(
     tile_starts = tile_ends - (counts + TILE_QUERIES - 1) // TILE_QUERIES
     lane = jnp.arange(TILE_QUERIES, dtype=jnp.int32)
 
-    def one_group(index: jax.Array, out: jax.Array) -> jax.Array:
+    def one_group(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tile = index * group + jnp.arange(group, dtype=jnp.int32)
         row = _owner(tile, tile_ends)
         offset = (tile - tile_starts[row])[:, None] * TILE_QUERIES + lane  # [group, tile], from the row's first query
@@ -111,7 +122,7 @@ def paged_attention(
         source = jnp.where(live, query_starts[row][:, None] + offset, 0)
         positions = jnp.where(live, (kv_lens - counts)[row][:, None] + offset, -1)
         tiles = q[source].reshape(group, TILE_QUERIES, K, N // K, H).swapaxes(1, 2)
-        attended = _attend(
+        attended, lse = _attend(
             tiles.reshape(group, K, TILE_QUERIES * (N // K), H),
             jnp.repeat(positions, N // K, axis=1),
             _Pages(k_pages, v_pages, k_scale, v_scale),
@@ -119,19 +130,24 @@ def paged_attention(
             scale,
             window,
             soft_cap,
+            _per_query(sinks, K, TILE_QUERIES),
         )
         attended = attended.reshape(group, K, TILE_QUERIES, N // K, H).swapaxes(1, 2)
+        lse = lse.reshape(group, K, TILE_QUERIES, N // K).swapaxes(1, 2)
         first = index * (group * TILE_QUERIES)
-        return lax.dynamic_update_slice(out, attended.reshape(group * TILE_QUERIES, N, H), (first, 0, 0))
+        out = lax.dynamic_update_slice(found[0], attended.reshape(group * TILE_QUERIES, N, H), (first, 0, 0))
+        return out, lax.dynamic_update_slice(found[1], lse.reshape(group * TILE_QUERIES, N), (first, 0))
 
-    out = jnp.zeros((num_groups * group * TILE_QUERIES, N, H), q.dtype)
-    out = lax.fori_loop(0, (tile_ends[-1] + group - 1) // group, one_group, out)
+    slots = num_groups * group * TILE_QUERIES
+    nothing = jnp.zeros((slots, N, H), q.dtype), jnp.zeros((slots, N), jnp.float32)
+    out, lse = lax.fori_loop(0, (tile_ends[-1] + group - 1) // group, one_group, nothing)
 
     token = jnp.arange(T, dtype=jnp.int32)
     row = _owner(token, query_starts[1:])
     live = (token >= query_starts[0]) & (token < query_starts[-1])
     place = jnp.where(live, tile_starts[row] * TILE_QUERIES + token - query_starts[row], 0)
-    return jnp.where(live[:, None, None], out[place], jnp.zeros((), q.dtype))
+    out = jnp.where(live[:, None, None], out[place], jnp.zeros((), q.dtype))
+    return (out, jnp.where(live[:, None], lse[place], _LOWEST)) if return_lse else out
 
 
 class _Pages(NamedTuple):
@@ -154,8 +170,12 @@ def _attend(
     scale: float,
     window: int | None,
     soft_cap: float | None,
-) -> jax.Array:
-    """Online softmax over key blocks, batched over tiles; every tile starts at its own first visible block."""
+    sinks: jax.Array | None,  # f32[K, M]
+) -> tuple[jax.Array, jax.Array]:
+    """Online softmax over key blocks, batched over tiles; every tile starts at its own first visible block.
+
+    -> [X, K, M, H] and the logarithm of the softmax's denominator, f32[X, K, M].
+    """
     X, K, given, H = q.shape
     page_size, W = pages.k.shape[2], page_table.shape[1]
     count = max(1, BLOCK_KEYS // page_size)  # pages of a block
@@ -205,8 +225,13 @@ def _attend(
         jnp.zeros((X, K, M), jnp.float32),
     )
     steps = ((stop + block - 1) // block - first).max()
-    accumulated, _, total = lax.fori_loop(0, steps, one_block, nothing)
-    return (accumulated / jnp.where(total > 0, total, 1.0)[..., None])[:, :, :given].astype(q.dtype)
+    accumulated, highest, total = lax.fori_loop(0, steps, one_block, nothing)
+    accumulated, highest, total = accumulated[:, :, :given], highest[:, :, :given], total[:, :, :given]
+    seen = (total > 0) & (highest > _LOWEST)
+    if sinks is not None:
+        total += jnp.where(seen, jnp.exp(sinks - highest), 0.0)
+    total = jnp.where(seen, total, 1.0)
+    return (accumulated / total[..., None]).astype(q.dtype), jnp.where(seen, highest + jnp.log(total), _LOWEST)
 
 
 def _gather_pages(pages: jax.Array, ids: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:

@@ -30,6 +30,7 @@ class PagedAttentionSpec:
     dtype: str = "bfloat16"
     window: int | None = None
     soft_cap: float | None = None  # tight ones: scores of random inputs are near 1
+    with_sinks: bool = False
     padding_tokens: int = 0  # q rows after the last row's
     spare_width: int = 3  # page-table columns nobody needs
 
@@ -39,7 +40,10 @@ class PagedAttentionSpec:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "window": self.window, "soft_cap": self.soft_cap}
+        options: dict[str, Any] = {"scale": self.scale, "window": self.window, "soft_cap": self.soft_cap}
+        if self.with_sinks:
+            options["sinks"] = np.linspace(-2, 4, self.N, dtype=np.float32)
+        return options
 
     def inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
         """q, k_pages, v_pages, page_table, kv_lens, query_starts (decode takes all but the last)."""
@@ -69,6 +73,9 @@ _RAGGED = ((1, 300), (0, 0), (40, 40), (0, 25), (16, 16), (33, 290), (1, 1), (17
 _LLAMA = PagedAttentionSpec("llama_3_1_8b", N=32, K=8, H=128, rows=_RAGGED)
 _QWEN = PagedAttentionSpec("qwen3_0_6b", N=16, K=8, H=128, rows=_RAGGED)
 _MQA = PagedAttentionSpec("mqa", N=8, K=1, H=64, rows=_RAGGED)
+_PHI_2 = PagedAttentionSpec("phi_2_head_dim_80", N=2, K=2, H=80, rows=((20, 150), (0, 0), (1, 20)))
+_PHI_3 = PagedAttentionSpec("phi_3_head_dim_96", N=2, K=1, H=96, rows=((19, 150),), page_size=64)
+_GPT_OSS = PagedAttentionSpec("gpt_oss_sinks", N=4, K=1, H=64, rows=((70, 250), (1, 5)), with_sinks=True)
 _TINY = PagedAttentionSpec("tiny", N=4, K=2, H=32, rows=((5, 9), (1, 4), (3, 3)), page_size=4, dtype="float32")
 
 PAGED_ATTENTION_SPECS = (
@@ -79,6 +86,9 @@ PAGED_ATTENTION_SPECS = (
     replace(_MQA, name="mha_window", N=4, K=4, window=20),
     replace(_LLAMA, name="mistral_7b_window", window=100, rows=((1, 600), (40, 40), (64, 500), (5, 103))),
     replace(_QWEN, name="gemma_2_soft_cap_window", N=8, K=4, H=256, soft_cap=1.5, window=64, rows=_RAGGED[:5]),
+    replace(_PHI_2, padding_tokens=3),
+    _PHI_3,
+    replace(_GPT_OSS, window=128),
     replace(_TINY, name="tiny", padding_tokens=4),
     replace(_TINY, name="tiny_window_of_one", window=1),
     replace(_TINY, name="odd_page_size", page_size=12, rows=((7, 500), (1, 13))),
@@ -93,6 +103,10 @@ PAGED_ATTENTION_DECODE_SPECS = (
     replace(_MQA, name="mha_window", N=4, K=4, window=20, rows=_DECODE),
     replace(_LLAMA, name="mistral_7b_window", window=256, rows=((1, 600), (1, 256), (0, 0), (1, 257))),
     replace(_QWEN, name="gemma_2_soft_cap_window", N=8, K=4, H=256, soft_cap=1.5, window=64, rows=_DECODE[:5]),
+    replace(_PHI_2, rows=_DECODE[:5]),
+    replace(_PHI_3, rows=_DECODE[:3]),
+    replace(_GPT_OSS, rows=((1, 600), (0, 0), (1, 70))),
+    replace(_GPT_OSS, name="gpt_oss_sinks_window", N=16, K=2, window=128, rows=_DECODE[-3:]),
     replace(_TINY, rows=((1, 9), (1, 4), (0, 0))),
     replace(_TINY, name="tiny_window_of_one", window=1, rows=((1, 9), (1, 1))),
     replace(_TINY, name="odd_page_size", page_size=12, rows=((1, 500), (1, 13))),

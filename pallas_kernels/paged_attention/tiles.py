@@ -32,16 +32,20 @@ class Tile:
     live: jax.Array  # how many queries are its own
     kv_len: jax.Array
     head: jax.Array
+    item: jax.Array  # its place in the list, times N, plus head
 
     @property
     def aligned(self) -> jax.Array:
         return lax.rem(self.token, jnp.int32(ALIGN)) == 0
 
 
-def tile_list(T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int) -> tuple[jax.Array, jax.Array]:
-    """i32[tiles, 6] in the order of _Tile's fields without head, most keys first, and i32[1] how many are real.
+def tile_list(
+    T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int, visible: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """i32[tiles, 6] in the order of Tile's fields without the last two, most keys first, and i32[1] how many are real.
 
-    Tokens that belong to no row make a last row of length 0, so that they come out 0.
+    Tokens that belong to no row make a last row of length 0, so that they come out 0. With `visible`, how many leading
+    keys each token sees, a tile's length is the most of its own and its position one below the fewest.
     """
     starts = jnp.concatenate([query_starts, jnp.full((1,), T, jnp.int32)])
     lens = jnp.concatenate([kv_lens, jnp.zeros((1,), jnp.int32)])
@@ -56,10 +60,17 @@ def tile_list(T: int, kv_lens: jax.Array, query_starts: jax.Array, fewest: int) 
     offset = (tile - (ends - tiles)[row]) * TILE
     position = lens[row] - counts[row] + offset
     live = jnp.minimum(counts[row] - offset, TILE)
-    cost = jnp.where(tile < ends[-1], jnp.where(row == rows - 1, 0, position + live), -1)
+    length, seen = lens[row], position + live
+    if visible is not None:
+        own = visible.at[(starts[row] + offset)[:, None] + jnp.arange(TILE, dtype=jnp.int32)].get(mode="clip")
+        inside = (jnp.arange(TILE, dtype=jnp.int32) < live[:, None]) & (row < rows - 1)[:, None]
+        length = seen = jnp.where(inside, own, 0).max(axis=1)
+        fewest_seen = jnp.where(inside, own, jnp.iinfo(jnp.int32).max).min(axis=1)
+        position = jnp.where(row < rows - 1, fewest_seen - 1, -1)
+    cost = jnp.where(tile < ends[-1], jnp.where(row == rows - 1, 0, seen), -1)
     order = jnp.argsort(-cost)
     table_row = jnp.minimum(row, rows - 2)
-    fields = jnp.stack([table_row, starts[row] + offset, position, live, lens[row], jnp.zeros_like(row)], axis=1)
+    fields = jnp.stack([table_row, starts[row] + offset, position, live, length, jnp.zeros_like(row)], axis=1)
     return fields[order], ends[-1:]
 
 
@@ -91,7 +102,8 @@ def walk(
     def one(step: jax.Array, carry: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
         fields, blocks = carry
         following = read(step + 1)  # fetched now: nothing waits for it until the next tile
-        tile = Tile(*fields, head=lax.rem(item_of(step), jnp.int32(N)))
+        item = item_of(step)
+        tile = Tile(*fields, head=lax.rem(item, jnp.int32(N)), item=item)
         visit(tile, step, blocks)
         first, last = blocks_of(tile)
         return following, blocks + last - first

@@ -58,6 +58,8 @@ class _Shape:
     window: int | None
     soft_cap: float | None
     scaled: bool  # pages carry per-head scales
+    sinking: bool  # heads have sinks
+    with_lse: bool
 
     @property
     def group(self) -> int:
@@ -85,11 +87,13 @@ def paged_attention_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[N]
     k_scale: jax.Array | None = None,  # f32[K], with e4m3 pages
     v_scale: jax.Array | None = None,
+    return_lse: bool = False,
     blocks: Blocks | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Any:
     """One query a row, at position kv_lens - 1. Rows of length 0 come out 0."""
     refuse(q, k_pages, k_scale, v_scale)
     B, N, H = q.shape
@@ -97,28 +101,31 @@ def paged_attention_decode(
     splits = _splits_of_table(page_table.shape[1] * page_size, window)
     heuristic = default_blocks(B * K, splits)
     blocks = blocks or tuning.choose("paged_attention.decode/triton", tuning_key(B * K, H), heuristic)
-    shape = _Shape(N, K, H, page_size, blocks.block_keys, scale, window, soft_cap, k_scale is not None)
-    scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
+    has = {"scaled": k_scale is not None, "sinking": sinks is not None, "with_lse": return_lse}
+    shape = _Shape(N, K, H, page_size, blocks.block_keys, scale, window, soft_cap, **has)
+    extras = [array for array in (k_scale, v_scale, sinks) if array is not None]
     dealt = B * K * splits > DIRECT_PROGRAMS
     grid = (K, max(1, DEALT_PROGRAMS // K)) if dealt else (K, B, splits)
     finished = jnp.zeros((B, K), jnp.int32)
-    inputs = (q, k_pages, v_pages, page_table, kv_lens, *scales, finished)
-    return pl.pallas_call(
+    inputs = (q, k_pages, v_pages, page_table, kv_lens, *extras, finished)
+    results = pl.pallas_call(
         functools.partial(_kernel, shape=shape, rows=B if dealt else None, interpret=interpret),
         name="paged_decode",
         grid=grid,
         in_specs=[pl.no_block_spec] * len(inputs),
-        out_specs=[pl.no_block_spec] * 4,
+        out_specs=[pl.no_block_spec] * (4 + return_lse),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((B, splits, N, H), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, N), jnp.float32),
             jax.ShapeDtypeStruct(finished.shape, finished.dtype),
+            *[jax.ShapeDtypeStruct((B, N), jnp.float32)] * return_lse,
         ],
         input_output_aliases={len(inputs) - 1: 3},
         compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
-    )(*inputs)[0]
+    )(*inputs)
+    return (results[0], results[-1]) if return_lse else results[0]
 
 
 def tuning_key(rows: int, H: int) -> str:
@@ -174,10 +181,12 @@ class _Refs:
     table: Any  # i32[B, W]
     lens: Any  # i32[B]
     scales: tuple[Any, ...]  # f32[K] of keys and of values, with narrow pages
+    sinks: Any  # f32[N], or None
     out: Any  # [B, N, H]
     partial: Any  # f32[B, splits, N, H], of rows of more than one split
     lse: Any  # f32[B, splits, N], base 2
     finished: Any  # i32[B, K], how many of a row's splits are done
+    out_lse: Any  # f32[B, N], or None
 
 
 @dataclass(frozen=True)
@@ -192,8 +201,10 @@ class _Work:
 
 def _kernel(*arrays: Any, shape: _Shape, rows: int | None, interpret: bool) -> None:
     """`rows` is how many there are, when programs deal out the live splits."""
-    everything: tuple[Any, ...] = (*arrays[:5], arrays[5 : 7 if shape.scaled else 5], *arrays[-4:])
-    refs = _Refs(*everything)
+    scales, outputs = 2 * shape.scaled, 4 + shape.with_lse
+    sinks = arrays[5 + scales] if shape.sinking else None
+    everything: tuple[Any, ...] = (*arrays[:5], arrays[5 : 5 + scales], sinks, *arrays[-outputs:])
+    refs = _Refs(*everything, *[None] * (not shape.with_lse))
     head = pl.program_id(0)
     if rows is None:
         row, split = pl.program_id(1), pl.program_id(2)
@@ -234,8 +245,7 @@ def _attend(refs: _Refs, shape: _Shape, work: _Work, interpret: bool) -> None:
 
     @pl.when(splits == 1)
     def _() -> None:
-        place = refs.out.at[work.row, query[:, None], col[None, :]]
-        plt.store(place, acc.astype(refs.out.dtype), mask=inside)
+        _store(refs, work, (query, in_group), col, inside, acc, lse)
 
     @pl.when(splits > 1)
     def _() -> None:
@@ -336,6 +346,29 @@ def _combine(refs: _Refs, shape: _Shape, work: _Work, splits: jax.Array) -> None
         jnp.full((group,), _LOWEST, jnp.float32),
         jnp.zeros((group,), jnp.float32),
     )
-    acc, _, total = lax.fori_loop(0, pl.cdiv(splits, at_once), chunk, start)
-    place = refs.out.at[work.row, query[:, None], col[None, :]]
-    plt.store(place, (acc / total[:, None]).astype(refs.out.dtype), mask=inside)
+    acc, highest, total = lax.fori_loop(0, pl.cdiv(splits, at_once), chunk, start)
+    lse = highest + jnp.log2(jnp.maximum(total, 1.0))  # the highest split weighs 1
+    _store(refs, work, (query, in_group), col, inside, acc / total[:, None], lse)
+
+
+def _store(
+    refs: _Refs,
+    work: _Work,
+    queries: tuple[jax.Array, jax.Array],  # which, and which of them are real
+    col: jax.Array,
+    inside: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,  # base 2
+) -> None:
+    """Outputs of a whole row, after its heads' sinks have taken their share."""
+    query, in_group = queries
+    if refs.sinks is not None:
+        sink = plt.load(refs.sinks.at[query], mask=in_group, other=0.0) * LOG2E
+        top = jnp.maximum(lse, sink)
+        whole = top + jnp.log2(jnp.exp2(lse - top) + jnp.exp2(sink - top))
+        out = out * jnp.exp2(lse - whole)[:, None]
+        lse = whole
+    if refs.out_lse is not None:
+        lse = jnp.where(work.kv_len > 0, lse * (1 / LOG2E), _LOWEST)
+        plt.store(refs.out_lse.at[work.row, query], lse, mask=in_group)
+    plt.store(refs.out.at[work.row, query[:, None], col[None, :]], out.astype(refs.out.dtype), mask=inside)

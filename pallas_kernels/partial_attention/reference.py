@@ -24,8 +24,12 @@ def partial_attention(
     visible: jax.Array,  # i32[T]
     *,
     scale: float,
+    query_starts: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See api.partial_attention."""
+    """See api.partial_attention; `rows` says all that `query_starts` does."""
+    del query_starts
     total = q.shape[0]
     group = min(QUERIES, total)
     pad = -total % group
@@ -34,18 +38,22 @@ def partial_attention(
         return jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1))).reshape(-1, group, *x.shape[1:])
 
     def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return _group(args[0], k_pages, v_pages, page_table[args[1]], args[2], scale)
+        pages = (k_pages, k_scale), (v_pages, v_scale)
+        return _group(args[0], *pages, page_table[args[1]], args[2], scale)
 
     out, lse = lax.map(one, (cut(q), cut(rows), cut(visible)))
     return out.reshape(-1, *q.shape[1:])[:total], lse.reshape(-1, q.shape[1])[:total]
 
 
+type _Scaled = tuple[jax.Array, jax.Array | None]  # pages, and f32[K] or None
+
+
 def _group(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, table: jax.Array, visible: jax.Array, scale: float
+    q: jax.Array, keys: _Scaled, values: _Scaled, table: jax.Array, visible: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """q [G, N, H], each query with its own row of the table [G, W]."""
     G, N, H = q.shape
-    _, K, page_size, _ = k_pages.shape
+    _, K, page_size, _ = keys[0].shape
     pages = max(1, BLOCK_KEYS // page_size)
     block, W = pages * page_size, table.shape[1]
     grouped = q.reshape(G, K, N // K, H)
@@ -58,11 +66,14 @@ def _group(
         ids = jnp.where(held, table[:, jnp.minimum(page, W - 1)], 0)
         seen = step * block + jnp.arange(block, dtype=jnp.int32)[None] < visible[:, None]  # [G, block]
 
-        def gathered(source: jax.Array) -> jax.Array:  # [G, K, block, H]
-            found = source[ids].swapaxes(1, 2).reshape(G, K, block, H).astype(q.dtype)
+        def gathered(pages: jax.Array, factor: jax.Array | None) -> jax.Array:  # [G, K, block, H]
+            found = pages[ids].swapaxes(1, 2).reshape(G, K, block, H)
+            if factor is not None:
+                found = found.astype(jnp.float32) * factor[:, None, None]
+            found = found.astype(q.dtype)
             return jnp.where(seen[:, None, :, None], found, jnp.zeros((), q.dtype))  # 0 * NaN would be NaN
 
-        k, v = gathered(k_pages), gathered(v_pages)
+        k, v = gathered(*keys), gathered(*values)
         scores = jnp.einsum("gkmh,gksh->gkms", grouped, k, preferred_element_type=jnp.float32, precision=precision)
         scores = jnp.where(seen[:, None, None], scores * scale, LOWEST)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))

@@ -125,9 +125,10 @@ def _subject(llm: LLM, repeats: int) -> Subject:
     llm.generate([[0, 1, 2, 3]], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1), use_tqdm=False)
     about["first_token_s"] = round(process_age_s(), 2)
     metrics = llm.engine.scheduler.metrics
-    about["mesh"] = str(llm.engine.config.mesh)
-    known = device if llm.engine.config.mesh.size == 1 else ""  # floors are one device's
-    least = floors(llm.engine.model_config, known, llm.engine.config.model.quantization)
+    config = llm.engine.config
+    about["mesh"] = str(config.mesh)
+    known = device if config.mesh.size == 1 else ""  # floors are one device's
+    least = floors(llm.engine.model_config, known, config.model.quantization, config.cache.kv_dtype)
     return Subject(Bench(llm, least, metrics, repeats), metrics, about)
 
 

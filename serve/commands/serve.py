@@ -44,6 +44,7 @@ ENGINE_FLAGS = (
     "max_num_batched_tokens",
     "gpu_memory_utilization",
     "block_size",
+    "kv_cache_dtype",
     "num_pages",
     "enable_prefix_caching",
     "dtype",
@@ -158,6 +159,7 @@ def command(
         float | None, typer.Option("--gpu-memory-utilization", "--mem-fraction-static")
     ] = None,
     block_size: Annotated[int | None, typer.Option("--block-size", "--page-size")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (the model's), or fp8: twice the tokens.")] = None,
     num_pages: Annotated[int | None, typer.Option("--num-gpu-blocks-override")] = None,
     enable_prefix_caching: Annotated[
         bool | None, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")

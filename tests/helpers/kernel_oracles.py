@@ -3,10 +3,15 @@
 import numpy as np
 
 
-def attention(q, k_pages, v_pages, table, lengths, starts, *, scale, window, soft_cap):
+def attention(*arrays, **options):
+    return attention_and_log_sums(*arrays, **options)[0]
+
+
+def attention_and_log_sums(q, k_pages, v_pages, table, lengths, starts, *, scale, window, soft_cap, sinks=None):
+    """f64[T, N, H], and the logarithms of the denominators, f64[T, N]; -1e30 where nothing is seen."""
     T, N, H = q.shape
     K, page_size = k_pages.shape[1:3]
-    out = np.zeros((T, N, H))
+    out, lse = np.zeros((T, N, H)), np.full((T, N), -1e30)
     for r, length in enumerate(lengths):
         count = starts[r + 1] - starts[r]
         keys = np.arange(length)
@@ -20,9 +25,11 @@ def attention(q, k_pages, v_pages, table, lengths, starts, *, scale, window, sof
                 scores = k[low : position + 1, n // (N // K)] @ q[starts[r] + i, n].astype(np.float64) * scale
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)
+                sink = 0.0 if sinks is None else np.exp(np.float64(sinks[n]) - scores.max())
                 weights = np.exp(scores - scores.max())
-                out[starts[r] + i, n] = weights @ v[low : position + 1, n // (N // K)] / weights.sum()
-    return out
+                out[starts[r] + i, n] = weights @ v[low : position + 1, n // (N // K)] / (weights.sum() + sink)
+                lse[starts[r] + i, n] = scores.max() + np.log(weights.sum() + sink)
+    return out, lse
 
 
 def threefry(key, x0, x1):

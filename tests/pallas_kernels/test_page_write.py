@@ -22,6 +22,22 @@ def test_every_token_lands_in_its_slot_and_nothing_else_changes(name, spec):
         np.testing.assert_array_equal(np.asarray(one).view(np.uint8), other.view(np.uint8))
 
 
+@pytest.mark.parametrize(("name", "spec"), pairs("page_write", PAGE_WRITE_SPECS[5:6]))
+def test_scaled_pages_hold_the_nearest_multiple_the_largest_where_that_is_exceeded_and_nan(name, spec):
+    k = np.zeros((3, 2, 32), np.float32)
+    k[:, :, :4] = 1.2, -1e30, np.nan, 2.0**-12
+    scales = np.array([1.0, 4.0], np.float32), np.array([0.5, 2.0], np.float32)
+    pages = jnp.zeros((2, 2, 16, 32), jnp.float8_e4m3fn)
+    slots = jnp.array([3, 17, -1], jnp.int32)
+    options = {"k_scale": jnp.asarray(scales[0]), "v_scale": jnp.asarray(scales[1])}
+    for pool, scale in zip(jitted(page_write, name, **options)(pages, pages, k, k, slots), scales):
+        held = np.asarray(pool[:, :, [3, 1]], np.float32)[[0, 1], :, [0, 1], :4]  # [slot, head]
+        wanted = np.stack([[1.25, -448 * s, np.nan, 0.0] for s in scale])
+        np.testing.assert_array_equal(held[0] * scale[:, None], wanted)
+        np.testing.assert_array_equal(held[1] * scale[:, None], wanted)
+        assert np.asarray(pool.view(jnp.uint8) != 0).any(axis=-1).sum() == 4
+
+
 @pytest.mark.parametrize(("name", "spec"), pairs("page_write", PAGE_WRITE_SPECS[:1]))
 def test_donated_pages_are_written_in_place(name, spec):
     arrays = spec.inputs()
@@ -37,6 +53,7 @@ def test_donated_pages_are_written_in_place(name, spec):
         ({"v_pages": jnp.zeros((3, 2, 4, 32))}, r"must agree as \[P, K, page_size, H\].*float32\[3, 2, 4, 32\]"),
         ({"k": jnp.zeros((5, 2, 16))}, r"k and v must agree as \[T, 2, 32\].*got float32\[5, 2, 16\]"),
         ({"v": jnp.zeros((4, 2, 32))}, r"k and v must agree.*float32\[4, 2, 32\]"),
+        ({"k_scale": jnp.ones(2)}, "k_scale goes with float8_e4m3fn pages and only with them; pages are float32"),
         ({"slots": jnp.zeros(4, jnp.int32)}, r"slots must be i32\[T\] = i32\[5\], got int32\[4\]"),
         ({"slots": jnp.zeros(5, jnp.uint32)}, r"got uint32\[5\]"),
     ],

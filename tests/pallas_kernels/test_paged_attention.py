@@ -49,12 +49,39 @@ def test_decode_attention_matches_a_float64_oracle(name, spec):
     check(got[np.flatnonzero(lengths)], spec, (*arrays, starts))
 
 
+def with_lse(specs):
+    return [spec for spec in specs if spec.with_sinks]
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("paged_attention", with_lse(PAGED_ATTENTION_SPECS)))
+def test_ragged_attention_gives_the_logarithms_of_its_denominators(name, spec):
+    inputs = spec.inputs()
+    out, lse = jitted(paged_attention, name, return_lse=True, **spec.options)(*inputs)
+    check(out, spec, inputs)
+    expected = oracles.attention_and_log_sums(*inputs, **spec.options)[1]
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(lse, np.float64), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("paged_attention.decode", with_lse(PAGED_ATTENTION_DECODE_SPECS)))
+def test_decode_attention_gives_the_logarithms_of_its_denominators(name, spec):
+    q, *arrays, starts = spec.inputs()
+    lengths = arrays[-1]
+    rows = np.zeros((len(lengths), spec.N, spec.H), q.dtype)
+    rows[lengths > 0] = q
+    lse = np.asarray(jitted(paged_attention_decode, name, return_lse=True, **spec.options)(rows, *arrays)[1])
+    expected = oracles.attention_and_log_sums(q, *arrays, starts, **spec.options)[1]
+    np.testing.assert_allclose(lse[lengths > 0], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse[lengths == 0], -1e30, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "spec"),
     pairs(
         "paged_attention.verify",
         [
             PagedAttentionSpec("llama_heads", N=32, K=8, H=128, rows=((4, 300), (4, 4), (4, 513))),
+            PagedAttentionSpec("sinks", N=4, K=2, H=64, rows=((3, 70), (3, 3)), with_sinks=True),
             PagedAttentionSpec("window_cap", N=4, K=2, H=64, rows=((5, 200), (5, 7)), window=20, soft_cap=2.0),
             PagedAttentionSpec("f32", N=4, K=2, H=32, rows=((3, 200), (3, 7)), dtype="float32"),
         ],
@@ -218,6 +245,7 @@ def arguments(**changes):
         ({"query_starts": jnp.zeros(2, jnp.int32)}, r"query_starts must be i32\[R \+ 1\] = i32\[3\].*got int32\[2\]"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
         ({"window": 0}, "window must be None or at least 1.*got 0"),
+        ({"sinks": jnp.zeros(3)}, r"sinks must be f32\[N\] = f32\[4\], got float32\[3\]"),
         ({"soft_cap": 0.0}, "soft_cap must be None or positive, got 0.0"),
     ],
 )

@@ -166,6 +166,21 @@ def test_e4m3_pages_give_what_their_scaled_values_give(soft_cap):
         np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=2e-2)
 
 
+def test_the_ragged_kernel_reads_e4m3_pages_as_their_scaled_values():
+    spec = PagedAttentionSpec("e4m3", N=2, K=2, H=64, page_size=32, rows=((40, 170), (1, 5)))
+    q, k, v, *rest = spec.inputs()
+    narrow = [pool.astype(ml_dtypes.float8_e4m3fn) for pool in (k, v)]  # NaN where nothing is written
+    scales = np.array([0.5, 2.0], np.float32), np.array([0.25, 1.5], np.float32)
+    wide = [pool.astype(np.float32) * s[:, None, None] for pool, s in zip(narrow, scales, strict=True)]
+    expected = reference.paged_attention(jnp.asarray(q, jnp.float32), *map(jnp.asarray, (*wide, *rest)), **spec.options)
+    ragged = mosaic_sm90.paged_attention if ON_GPU else interpreted.ragged
+    options = {"k_scale": jnp.asarray(scales[0]), "v_scale": jnp.asarray(scales[1]), **spec.options}
+    got = ragged(*map(jnp.asarray, (q, *narrow, *rest)), **options)
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=2e-2)
+    if not ON_GPU:
+        assert not get_races().races_found
+
+
 @pytest.mark.kernels
 @cpu_only
 @pytest.mark.parametrize("changes", [{}, {"window": 100, "soft_cap": 2.0}, {"page_size": 128}])
@@ -271,8 +286,9 @@ def test_tiles_cover_every_query_of_long_enough_rows_and_the_padding_once_longes
     ("changes", "message"),
     [
         ({"q": jnp.zeros((8, 2, 64))}, "bfloat16 or float16 queries here, got float32"),
-        ({"pages": jnp.zeros((2, 2, 16, 64))}, "pages must be bfloat16 like the queries, got float32"),
-        ({"q": jnp.zeros((8, 2, 96), jnp.bfloat16)}, "head dim must be 64, 128 or 256.*got 96"),
+        ({"pages": jnp.zeros((2, 2, 16, 64))}, "pages must be bfloat16 like the queries or float8_e4m3fn, got float32"),
+        ({"q": jnp.zeros((8, 2, 72), jnp.bfloat16)}, "head dim must be 64, 80, 96, 128 or 256, got 72"),
+        ({"pages": jnp.zeros((2, 2, 16, 64), jnp.float8_e4m3fn)}, "k_scale and v_scale go together"),
         ({"pages": jnp.zeros((2, 2, 12, 64), jnp.bfloat16)}, "page size must divide 128.*got 12"),
         ({"scale": -1.0}, "assumes a positive scale, got -1.0"),
     ],

@@ -3,10 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.kernel_backends import ON_GPU
+from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.partial_attention.api import partial_attention
-from pallas_kernels.partial_attention.specs import PARTIAL_ATTENTION_SPECS
+from pallas_kernels.partial_attention.specs import PARTIAL_ATTENTION_SPECS, Spec
+
+KERNELS = {"gpu": "mosaic_sm90", "interpret": "mosaic_sm90_interpret"}
 
 
 def arrays(spec):
@@ -52,6 +56,43 @@ def test_outputs_and_log_sums_are_those_of_the_visible_keys(spec, way):
         want_out, want_lse = expected(spec, q, k, v, table, t)
         np.testing.assert_allclose(out[t], want_out, atol=2e-6)
         np.testing.assert_allclose(lse[t], want_lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("platform", ["gpu"] if ON_GPU else ["interpret"])
+@pytest.mark.parametrize(("name", "queries"), [("decode", 1), ("chunk", 40)])
+def test_kernels_give_outputs_and_log_sums_of_the_visible_keys(platform, name, queries):
+    """A device of two holds every second page of 32 keys of a row; a row of nothing and padding come after."""
+    own = np.arange(queries) + 100 - queries
+    visible = own // 64 * 32 + np.minimum(own % 64 + 1, 32)
+    spec = Spec(name, 4, 2, 64, 32, (*visible, 0, 0), (*[0] * queries, 1, 1))
+    q, k, v, table = arrays(spec)
+    q, k, v = (array.astype(jnp.bfloat16) for array in (q, k, v))
+    rows, visible = np.array(spec.rows, np.int32), np.array(spec.visible, np.int32)
+    starts = None if name == "decode" else jnp.array([0, queries, queries + 1], jnp.int32)
+    args = map(jnp.asarray, (q, k, v, table, rows, visible))
+    out, lse = partial_attention(*args, scale=0.1, query_starts=starts, implementation=KERNELS[platform])
+    assert out.dtype == lse.dtype == jnp.float32
+    for t in (0, queries // 2, queries - 1, queries):
+        want_out, want_lse = expected(spec, *(x.astype(np.float32) for x in (q, k, v)), table, t)
+        np.testing.assert_allclose(out[t], want_out, atol=2e-2)
+        np.testing.assert_allclose(lse[t], want_lse, rtol=1e-5, atol=1e-5)
+    if platform == "interpret" and starts is not None:
+        assert not get_races().races_found
+
+
+def test_narrow_pages_mean_their_scaled_values():
+    spec = PARTIAL_ATTENTION_SPECS[1]
+    q, k, v, table = arrays(spec)
+    k, v = (np.nan_to_num(pool).astype(jnp.float8_e4m3fn) for pool in (k, v))
+    scales = np.array([[0.5, 2.0], [4.0, 0.25]], np.float32)
+    wide = [pool.astype(np.float32) * scale[:, None, None] for pool, scale in zip((k, v), scales)]
+    rest = table, np.array(spec.rows, np.int32), np.array(spec.visible, np.int32)
+    same, narrow = (
+        partial_attention(*map(jnp.asarray, (q, *pools, *rest)), scale=0.1, **options)
+        for pools, options in ((wide, {}), ((k, v), dict(zip(("k_scale", "v_scale"), map(jnp.asarray, scales)))))
+    )
+    for got, want in zip(narrow, same):
+        np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_wrong_arguments_are_named():

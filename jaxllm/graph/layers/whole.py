@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.graph.inputs import StepInputs
 from jaxllm.graph.kv_cache import KVCache
@@ -25,8 +26,8 @@ def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache) -
     config = model.config
     found = [_weights(layer) for layer in model.layers]
     layers = [layer for layer in found if layer is not None]
-    if len(layers) < len(found) or any(config.windows):
-        log.info("layers run one by one: a window, or weights that are not plain arrays")
+    if len(layers) < len(found) or any(config.windows) or kv[0][0].dtype == jnp.float8_e4m3fn:
+        log.info("layers run one by one: a window, fp8 pages, or weights that are not plain arrays")
         return None
     cosines, sines = rotations(inputs.positions, config.rope, config.head_dim)
     rows = inputs.page_table, inputs.kv_lens, cosines, sines

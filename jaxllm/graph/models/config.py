@@ -77,6 +77,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()  # one entry a layer; () = no layer has a window
+    kv_scales: tuple[tuple[float, float], ...] = ()  # of keys and values in e4m3 pages, a layer; () = all 1
     experts: ExpertsConfig | None = None
     sparse_layers: tuple[bool, ...] = ()  # which layers route to experts; () = all if there are experts
     context_length: int = 2048
@@ -98,6 +99,8 @@ class ModelConfig:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
             raise refuse("windows", self.windows, f"must have num_layers ({self.num_layers}) entries")
+        if self.kv_scales and len(self.kv_scales) != self.num_layers:
+            raise refuse("kv_scales", self.kv_scales, f"must have num_layers ({self.num_layers}) entries")
         if not self.sparse_layers:
             object.__setattr__(self, "sparse_layers", (self.experts is not None,) * self.num_layers)
         if len(self.sparse_layers) != self.num_layers:
@@ -108,6 +111,9 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5
+
+    def kv_scales_of(self, layer: int) -> tuple[float, float]:
+        return self.kv_scales[layer] if self.kv_scales else (1.0, 1.0)
 
     @staticmethod
     def from_hf(raw: Mapping[str, object], file: str = "config.json") -> ModelConfig:

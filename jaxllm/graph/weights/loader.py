@@ -28,7 +28,7 @@ from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.scheme import MATRICES, PLAIN, Scheme, complaint
 from jaxllm.graph.quant.stored import StoredTensor
 from jaxllm.graph.spread import PlaceLeaf
-from jaxllm.graph.weights import manifest
+from jaxllm.graph.weights import kv_scales, manifest
 from jaxllm.graph.weights.names import IGNORED_SUFFIXES, TOP_TENSORS, Part, leaves, parts
 from jaxllm.graph.weights.tensor_file import FLOATS, Tensor, TensorFile, TensorFileError, open_file
 
@@ -92,6 +92,8 @@ def load(
             continue
         node[path[-1]] = leaf if place is None else jax.block_until_ready(place(path, leaf))
         losses += loss
+        cut_off = kv_scales.complaint(config, path, leaf)
+        losses += [] if cut_off is None else [cut_off]
         if progress is not None:
             progress(done, total)
     if losses:
@@ -160,6 +162,8 @@ def check(directory: Path, config: ModelConfig) -> list[Found]:
         tied_head = config.tie_embeddings and name == "lm_head.weight"  # transformers drops it too
         if not tied_head and not name.endswith(IGNORED_SUFFIXES):
             problems.append(f"{file.path.name}: {name} has no place in the model")
+    if config.kv_scales and kv_scales.read(directory, config.num_layers) != config.kv_scales:
+        problems.append("its k_scale and v_scale are not those the engine was built with")
     if problems:
         raise WeightsError(directory, problems)
     return found

@@ -35,7 +35,8 @@ LAYER_TENSORS: dict[Path, tuple[str, ...]] = {
     ("mlp", "shared_gate"): ("mlp.shared_expert_gate.weight",),
 }
 TOP_TENSORS = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints carry; rope makes its own
+# A buffer that old checkpoints carry, as rope makes its own; what kv_scales.py reads.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale")
 
 
 @dataclass(frozen=True)
