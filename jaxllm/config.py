@@ -199,6 +199,32 @@ class CompileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DisaggregationConfig:
+    """Prompts computed apart from tokens. The other tables are then the decode side's; here is what differs."""
+
+    role: str = _knob(  # both: two sides in this process; prefill, decode: one side, the other in other processes
+        "none",
+        _choice(
+            *("none", "both", "prefill", "decode"),
+            null="none",
+            kv_both="both",
+            kv_producer="prefill",
+            kv_consumer="decode",
+        ),
+        *("disaggregation_mode", "kv_role"),
+    )
+    prefill_tensor: int = _knob(AUTO, _integer(1, 4096, auto=True))  # AUTO, here and below: as the decode side
+    prefill_max_num_seqs: int = _knob(AUTO, _integer(1, 4096, auto=True))
+    prefill_token_budget: int = _knob(AUTO, _integer(1, 2**20, auto=True))
+    prefill_num_pages: int | None = _knob(None, _integer(1, 2**31 - 1, optional=True))  # None: fit
+    transfer_bytes: int = _knob(512 * 2**20, _integer(1, 2**50))  # of pages on their way, on each side
+    transfer_layers: int = _knob(8, _integer(1, 4096))  # layers that move together
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "disaggregation.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything an engine is built from."""
 
@@ -207,6 +233,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    disaggregation: DisaggregationConfig = field(default_factory=DisaggregationConfig)
     seed: int = _knob(0, _integer(-(2**63), 2**63 - 1))  # of dummy weights and of requests without a seed
     fault: str = _knob("", _text)  # fault points for tests, see jaxllm.engine.faults
     log_level: str = _knob("warning", _choice("debug", "info", "warning", "error"))
@@ -221,6 +248,7 @@ SECTIONS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "mesh": MeshConfig,
+    "disaggregation": DisaggregationConfig,
 }
 
 

@@ -20,6 +20,7 @@ import zmq
 
 from jaxllm.config import ConfigError, load
 from jaxllm.core import JaxLLMError
+from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
 from jaxllm.engine.group import GroupPlace
@@ -29,7 +30,7 @@ from jaxllm.engine.retry import ShrinkingRunner
 from serve.logs import log_to_stderr
 
 HUNG, BROKEN, CANNOT_START = 70, 71, 1
-Build = Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]
+Build = Callable[[dict[str, Any]], tuple[Engine | DisaggregatedEngine, dict[str, Any]]]
 
 
 class Channel:
@@ -84,10 +85,10 @@ def follow_parent() -> None:
     threading.Thread(target=body, name="parent", daemon=True).start()
 
 
-def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
+def build_engine(settings: dict[str, Any]) -> tuple[Engine | DisaggregatedEngine, dict[str, Any]]:
     """The real engine; JAX is imported here and not before."""
+    from jaxllm.engine.disagg.startup import start_role
     from jaxllm.engine.replicas import ReplicatedEngine
-    from jaxllm.engine.startup import start
 
     config = load(settings.get("config_file"), **settings.get("overrides", {}))
     faults = parse_faults(config.fault)
@@ -96,12 +97,13 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
 
         engine, report = lead(msgspec.convert(settings["group"], GroupPlace), config)
     else:
-        engine, report = start(config)
+        engine, report = start_role(config)
     if isinstance(engine, ReplicatedEngine):  # as many schedules as replicas: the gateway's business
         raise ConfigError("mesh: one server runs one replica; start several with `jaxllm launch`, behind the gateway")
+    decoding = engine.decode if isinstance(engine, DisaggregatedEngine) else engine
     if faults:
-        engine.runner = FaultyRunner(engine.runner, faults)
-    engine.runner = ShrinkingRunner(engine.runner)
+        decoding.runner = FaultyRunner(decoding.runner, faults)
+    decoding.runner = ShrinkingRunner(decoding.runner)
     facts: dict[str, Any] = {"seconds": report.seconds, "executables": report.executables}
     facts["dtype"] = engine.config.model.dtype
     if report.memory is not None:

@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 import msgspec
 import zmq
 
+from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.loop import EngineBroken, EngineLoop, watch
 from jaxllm.engine.messages import Command, Event, Failed, Stop
@@ -62,7 +63,9 @@ def drain(inbox: queue.SimpleQueue[Any], timeout_s: float) -> list[Any]:
 class ThreadLink:
     """The engine in a thread of this process: for debugging and tests."""
 
-    def __init__(self, build: Callable[[], tuple[Engine, dict[str, Any]]], stall_s: float = 1e9) -> None:
+    def __init__(
+        self, build: Callable[[], tuple[Engine | DisaggregatedEngine, dict[str, Any]]], stall_s: float = 1e9
+    ) -> None:
         self._build, self._stall_s = build, stall_s
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()

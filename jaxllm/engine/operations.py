@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import JaxLLMError
+from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Residency
 from jaxllm.engine.replicas import ReplicatedEngine
@@ -62,6 +63,7 @@ def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, No
     if loop.progress.asleep:
         raise Refused("asleep", "the engine is asleep; wake it up first")
     engine = engine.engines[0] if isinstance(engine, ReplicatedEngine) else engine
+    engine = engine.decode if isinstance(engine, DisaggregatedEngine) else engine
     return embed(engine.runner, engine.scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 
 

@@ -182,6 +182,10 @@ class Runner:
                 self._sample(mode, rows, [])
         self._set_counts(self.counts.shape[0] - 1, [], in_prompt=True, fresh=True)
         jax.block_until_ready((self.kv, self.counts))
+        self.count_compiles()
+
+    def count_compiles(self) -> None:
+        """What is compiled from now on is compiled too late."""
         self._compiles_when_ready = compile_counter().compiles
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:
