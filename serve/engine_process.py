@@ -96,6 +96,10 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine | DisaggregatedEngine
         from jaxllm.engine.group_start import lead
 
         engine, report = lead(msgspec.convert(settings["group"], GroupPlace), config)
+    elif config.disaggregation.role == "decode":
+        from serve.disagg.peers import start_decoding
+
+        engine, report = start_decoding(config)
     else:
         engine, report = start_role(config)
     if isinstance(engine, ReplicatedEngine):  # as many schedules as replicas: the gateway's business

@@ -91,7 +91,7 @@ class PageTaker:
     whole: Sharding
 
     @staticmethod
-    def compiled(kv: KVCache, num_kv_heads: int, target: Layout | None, at_once: int, most: int) -> PageTaker:
+    def compiled(kv: KVCache, num_kv_heads: int, at_once: int, target: Layout | None, *, most: int) -> PageTaker:
         """`target`: where blocks go from here; None: to a host."""
         own, groups, sizes = Layout.of(kv, num_kv_heads), layer_groups(len(kv), at_once), block_sizes(most)
         plain = own.heads == tuple(range(num_kv_heads))
@@ -123,7 +123,7 @@ class PagePutter:
     num_pages: int
 
     @staticmethod
-    def compiled(kv: KVCache, num_kv_heads: int, source: Layout | None, at_once: int, most: int) -> PagePutter:
+    def compiled(kv: KVCache, num_kv_heads: int, at_once: int, source: Layout | None, *, most: int) -> PagePutter:
         """`source`: where blocks come from; None: from a host."""
         own, groups, sizes = Layout.of(kv, num_kv_heads), layer_groups(len(kv), at_once), block_sizes(most)
         heads = None if own.heads == tuple(range(num_kv_heads)) else own.heads

@@ -56,6 +56,9 @@ ENGINE_FLAGS = (
     "context_parallel_size",
     "expert_parallel_size",
     "tensor_parallel_size",
+    "disaggregation_mode",
+    "prefill_workers",
+    "prefill_listen",
 )
 FRONT_FLAGS = {  # flag -> setting
     "host": "host",
@@ -164,6 +167,11 @@ def command(
     context_parallel_size: Annotated[int | None, typer.Option("--context-parallel-size", "-cp")] = None,
     expert_parallel_size: Annotated[int | None, typer.Option("--expert-parallel-size", "--ep-size", "-ep")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option("--tensor-parallel-size", "--tp-size", "-tp")] = None,
+    disaggregation_mode: Annotated[
+        str | None, typer.Option("--disaggregation-mode", "--kv-role", help="none, both, prefill or decode.")
+    ] = None,
+    prefill_workers: Annotated[str | None, typer.Option(metavar="HOST:PORT,...", help="For mode decode.")] = None,
+    prefill_listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For mode prefill.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--random-seed")] = None,
     max_queue: Annotated[int | None, typer.Option("--max-queue", "--max-queued-requests", parser=size)] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds that requests in flight get at the end.")] = None,
@@ -209,6 +217,10 @@ def _serve(given: dict[str, Any]) -> int:
         typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
         return 0
     handler = log_to_stderr(engine_config.log_level.upper())
+    if engine_config.disaggregation.role == "prefill":
+        from serve.disagg.worker import run_worker
+
+        return run_worker(engine_config)
     source = {"config_file": None if config is None else str(config), "overrides": overrides}
     return run(settings, model_directory(engine_config.model.path), source, in_process=given["in_process"], log=handler)
 

@@ -1,26 +1,38 @@
 """A prefill side and a decode side without devices: real schedulers, and runners whose tokens show every wrong page.
 
-Blocks and steps become ready when the test's dice say so, as they would on devices that are busy.
+Blocks and steps become ready when the test's dice say so, as they would on devices that are busy. As a program this is
+a prefill worker: `two_sides.py ADDRESS STEP_S` listens until it is ended.
 """
 
 import random
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
+if __name__ == "__main__":
+    TESTS = Path(__file__).parent.parent
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import numpy as np
 from helpers.fake_runner import FakeRunner
 
-from jaxllm.config import load, resolve
+from jaxllm.config import DisaggregationConfig, load, resolve
 from jaxllm.core import FinishReason
 from jaxllm.engine.cache.hashed import PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.disagg.engine import DisaggregatedEngine
+from jaxllm.engine.disagg.messages import VERSION, Hello
 from jaxllm.engine.disagg.prefill import PrefillSide
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.scheduler import Limits, Scheduler
 from jaxllm.graph.models.config import ModelConfig
+from serve.disagg.peers import Form, PrefillPeers
+from serve.disagg.worker import PrefillWorker, bind
 
-GROUPS = (range(1), range(1, 2))  # two "layers": the even and the odd slots of a page
-VOCAB = 1000
+GROUPS = (range(0, 1), range(1, 2))  # two "layers": the even and the odd slots of a page
+PAGE_SIZE, VOCAB, MODEL = 4, 1000, "fake"
 
 
 @dataclass
@@ -29,8 +41,7 @@ class Later:
 
     value: object
     dice: random.Random
-    chance: float
-    nbytes: int = 0
+    chance: float = 1.0
     waits = False
     done: bool = False
 
@@ -39,12 +50,20 @@ class Later:
         self.done = self.done or self.dice.random() < self.chance
         return self.done
 
+    @property
+    def nbytes(self):
+        return self.value.nbytes
+
     def is_ready(self):
         return self.ready
 
     def block_until_ready(self):
         self.done = True
         return self
+
+    def __array__(self, dtype=None, copy=None):
+        assert self.done
+        return self.value
 
 
 class Broken(RuntimeError):
@@ -54,9 +73,9 @@ class Broken(RuntimeError):
 class SlowRunner(FakeRunner):
     """Launches that raise when told to; steps that take their time."""
 
-    def __init__(self, *args, dice, chance):
+    def __init__(self, *args, dice, chance, step_s=0.0):
         super().__init__(*args)
-        self.dice, self.chance, self.broken = dice, chance, 0
+        self.dice, self.chance, self.step_s, self.broken = dice, chance, step_s, 0
 
     def launch(self, plan):
         if self.broken:
@@ -65,39 +84,29 @@ class SlowRunner(FakeRunner):
         return Later(super().launch(plan), self.dice, self.chance)
 
     def collect(self, launched):
+        time.sleep(self.step_s)
         return launched.value.results
 
 
-def _scheduler(pages, page_size, seqs, budget, context, policy, chunk=None):
-    pool = PagePool(pages, page_size)
+def _scheduler(pages, seqs, budget, context, policy="fcfs", chunk=None):
+    pool = PagePool(pages, PAGE_SIZE)
     limits = Limits(
         token_budget=budget,
         max_num_seqs=seqs,
-        page_size=page_size,
+        page_size=PAGE_SIZE,
         max_model_len=context,
         max_prefill_chunk=chunk,
     )
     return Scheduler(limits, pool, PrefixCache(pool), POLICIES[policy])
 
 
-def two_sides(
-    *,
-    seed=0,
-    chance=0.5,
-    decode_pages=64,
-    prefill_pages=64,
-    page_size=4,
-    decode_seqs=6,
-    prefill_seqs=4,
-    budget=16,
-    chunk=None,
-    context=120,
-    policy="fcfs",
-    limit_bytes=6,
-):
-    """A DisaggregatedEngine; a page of a block counts as one byte."""
-    dice = random.Random(seed)
-    config = resolve(load(environ={}, page_size=page_size), context, "cpu")
+def _slots(group, page):
+    return range(page * PAGE_SIZE + group.start, (page + 1) * PAGE_SIZE, len(GROUPS))
+
+
+def decode_side(prefill, *, pages=64, seqs=6, budget=16, context=120, policy="fcfs", dice=None):
+    """A DisaggregatedEngine on this prefill side."""
+    config = resolve(load(environ={}, page_size=PAGE_SIZE), context, "cpu")
     model = ModelConfig(
         vocab_size=VOCAB,
         num_layers=2,
@@ -110,26 +119,52 @@ def two_sides(
         eos_token_ids=(),
         bos_token_id=None,
     )
-    target = SlowRunner(decode_pages, page_size, decode_seqs, VOCAB, dice=dice, chance=1.0)
-    source = SlowRunner(prefill_pages, page_size, prefill_seqs, VOCAB, dice=dice, chance=chance)
-    decode = Engine(config, model, _scheduler(decode_pages, page_size, decode_seqs, budget, context, policy), target)
-    scheduler = _scheduler(prefill_pages, page_size, prefill_seqs, budget, context, policy, chunk)
-
-    def slots(group, page):
-        return range(page * page_size + group.start, (page + 1) * page_size, len(GROUPS))
-
-    def take(group, pages):
-        values = [[source.memory[slot] for slot in slots(group, page)] for page in pages]
-        return Later(values, dice, chance, nbytes=len(pages))
+    runner = SlowRunner(pages, PAGE_SIZE, seqs, VOCAB, dice=dice or random.Random(0), chance=1.0)
+    decode = Engine(config, model, _scheduler(pages, seqs, budget, context, policy), runner)
 
     def put(group, block, places):
-        for values, page in zip(block.value, places):
+        values = np.asarray(block).reshape(2, -1)
+        for number, page in enumerate(places):
             if page is not None:
-                for slot, value in zip(slots(group, page), values):
-                    target.memory[slot] = value
+                for slot, value in zip(_slots(group, page), values[:, number]):
+                    runner.memory[slot] = int(value)
 
-    side = PrefillSide(scheduler, source, take, GROUPS, 4, lambda block: block, limit_bytes)
-    return DisaggregatedEngine(decode, side, put, len(GROUPS))
+    return DisaggregatedEngine(decode, prefill, put, len(GROUPS))
+
+
+def fill_side(
+    *, pages=64, seqs=4, budget=16, context=120, policy="fcfs", chunk=None, limit=6, dice=None, chance=1.0, step_s=0.0
+):
+    """A PrefillSide, whose blocks under way hold `limit` pages of one group."""
+    dice = dice or random.Random(0)
+    runner = SlowRunner(pages, PAGE_SIZE, seqs, VOCAB, dice=dice, chance=chance, step_s=step_s)
+
+    def take(group, pages):
+        values = np.array([[runner.memory[slot] for slot in _slots(group, page)] for page in pages], np.uint64)
+        return Later(values.T.reshape(1, 2, -1, 1, 1, 1).copy(), dice, chance)
+
+    scheduler = _scheduler(pages, seqs, budget, context, policy, chunk)
+    return PrefillSide(scheduler, runner, take, GROUPS, 4, lambda block: block, 16 * limit)
+
+
+def two_sides(*, seed=0, chance=0.5, decode_pages=64, prefill_pages=64, decode_seqs=6, prefill_seqs=4, **more):
+    """Both in this process."""
+    dice = random.Random(seed)
+    limit, chunk = more.pop("limit", 6), more.pop("chunk", None)
+    side = fill_side(pages=prefill_pages, seqs=prefill_seqs, chunk=chunk, limit=limit, dice=dice, chance=chance, **more)
+    return decode_side(side, pages=decode_pages, seqs=decode_seqs, dice=dice, **more)
+
+
+def peers(addresses, **settings):
+    """The decode server's end of workers at these addresses."""
+    config = DisaggregationConfig(role="decode", workers=addresses, **settings)
+    form = Form(1, 1, 1, np.dtype(np.uint64), lambda pages: Later(pages, random.Random(0)))
+    return PrefillPeers(config, Hello(VERSION, MODEL, PAGE_SIZE), form)
+
+
+def worker(address, **more):
+    silent_s = more.pop("silent_s", 10.0)
+    return PrefillWorker(fill_side(**more), None, bind(address), MODEL, silent_s)
 
 
 def whole(engine):
@@ -137,7 +172,8 @@ def whole(engine):
     engine.check()
     assert not engine.has_work
     assert not engine._handoffs
-    for pool in (engine.decode.scheduler.pool, engine.prefill.scheduler.pool):
+    sides = [engine.decode, engine.prefill] if isinstance(engine.prefill, PrefillSide) else [engine.decode]
+    for pool in (side.scheduler.pool for side in sides):
         assert pool.num_held == 0
         assert pool.num_free + pool.num_cached == pool.num_pages
 
@@ -149,3 +185,9 @@ def recover(engine, sequences):
             engine.scheduler.finish(sequence, FinishReason.ERROR)
     engine.scheduler.cache.evict(engine.scheduler.pool.num_cached)
     engine.check()
+
+
+if __name__ == "__main__":
+    listening = worker(sys.argv[1], step_s=float(sys.argv[2]))
+    print("listening", flush=True)
+    listening.run()

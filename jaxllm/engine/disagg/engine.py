@@ -19,7 +19,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.core import FinishReason, Grammar, Request, SamplingParams, Sequence, TokenOutput
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.decoding.structured import GrammarCompiler
-from jaxllm.engine.disagg.handoff import FirstToken, Item, Key, PageBlock, Prefills
+from jaxllm.engine.disagg.handoff import FirstToken, Item, Key, PageBlock, PrefillFailed, Prefills
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.scheduler import Limits
@@ -177,9 +177,13 @@ class DisaggregatedEngine:
         key = Key(*sequence.id, sequence.num_preempted)
         if key in self._handoffs:
             return
+        handoff = self._handoff(sequence)
+        self._handoffs[key] = handoff
+        self.prefill.begin(key, sequence, handoff.first_page)
+
+    def _handoff(self, sequence: Sequence) -> _Handoff:
         first = sequence.num_computed // self.decode.scheduler.pool.page_size
-        self._handoffs[key] = _Handoff(sequence, first, (len(sequence.pages) - first) * self.num_groups)
-        self.prefill.begin(key, sequence, first)
+        return _Handoff(sequence, first, (len(sequence.pages) - first) * self.num_groups)
 
     def _awaited(self, key: Key) -> bool:
         sequence = self._handoffs[key].sequence
@@ -202,10 +206,12 @@ class DisaggregatedEngine:
             elif isinstance(item, FirstToken):
                 self._handoffs[item.key].first = item
                 outputs += self._arrive(item.key)
-            else:
+            elif isinstance(item, PrefillFailed):
                 sequence = self._handoffs.pop(item.key).sequence
                 self.decode.scheduler.finish(sequence, FinishReason.ERROR)
                 outputs.append(TokenOutput(sequence, None, finish_reason=FinishReason.ERROR, error=item.error))
+            else:
+                self._handoffs[item.key] = self._handoff(self._handoffs[item.key].sequence)
         return outputs
 
     def _fill(self, block: PageBlock) -> list[TokenOutput]:
@@ -228,5 +234,6 @@ class DisaggregatedEngine:
         if handoff.missing or handoff.first is None:
             return []
         del self._handoffs[key]
+        self.prefill.cancel(key)
         output = self.decode.scheduler.arrive(handoff.sequence, handoff.first.result, handoff.first.num_cached)
         return [] if output is None else [output]

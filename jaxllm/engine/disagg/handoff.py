@@ -46,7 +46,14 @@ class PrefillFailed:
     error: str  # for the user
 
 
-Item = PageBlock | FirstToken | PrefillFailed
+@dataclass(frozen=True)
+class PrefillRestarted:
+    """Nothing that was said of it counts any more: it is computed again."""
+
+    key: Key
+
+
+Item = PageBlock | FirstToken | PrefillFailed | PrefillRestarted
 
 
 class Prefills(Protocol):
@@ -60,7 +67,9 @@ class Prefills(Protocol):
         """Compute the sequence's prompt; the pages before `first_page` are not wanted."""
         ...
 
-    def cancel(self, key: Key) -> None: ...
+    def cancel(self, key: Key) -> None:
+        """It is not wanted any more, or all of it has come."""
+        ...
 
     def landed(self, block: PageBlock) -> None:
         """The block's memory is needed no more."""

@@ -214,7 +214,16 @@ class PrefillSide:
             wait = False
 
     def landed(self, block: PageBlock) -> None:
-        self._bytes -= block.pages.nbytes
+        self.release(block.pages.nbytes)
+
+    def release(self, num_bytes: int) -> None:
+        """So many bytes of blocks are under way no more."""
+        self._bytes -= num_bytes
+
+    @property
+    def busy(self) -> bool:
+        """The device has work of this side's: waiting for an item makes sense."""
+        return bool(self._steps or self._under_way)
 
     # ---- accounts ----
 

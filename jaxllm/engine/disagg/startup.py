@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+import numpy as np
 
-from jaxllm.config import EngineConfig
+from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.disagg.engine import DisaggregatedEngine
+from jaxllm.engine.disagg.handoff import Prefills
 from jaxllm.engine.disagg.prefill import PrefillSide
 from jaxllm.engine.disagg.sides import decode_side, prefill_side
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.replicas import ReplicatedEngine
+from jaxllm.engine.retry import ShrinkingRunner
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.startup import Progress, StartReport, start
 from jaxllm.graph.kv_cache import KVCache
@@ -30,7 +33,14 @@ def start_role(
     config: EngineConfig, progress: Progress | None = None
 ) -> tuple[Engine | ReplicatedEngine | DisaggregatedEngine, StartReport]:
     """What engine.startup.start says of errors holds here too."""
-    return start_both(config, progress) if config.disaggregation.role == "both" else start(config, progress=progress)
+    role = config.disaggregation.role
+    if role == "both":
+        return start_both(config, progress)
+    if role != "none":
+        raise ConfigError(
+            f"disaggregation.role = {role!r}: one of several processes; use jaxllm serve or jaxllm launch"
+        )
+    return start(config, progress=progress)
 
 
 def start_both(config: EngineConfig, progress: Progress | None = None) -> tuple[DisaggregatedEngine, StartReport]:
@@ -41,49 +51,103 @@ def start_both(config: EngineConfig, progress: Progress | None = None) -> tuple[
             f"disaggregation: the prefill side needs {first.mesh.size} devices ({first.mesh}) and the decode side "
             f"{second.mesh.size} ({second.mesh}), {need} in all; there are {len(devices)} ({devices[0].platform})"
         )
-    decoding, report = start(second, devices=devices[first.mesh.size : need], progress=progress)
-    filling, other = start(first, devices=devices[: first.mesh.size], progress=progress)
+    decoding, report = _one(start(second, devices=devices[first.mesh.size : need], progress=progress))
+    filling, other = _one(start(first, devices=devices[: first.mesh.size], progress=progress))
     for phase, seconds in other.seconds.items():
         report.seconds[f"prefill {phase}"] = seconds
     report.executables += other.executables
-    assert isinstance(decoding, Engine)
-    assert isinstance(filling, Engine)
     if filling.grammars is not None:  # those of the decode side serve both
         filling.grammars.close()
-    return connect(decoding, filling, config), report
+    put = PagePutter.compiled(*_cache(decoding, config), _layout(filling), most=_most(decoding))
+    side = filler(filling, config, _layout(decoding), lambda block: jax.device_put(block, put.block))
+    for layers in put.groups:  # a first run of each, on pages that nobody uses
+        for size in put.sizes:
+            _putting(decoding, put)(layers, side.carry(side.take(layers, [0] * size)), [None] * size)
+    for engine in (decoding, filling):
+        _runner(engine).count_compiles()
+    return DisaggregatedEngine(decoding, side, _putting(decoding, put), len(put.groups)), report
 
 
-def connect(decoding: Engine, filling: Engine, config: EngineConfig) -> DisaggregatedEngine:
-    """Two engines of one model as two sides: their pages move from device to device."""
-    source, target = cast("Runner", filling.runner), cast("Runner", decoding.runner)
-    heads, at_once = decoding.model_config.num_kv_heads, config.disaggregation.transfer_layers
-    layouts = [Layout.of(cast("KVCache", runner.kv), heads) for runner in (source, target)]
-    most = min(BLOCK_PAGES, source.ladder.width)
-    taker = PageTaker.compiled(cast("KVCache", source.kv), heads, layouts[1], at_once, most)
-    putter = PagePutter.compiled(cast("KVCache", target.kv), heads, layouts[0], at_once, most)
-    take, put = taking(source, taker), putting(target, putter)
-    for layers in taker.groups:  # a first run of each, on pages that nobody uses
-        for size in taker.sizes:
-            put(layers, jax.device_put(take(layers, [0] * size), putter.block), [None] * size)
-    side = PrefillSide(
-        filling.scheduler,
-        source,
-        take,
+def start_prefill(config: EngineConfig, progress: Progress | None = None) -> tuple[Engine, PrefillSide, StartReport]:
+    """Of a process of its own: blocks go to this host's memory."""
+    filling, report = _one(start(prefill_side(config), progress=progress))
+    side = filler(filling, config, None, _to_host)
+    for layers in side.groups:
+        np.asarray(side.take(layers, [0] * side.block_pages))
+    _runner(filling).count_compiles()
+    return filling, side, report
+
+
+def start_decode(
+    config: EngineConfig, prefills: Callable[[Engine, PagePutter], Prefills], progress: Progress | None = None
+) -> tuple[DisaggregatedEngine, StartReport]:
+    """Of a process of its own: `prefills` brings blocks from this host's memory to where `block` of the putter says."""
+    decoding, report = _one(start(decode_side(config), progress=progress))
+    put = PagePutter.compiled(*_cache(decoding, config), None, most=_most(decoding))
+    pages = _pages(decoding)
+    shape = pages.shape[2:]
+    for layers in put.groups:
+        for size in put.sizes:
+            heads = decoding.model_config.num_kv_heads
+            block = np.zeros((len(layers), 2, size, heads, *shape), pages.dtype)
+            _putting(decoding, put)(layers, jax.device_put(block, put.block), [None] * size)
+    _runner(decoding).count_compiles()
+    return DisaggregatedEngine(decoding, prefills(decoding, put), _putting(decoding, put), len(put.groups)), report
+
+
+def filler(
+    engine: Engine, config: EngineConfig, target: Layout | None, carry: Callable[[jax.Array], Any]
+) -> PrefillSide:
+    """An engine's schedule and runner as a prefill side."""
+    taker = PageTaker.compiled(*_cache(engine, config), target, most=_most(engine))
+    runner = _runner(engine)
+    return PrefillSide(
+        engine.scheduler,
+        ShrinkingRunner(runner),
+        lambda layers, pages: taker(cast("KVCache", runner.kv), layers, pages),
         taker.groups,
         taker.sizes[-1],
-        lambda block: jax.device_put(block, putter.block),
+        carry,
         config.disaggregation.transfer_bytes,
     )
-    for runner in (source, target):
-        runner.count_compiles()
-    return DisaggregatedEngine(decoding, side, put, len(taker.groups))
 
 
-def taking(runner: Runner, taker: PageTaker) -> Callable[[range, list[int]], jax.Array]:
-    return lambda layers, pages: taker(cast("KVCache", runner.kv), layers, pages)
+def _one(started: tuple[Engine | ReplicatedEngine, StartReport]) -> tuple[Engine, StartReport]:
+    engine, report = started
+    assert isinstance(engine, Engine)
+    return engine, report
 
 
-def putting(runner: Runner, putter: PagePutter) -> Callable[[range, Any, list[int | None]], None]:
+def _runner(engine: Engine) -> Runner:
+    return cast("Runner", engine.runner)
+
+
+def _pages(engine: Engine) -> jax.Array:
+    return cast("KVCache", _runner(engine).kv)[0][0]
+
+
+def _cache(engine: Engine, config: EngineConfig) -> tuple[KVCache, int, int]:
+    kv = cast("KVCache", _runner(engine).kv)
+    return kv, engine.model_config.num_kv_heads, config.disaggregation.transfer_layers
+
+
+def _layout(engine: Engine) -> Layout:
+    return Layout.of(cast("KVCache", _runner(engine).kv), engine.model_config.num_kv_heads)
+
+
+def _most(engine: Engine) -> int:
+    """Pages of a block: both sides must come to the same."""
+    return min(BLOCK_PAGES, _runner(engine).ladder.width)
+
+
+def _to_host(block: jax.Array) -> jax.Array:
+    block.copy_to_host_async()
+    return block
+
+
+def _putting(engine: Engine, putter: PagePutter) -> Callable[[range, Any, list[int | None]], None]:
+    runner = _runner(engine)
+
     def put(layers: range, block: Any, pages: list[int | None]) -> None:
         runner.kv = putter(cast("KVCache", runner.kv), layers, block, pages)
 

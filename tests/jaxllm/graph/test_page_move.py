@@ -52,8 +52,8 @@ def own_heads(kv):
 def test_pages_arrive_where_they_are_put_whatever_shards_lie_on_either_side(source, target):
     theirs, ours = cache(0, source, numbers), cache(4, target, nothing)
     layouts = Layout.of(theirs, HEADS), Layout.of(ours, HEADS)
-    take = PageTaker.compiled(theirs, HEADS, layouts[1], 2, 4)
-    put = PagePutter.compiled(ours, HEADS, layouts[0], 2, 4)
+    take = PageTaker.compiled(theirs, HEADS, 2, layouts[1], most=4)
+    put = PagePutter.compiled(ours, HEADS, 2, layouts[0], most=4)
     for layers in take.groups:
         block = jax.device_put(take(theirs, layers, [7, 3, 9]), put.block)
         assert block.shape == (len(layers), 2, 4, HEADS, SIZE, DIM)
@@ -69,7 +69,7 @@ def test_pages_arrive_where_they_are_put_whatever_shards_lie_on_either_side(sour
 def test_pages_go_through_a_host_bit_by_bit():
     theirs = [tuple(x.astype(jnp.bfloat16) for x in layer) for layer in cache(0, 4, numbers)]
     ours = [tuple(x.astype(jnp.bfloat16) for x in layer) for layer in cache(4, 2, nothing)]
-    take, put = PageTaker.compiled(theirs, HEADS, None, 8, 1), PagePutter.compiled(ours, HEADS, None, 8, 1)
+    take, put = PageTaker.compiled(theirs, HEADS, 8, None, most=1), PagePutter.compiled(ours, HEADS, 8, None, most=1)
     sent = np.asarray(take(theirs, range(LAYERS), [5])).tobytes()
     block = np.frombuffer(sent, jnp.bfloat16).reshape(LAYERS, 2, 1, HEADS, SIZE, DIM)
     ours = put(ours, range(LAYERS), jax.device_put(block, put.block), [0])
@@ -78,8 +78,8 @@ def test_pages_go_through_a_host_bit_by_bit():
 
 def test_nothing_is_compiled_once_all_sizes_are_there():
     theirs, ours = cache(0, 1, numbers), cache(4, 1, nothing)
-    take = PageTaker.compiled(theirs, HEADS, Layout.of(ours, HEADS), 3, 5)
-    put = PagePutter.compiled(ours, HEADS, Layout.of(theirs, HEADS), 3, 5)
+    take = PageTaker.compiled(theirs, HEADS, 3, Layout.of(ours, HEADS), most=5)
+    put = PagePutter.compiled(ours, HEADS, 3, Layout.of(theirs, HEADS), most=5)
     assert take.sizes == (1, 4)
     assert set(take.executables.table) == {("take", n, size) for n in (2, 3) for size in (1, 4)}
     assert set(put.executables.table) == {("put", n, size) for n in (2, 3) for size in (1, 4)}

@@ -196,7 +196,7 @@ class Machine:
             chunk=rng.choice([None, 3, 9]),
             context=80,
             policy=rng.choice(["fcfs", "priority", "longest_prefix"]),
-            limit_bytes=rng.choice([1, 6, 100]),
+            limit=rng.choice([1, 6, 100]),
         )
         self.sequences, self.heard, self.errors, self.count = [], {}, set(), 0
 
