@@ -31,7 +31,7 @@ from jaxllm.graph.models.config import ModelConfig
 from serve.disagg.peers import Form, PrefillPeers
 from serve.disagg.worker import PrefillWorker, bind
 
-GROUPS = (range(0, 1), range(1, 2))  # two "layers": the even and the odd slots of a page
+GROUPS = (range(1), range(1, 2))  # two "layers": the even and the odd slots of a page
 PAGE_SIZE, VOCAB, MODEL = 4, 1000, "fake"
 
 

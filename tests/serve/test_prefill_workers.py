@@ -1,4 +1,4 @@
-"""Prefill workers in processes and threads of their own: pages over ZeroMQ, and what becomes of prompts whose worker goes.
+"""Prefill workers in processes and threads of their own: pages over ZeroMQ, and what becomes of a dead one's prompts.
 
 No device: the tokens are a function of what the pages hold, so a page that is wrong, late or of another attempt shows.
 """
