@@ -51,14 +51,11 @@ class Layout:
     prefill: tuple[MeshConfig, MemoryUse] | None = None  # where prompts are computed apart; the rest is the decode side
 
     def __str__(self) -> str:
-        role, also = ("mesh", "") if self.prefill is None else ("role decode", " of the decode side")
-        lines = [f"{role}: {_spelled(self.mesh)}"]
-        if self.prefill is not None:
-            lines.append(f"role prefill: {_spelled(self.prefill[0])}")
+        sides = [("" if self.prefill is None else " of role decode", self.mesh, self.memory)]
+        sides += [(" of role prefill", *self.prefill)] if self.prefill is not None else []
+        lines = [f"mesh{side}: {_spelled(mesh)}" for side, mesh, _ in sides]
         lines.append(f"launch: {self.kind}, {len(self.processes)} processes (place: {self.place.source})")
-        lines.append(f"bytes per device{also}: {self.memory}")
-        if self.prefill is not None:
-            lines.append(f"bytes per device of the prefill side: {self.prefill[1]}")
+        lines += [f"bytes per device{side}: {memory}" for side, _, memory in sides]
         return "\n".join([*lines, *(f"  {process}" for process in self.processes)])
 
 

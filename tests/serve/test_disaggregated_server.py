@@ -1,4 +1,4 @@
-"""`jaxllm launch` with a prefill worker in a process of its own, over HTTP: one server's text, also when it is killed."""
+"""`jaxllm launch` with a prefill worker in a process of its own, over HTTP: one server's text, also when it dies."""
 
 import concurrent.futures
 import contextlib

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from jaxllm.core import Request, RowResult, Sequence
 
@@ -22,13 +22,24 @@ class Key(NamedTuple):
     turn: int
 
 
+class Pages(Protocol):
+    """[L, 2, N, K, page, H] on a device, or on its way there: a jax.Array to all but tests."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def is_ready(self) -> bool: ...
+
+    def block_until_ready(self) -> object: ...
+
+
 @dataclass(frozen=True)
 class PageBlock:
     """Pages of some layers: `entries` name whose they are, and which of its pages."""
 
     layers: range
     entries: SequenceOf[tuple[Key, int]]
-    pages: Any  # [L, 2, N, K, page, H] where the decode side's pages are; N >= len(entries)
+    pages: Pages  # where the decode side's pages are; N >= len(entries)
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,13 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxllm.core import FinishReason, Request, RowResult, SampledToken, Sequence, StepPlan, TokenLogprobs, TokenOutput
-from jaxllm.engine.disagg.handoff import FirstToken, Item, Key, PageBlock, PrefillFailed, twin
+from jaxllm.engine.disagg.handoff import FirstToken, Item, Key, PageBlock, Pages, PrefillFailed, twin
 from jaxllm.engine.engine import StepOnDevice, StepRunner
 from jaxllm.engine.retry import is_device_lost
 from jaxllm.engine.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    import jax
 
 log = logging.getLogger(__name__)
 STEPS_AHEAD = 2
@@ -54,10 +51,10 @@ class PrefillSide:
 
     scheduler: Scheduler
     runner: StepRunner
-    take: Callable[[range, list[int]], jax.Array]  # pages of some layers, as the device has them once it gets there
+    take: Callable[[range, list[int]], Any]  # pages of some layers, as the device has them once it gets there
     groups: tuple[range, ...]
     block_pages: int  # most pages of a block
-    carry: Callable[[jax.Array], Any]  # begins to bring a block where it is wanted
+    carry: Callable[[Any], Pages]  # begins to bring a block where it is wanted
     limit_bytes: int  # of blocks under way
     moved_bytes: int = 0
     moved_pages: int = 0
