@@ -7,6 +7,7 @@ before the first move. Knows nothing of sequences, processes or when to move wha
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.graph.compile import Executables, compile_jobs
 from jaxllm.graph.kv_cache import KVCache, LayerPages
+from jaxllm.graph.traces import Job
 from sharding.axes import Block
 
 Pages = Float[Array, "L 2 N K page H"]
@@ -65,19 +67,30 @@ def layer_groups(num_layers: int, at_once: int) -> tuple[range, ...]:
     return tuple(range(first, min(first + at_once, num_layers)) for first in range(0, num_layers, at_once))
 
 
-def _take(first: tuple[int, ...] | None, layers: list[LayerPages], pages: Int[Array, " N"]) -> Pages:
+def _laid_out(x: Array, sharding: Sharding) -> Array:
+    """One device needs no telling."""
+    return jax.lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
+
+
+def _take(
+    first: tuple[int, ...] | None, sharding: Sharding, layers: list[LayerPages], pages: Int[Array, " N"]
+) -> Pages:
     def of(cache: Array) -> Array:
         found = jnp.take(cache, pages, axis=0, mode="clip")
         return found if first is None else found[:, np.array(first)]
 
-    return jnp.stack([jnp.stack([of(k), of(v)]) for k, v in layers])
+    return _laid_out(jnp.stack([jnp.stack([of(k), of(v)]) for k, v in layers]), sharding)
 
 
 def _put(
-    heads: tuple[int, ...] | None, layers: list[LayerPages], block: Pages, pages: Int[Array, " N"]
+    heads: tuple[int, ...] | None,
+    sharding: Sharding,
+    layers: list[LayerPages],
+    block: Pages,
+    pages: Int[Array, " N"],
 ) -> list[LayerPages]:
     block = block if heads is None else block[:, :, :, np.array(heads)]
-    put = lambda cache, new: cache.at[pages].set(new, mode="drop")  # noqa: E731
+    put = lambda cache, new: _laid_out(cache.at[pages].set(new, mode="drop"), sharding)  # noqa: E731
     return [(put(k, block[i, 0]), put(v, block[i, 1])) for i, (k, v) in enumerate(layers)]
 
 
@@ -96,9 +109,9 @@ class PageTaker:
         own, groups, sizes = Layout.of(kv, num_kv_heads), layer_groups(len(kv), at_once), block_sizes(most)
         plain = own.heads == tuple(range(num_kv_heads))
         first = None if plain else tuple(own.heads.index(head) for head in range(num_kv_heads))
-        jitted = jax.jit(lambda *args: _take(first, *args), out_shardings=own.block(target))
+        function = functools.partial(_take, first, own.block(target))
         jobs = [
-            (("take", len(group), size), jitted, ([_shapes(kv[layer]) for layer in group], _ids(size, own.whole)))
+            Job(("take", len(group), size), function, ([_shapes(kv[layer]) for layer in group], _ids(size, own.whole)))
             for size, group in _kinds(sizes, groups)
         ]
         return PageTaker(compile_jobs(jobs, len(jobs), None), groups, sizes, own.whole)
@@ -127,14 +140,14 @@ class PagePutter:
         """`source`: where blocks come from; None: from a host."""
         own, groups, sizes = Layout.of(kv, num_kv_heads), layer_groups(len(kv), at_once), block_sizes(most)
         heads = None if own.heads == tuple(range(num_kv_heads)) else own.heads
-        jitted = jax.jit(lambda *args: _put(heads, *args), donate_argnums=0, out_shardings=own.sharding)
+        function = functools.partial(_put, heads, own.sharding)
         num_pages, _, *page = kv[0][0].shape
         jobs, sharding = [], own.block(source)
         for size, group in _kinds(sizes, groups):
             shape = len(group), 2, size, num_kv_heads, *page
             block = jax.ShapeDtypeStruct(shape, kv[0][0].dtype, sharding=sharding)
             args = [_shapes(kv[layer]) for layer in group], block, _ids(size, own.whole)
-            jobs.append((("put", len(group), size), jitted, args))
+            jobs.append(Job(("put", len(group), size), function, args, donated=(0,)))
         return PagePutter(compile_jobs(jobs, len(jobs), None), groups, sizes, own.whole, sharding, num_pages)
 
     def __call__(self, kv: KVCache, group: range, block: jax.Array, pages: Sequence[int | None]) -> KVCache:

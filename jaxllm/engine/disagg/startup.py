@@ -56,6 +56,7 @@ def start_both(config: EngineConfig, progress: Progress | None = None) -> tuple[
     for phase, seconds in other.seconds.items():
         report.seconds[f"prefill {phase}"] = seconds
     report.executables += other.executables
+    report.total_s += other.total_s
     if filling.grammars is not None:  # those of the decode side serve both
         filling.grammars.close()
     put = PagePutter.compiled(*_cache(decoding, config), _layout(filling), most=_most(decoding))
