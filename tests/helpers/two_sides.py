@@ -158,7 +158,8 @@ def two_sides(*, seed=0, chance=0.5, decode_pages=64, prefill_pages=64, decode_s
 def peers(addresses, **settings):
     """The decode server's end of workers at these addresses."""
     config = DisaggregationConfig(role="decode", workers=addresses, **settings)
-    form = Form(1, 1, 1, np.dtype(np.uint64), lambda pages: Later(pages, random.Random(0)))
+    dice = random.Random(0)
+    form = Form(1, 1, 1, np.dtype(np.uint64), lambda pages: Later(pages, dice, 0.3))
     return PrefillPeers(config, Hello(VERSION, MODEL, PAGE_SIZE), form)
 
 

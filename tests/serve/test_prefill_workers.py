@@ -4,7 +4,9 @@ No device: the tokens are a function of what the pages hold, so a page that is w
 """
 
 import contextlib
+import dataclasses
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,6 +15,8 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 import zmq
 from helpers import two_sides as sides
@@ -20,8 +24,9 @@ from helpers.fake_runner import expected_tokens
 from helpers.requests import request
 
 from jaxllm.config import ConfigError
-from jaxllm.core import FinishReason, RequestError
-from jaxllm.engine.disagg.messages import VERSION, Hello
+from jaxllm.core import FinishReason, RequestError, Sequence
+from jaxllm.engine.disagg.handoff import Key, PrefillRestarted
+from jaxllm.engine.disagg.messages import VERSION, Asked, Begin, Block, Hello, Welcome
 
 
 def free_address():
@@ -82,6 +87,12 @@ def right(sequence):
     return sequence.output_token_ids == expected_tokens(sequence.request.prompt_token_ids, count, index=sequence.index)
 
 
+def halfway(engine):
+    """Of some prompt of the first worker some pages have come and some have not."""
+    mine = [engine._handoffs[prompt.key] for prompt in engine.prefill._peers[0].prompts.values()]
+    return any(0 < one.missing < (len(one.sequence.pages) - one.first_page) * engine.num_groups for one in mine)
+
+
 def told(outputs, sequence):
     return [out.token_id for out in outputs if out.sequence is sequence and out.token_id is not None]
 
@@ -123,7 +134,7 @@ def test_a_worker_that_is_killed_under_load_loses_no_prompt_and_repeats_no_token
             early = [engine.add(request(f"e{i}", 9 + i, max_tokens=40))[0] for i in range(4)]
             outputs = run(engine, until=lambda: all(s.num_output > 3 for s in early))
             late = [engine.add(request(f"l{i}", 60 + 3 * i, max_tokens=6))[0] for i in range(8)]
-            outputs += run(engine, until=lambda: all(peer.prompts for peer in engine.prefill._peers))
+            outputs += run(engine, until=lambda: halfway(engine) and engine.prefill._landing)
             os.kill(first.pid, signal.SIGKILL)
             outputs += run(engine)
         assert second.poll() is None
@@ -133,6 +144,38 @@ def test_a_worker_that_is_killed_under_load_loses_no_prompt_and_repeats_no_token
             assert told(outputs, sequence) == sequence.output_token_ids
         assert engine.prefill.restarts > 0
         sides.whole(engine)
+
+
+def test_a_block_of_a_dead_worker_that_lands_late_counts_for_nothing():
+    address = free_address()
+    end = sides.peers([address])
+    end.form = dataclasses.replace(end.form, carry=lambda pages: sides.Later(pages, random.Random(0), 0.0))
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router.bind(f"tcp://{address}")
+    encode, items = msgspec.msgpack.encode, []
+    key = Key("a", 0, 0)
+    end.begin(key, Sequence(request("a", 20)), 0)
+    while not end._landing:
+        items += end.turn(wait=False)
+        while router.poll(5):
+            client, asked = router.recv_multipart()
+            asked = msgspec.msgpack.decode(asked, type=Asked)
+            if isinstance(asked, Hello):
+                router.send_multipart([client, encode(Welcome(7, 100, {}))])
+            if isinstance(asked, Begin):
+                block = encode(Block(0, 1, [(asked.job, 0)]))
+                router.send_multipart([client, block, np.zeros(2, np.uint64).tobytes()])
+    blocks = [block for _, block in end._landing]
+    router.close(linger=0)
+    while not items:
+        items += end.turn(wait=False)
+        time.sleep(0.005)
+    for block in blocks:
+        block.pages.done = True
+    items += end.turn(wait=False)
+    assert items == [PrefillRestarted(key)]
+    end.check()
+    end.close()
 
 
 def test_the_only_worker_is_waited_for_and_found_again():
@@ -170,6 +213,7 @@ def test_a_prompt_that_no_worker_takes_in_time_fails_with_a_clean_error():
         sides.whole(engine)
 
 
+@pytest.mark.faults
 def test_a_worker_that_is_stopped_is_dead_after_a_while_and_welcome_when_it_comes_back():
     address = free_address()
     with process(address, 0.01) as stopped, served([address], silent_s=1.5, retries=5) as engine:

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jaxllm.graph.page_move import Layout, PagePutter, PageTaker, block_sizes, layer_groups
 from sharding.axes import Block
 
-HEADS, PAGES, SIZE, DIM, LAYERS = 2, 12, 4, 8, 5
+HEADS, PAGES, SIZE, DIM, LAYERS = 2, 12, 4, 8, 3
 
 
 def cache(first, count, fill):
@@ -48,7 +48,7 @@ def own_heads(kv):
     return np.array(found).reshape(LAYERS, 2, PAGES, HEADS, SIZE, DIM)
 
 
-@pytest.mark.parametrize(("source", "target"), [(1, 1), (2, 2), (1, 4), (4, 2), (4, 4), (2, 1)])
+@pytest.mark.parametrize(("source", "target"), [(1, 1), (2, 2), (1, 4), (4, 1)])
 def test_pages_arrive_where_they_are_put_whatever_shards_lie_on_either_side(source, target):
     theirs, ours = cache(0, source, numbers), cache(4, target, nothing)
     layouts = Layout.of(theirs, HEADS), Layout.of(ours, HEADS)
@@ -78,11 +78,11 @@ def test_pages_go_through_a_host_bit_by_bit():
 
 def test_nothing_is_compiled_once_all_sizes_are_there():
     theirs, ours = cache(0, 1, numbers), cache(4, 1, nothing)
-    take = PageTaker.compiled(theirs, HEADS, 3, Layout.of(ours, HEADS), most=5)
-    put = PagePutter.compiled(ours, HEADS, 3, Layout.of(theirs, HEADS), most=5)
+    take = PageTaker.compiled(theirs, HEADS, 2, Layout.of(ours, HEADS), most=5)
+    put = PagePutter.compiled(ours, HEADS, 2, Layout.of(theirs, HEADS), most=5)
     assert take.sizes == (1, 4)
-    assert set(take.executables.table) == {("take", n, size) for n in (2, 3) for size in (1, 4)}
-    assert set(put.executables.table) == {("put", n, size) for n in (2, 3) for size in (1, 4)}
+    assert set(take.executables.table) == {("take", n, size) for n in (1, 2) for size in (1, 4)}
+    assert set(put.executables.table) == {("put", n, size) for n in (1, 2) for size in (1, 4)}
 
 
 def test_sizes_and_groups_cover_what_there_is():

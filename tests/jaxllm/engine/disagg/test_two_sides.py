@@ -168,6 +168,33 @@ def test_a_failed_prefill_step_ends_its_prompts_and_the_decodes_go_on():
     whole(engine)
 
 
+def test_a_failed_prefill_step_also_ends_what_was_computed_and_has_not_arrived():
+    engine = two_sides(chance=1.0, limit=100)
+    decoding = engine.add(request("d", 9, max_tokens=60))[0]
+    while not decoding.num_output:
+        engine.step()
+    take = engine.prefill.take
+
+    def slowly(layers, pages):
+        block = take(layers, pages)
+        block.chance = 0.0  # its copy takes for ever
+        return block
+
+    engine.prefill.take = slowly
+    leaving = engine.add(request("l", 30))[0]
+    while not any(handoff.first for handoff in engine._handoffs.values()):
+        engine.step()
+    assert engine.prefill._under_way
+    assert not engine.prefill._wanted
+    engine.prefill.take = take
+    engine.add(request("f", 9))
+    engine.prefill.runner.broken = 1
+    outputs = run(engine)
+    assert leaving in {out.sequence for out in outputs if out.error}
+    assert right(decoding)
+    whole(engine)
+
+
 def test_a_prefill_side_that_fails_twice_in_a_row_is_not_kept_up():
     engine = two_sides(chance=1.0)
     engine.prefill.runner.broken = 2
