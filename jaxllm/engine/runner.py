@@ -182,10 +182,10 @@ class Runner:
                 self._sample(mode, rows, [])
         self._set_counts(self.counts.shape[0] - 1, [], in_prompt=True, fresh=True)
         jax.block_until_ready((self.kv, self.counts))
-        self.count_compiles()
+        self.all_compiled()
 
-    def count_compiles(self) -> None:
-        """What is compiled from now on is compiled too late."""
+    def all_compiled(self) -> None:
+        """From here on nothing may be compiled; other runners of this process have warmed up too."""
         self._compiles_when_ready = compile_counter().compiles
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:

@@ -65,7 +65,7 @@ def start_both(config: EngineConfig, progress: Progress | None = None) -> tuple[
         for size in put.sizes:
             _putting(decoding, put)(layers, side.carry(side.take(layers, [0] * size)), [None] * size)
     for engine in (decoding, filling):
-        _runner(engine).count_compiles()
+        _runner(engine).all_compiled()
     return DisaggregatedEngine(decoding, side, _putting(decoding, put), len(put.groups)), report
 
 
@@ -75,7 +75,7 @@ def start_prefill(config: EngineConfig, progress: Progress | None = None) -> tup
     side = filler(filling, config, None, _to_host)
     for layers in side.groups:
         np.asarray(side.take(layers, [0] * side.block_pages))
-    _runner(filling).count_compiles()
+    _runner(filling).all_compiled()
     return filling, side, report
 
 
@@ -92,7 +92,7 @@ def start_decode(
             heads = decoding.model_config.num_kv_heads
             block = np.zeros((len(layers), 2, size, heads, *shape), pages.dtype)
             _putting(decoding, put)(layers, jax.device_put(block, put.block), [None] * size)
-    _runner(decoding).count_compiles()
+    _runner(decoding).all_compiled()
     return DisaggregatedEngine(decoding, prefills(decoding, put), _putting(decoding, put), len(put.groups)), report
 
 
