@@ -107,6 +107,26 @@ def _one_of(*numbers: int) -> Check:
     return check
 
 
+def _seconds(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise _refuse(name, value, "a number of seconds in (0, 1e6)")
+    return float(value)
+
+
+def _address(name: str, value: Any) -> str:
+    host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536) or {*host} & {*"/ \t\n"}:
+        raise _refuse(name, value, "host:port")
+    return value
+
+
+def _addresses(name: str, value: Any) -> tuple[str, ...]:
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
+        raise _refuse(name, value, "a list of host:port, or one text with commas between them")
+    return tuple(dict.fromkeys(_address(name, one.strip() if isinstance(one, str) else one) for one in given if one))
+
+
 def _ladder(name: str, value: Any) -> tuple[int, ...]:
     steps = tuple(value) if isinstance(value, list | tuple) else (0,)
     good = all(isinstance(step, int) and not isinstance(step, bool) and step > 0 for step in steps)
@@ -201,6 +221,37 @@ class CompileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DisaggregationConfig:
+    """Prompts computed apart from tokens. The other tables are then the decode side's; here is what differs."""
+
+    role: str = _knob(  # both: two sides in this process; prefill, decode: one side, the other in other processes
+        "none",
+        _choice(
+            *("none", "both", "prefill", "decode"),
+            null="none",
+            kv_both="both",
+            kv_producer="prefill",
+            kv_consumer="decode",
+        ),
+        *("disaggregation_mode", "kv_role"),
+    )
+    prefill_tensor: int = _knob(AUTO, _integer(1, 4096, auto=True))  # AUTO, here and below: as the decode side
+    prefill_max_num_seqs: int = _knob(AUTO, _integer(1, 4096, auto=True))
+    prefill_token_budget: int = _knob(AUTO, _integer(1, 2**20, auto=True))
+    prefill_num_pages: int | None = _knob(None, _integer(1, 2**31 - 1, optional=True))  # None: fit
+    transfer_bytes: int = _knob(512 * 2**20, _integer(1, 2**50))  # of pages on their way, on each side
+    transfer_layers: int = _knob(8, _integer(1, 4096))  # layers that move together
+    workers: tuple[str, ...] = _knob((), _addresses, "prefill_workers")  # role decode: who computes its prompts
+    listen: str = _knob("127.0.0.1:5800", _address, "prefill_listen")  # role prefill: nobody is asked who they are
+    silent_s: float = _knob(10.0, _seconds)  # without a sign of life the other side is dead
+    wait_s: float = _knob(60.0, _seconds)  # a prompt waits so long for a worker to come (back), then it fails
+    retries: int = _knob(2, _integer(0, 100))  # of a prompt whose worker died
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "disaggregation.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything an engine is built from."""
 
@@ -209,6 +260,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    disaggregation: DisaggregationConfig = field(default_factory=DisaggregationConfig)
     seed: int = _knob(0, _integer(-(2**63), 2**63 - 1))  # of dummy weights and of requests without a seed
     fault: str = _knob("", _text)  # fault points for tests, see jaxllm.engine.faults
     log_level: str = _knob("warning", _choice("debug", "info", "warning", "error"))
@@ -223,6 +275,7 @@ SECTIONS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "mesh": MeshConfig,
+    "disaggregation": DisaggregationConfig,
 }
 
 

@@ -254,6 +254,7 @@ class Sequence:
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it
     num_preempted: int = 0
     grammar: Grammar | None = None  # request.params.grammar, compiled
+    remote: bool = False  # another engine computes its prompt: its pages wait to be filled, see Scheduler.arrive
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.request.prompt_token_ids)

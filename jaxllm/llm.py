@@ -163,9 +163,9 @@ class LLM:
         else:
             settings = load(config, model=path, **overrides)
         model_directory(settings.model.path)  # a wrong path is told at once, not after the seconds that JAX takes
-        from jaxllm.engine.startup import start
+        from jaxllm.engine.disagg.startup import start_role
 
-        engine, self.report = start(settings, progress=progress)
+        engine, self.report = start_role(settings, progress)
         return engine
 
     @property

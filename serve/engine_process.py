@@ -20,6 +20,7 @@ import zmq
 
 from jaxllm.config import load
 from jaxllm.core import JaxLLMError
+from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import Fault, FaultyRunner, parse_faults
 from jaxllm.engine.group import GroupPlace
@@ -31,7 +32,8 @@ from pallas_kernels.roofline import peak_of
 from serve.logs import log_to_stderr
 
 HUNG, BROKEN, CANNOT_START = 70, 71, 1
-Build = Callable[[dict[str, Any]], tuple[Engine | ReplicatedEngine, dict[str, Any]]]
+AnyEngine = Engine | ReplicatedEngine | DisaggregatedEngine
+Build = Callable[[dict[str, Any]], tuple[AnyEngine, dict[str, Any]]]
 
 
 class Channel:
@@ -86,18 +88,25 @@ def follow_parent() -> None:
     threading.Thread(target=body, name="parent", daemon=True).start()
 
 
-def guard_runners(engine: Engine | ReplicatedEngine, faults: tuple[Fault, ...]) -> None:
+def engines_of(engine: AnyEngine) -> tuple[Engine, ...]:
+    """Those that give tokens."""
+    if isinstance(engine, DisaggregatedEngine):
+        return (engine.decode,)
+    return engine.engines if isinstance(engine, ReplicatedEngine) else (engine,)
+
+
+def guard_runners(engine: AnyEngine, faults: tuple[Fault, ...]) -> None:
     """Every runner gets by with less memory once; faults are the first one's: the others must not notice."""
-    engines = engine.engines if isinstance(engine, ReplicatedEngine) else (engine,)
+    engines = engines_of(engine)
     if faults:
         engines[0].runner = FaultyRunner(engines[0].runner, faults)
     for each in engines:
         each.runner = ShrinkingRunner(each.runner)
 
 
-def build_engine(settings: dict[str, Any]) -> tuple[Engine | ReplicatedEngine, dict[str, Any]]:
+def build_engine(settings: dict[str, Any]) -> tuple[AnyEngine, dict[str, Any]]:
     """The real engine; JAX is imported here and not before."""
-    from jaxllm.engine.startup import start
+    from jaxllm.engine.disagg.startup import start_role
 
     config = load(settings.get("config_file"), **settings.get("overrides", {}))
     faults = parse_faults(config.fault)
@@ -105,8 +114,12 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine | ReplicatedEngine, d
         from jaxllm.engine.group_start import lead
 
         engine, report = lead(msgspec.convert(settings["group"], GroupPlace), config)
+    elif config.disaggregation.role == "decode":
+        from serve.disagg.peers import start_decoding
+
+        engine, report = start_decoding(config)
     else:
-        engine, report = start(config)
+        engine, report = start_role(config)
     guard_runners(engine, faults)
     facts: dict[str, Any] = {"seconds": report.seconds, "total_s": report.total_s, "executables": report.executables}
     facts["mesh"] = str(config.mesh)
@@ -115,7 +128,7 @@ def build_engine(settings: dict[str, Any]) -> tuple[Engine | ReplicatedEngine, d
         facts["weights_bytes"] = report.memory.weights_bytes
         facts["cache_bytes"] = report.memory.cache_bytes
     facts |= {"device": report.device_kind, "devices": report.devices}
-    meter = (engine.engines[0] if isinstance(engine, ReplicatedEngine) else engine).meter
+    meter = engines_of(engine)[0].meter
     if meter is not None:
         facts["kv_token_bytes"] = meter.cost.kv_token_bytes
     peak = peak_of(report.device_kind)

@@ -24,6 +24,8 @@ ENGINE_STATUS = {
     "not_supported": 501,
     "invalid_state": 409,
     "asleep": 503,
+    "prefill_unavailable": 503,
+    "prefill_died": 503,
 }
 FIELD_NAMES = {"prompt_token_ids": "prompt", "id": "request_id"}
 SHOWN = 400  # characters of a message that may quote what a user sent
@@ -113,5 +115,5 @@ def from_engine(text: str) -> ApiError:
     code, _, param = code.partition("/")
     param = FIELD_NAMES.get(param, param)
     status = ENGINE_STATUS.get(code, 500)
-    retry = {"queue_timeout": 5.0, "engine_died": 10.0, "shutting_down": 10.0, "asleep": 10.0}.get(code)
+    retry = 5.0 if code == "queue_timeout" else 10.0 if status == 503 else None
     return ApiError(status, message or "the engine failed", param=param or None, code=code, retry_after_s=retry)

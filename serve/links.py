@@ -19,13 +19,14 @@ from typing import IO, Any, Protocol
 import msgspec
 import zmq
 
+from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.loop import EngineBroken, EngineLoop, watch
 from jaxllm.engine.messages import Command, Event, Failed, Stop
 from jaxllm.engine.replicas import ReplicatedEngine
 
 STOP_WAIT_S = 5.0
-Build = Callable[[], tuple[Engine | ReplicatedEngine, dict[str, Any]]]
+Build = Callable[[], tuple[Engine | ReplicatedEngine | DisaggregatedEngine, dict[str, Any]]]
 
 
 class Link(Protocol):

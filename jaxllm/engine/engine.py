@@ -199,13 +199,14 @@ class Engine:
             self.scheduler.metrics.exposed_host_s += now - self._busy_s
         self._busy_s = now
 
-    def add(self, request: Request, grammar: Grammar | None = None) -> list[Sequence]:
+    def add(self, request: Request, grammar: Grammar | None = None, *, remote: bool = False) -> list[Sequence]:
         """Queue the request's n sequences; RequestError if they can never run, and then nothing is queued.
 
-        `grammar` is what `prepare` gave; without it, this waits for the request's grammar.
+        `grammar` is what `prepare` gave; without it, this waits for the request's grammar. `remote`: the prompt is
+        computed elsewhere.
         """
         grammar = grammar or self._grammar(request)
-        sequences = [Sequence(request, index, grammar=grammar) for index in range(request.params.n)]
+        sequences = [Sequence(request, index, grammar=grammar, remote=remote) for index in range(request.params.n)]
         for sequence in sequences:  # alike in length: if one is refused, the first is
             self.scheduler.add(sequence)
         return sequences
@@ -230,6 +231,11 @@ class Engine:
         if self.grammars is None:
             raise RequestError(spec.field, spec.source, "needs a tokenizer; the model has none")
         return self.grammars.compile(spec)
+
+    @property
+    def resting(self) -> bool:
+        """No step is on the device."""
+        return self._in_flight is None
 
     @property
     def has_work(self) -> bool:

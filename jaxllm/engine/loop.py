@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.core import FinishReason, Grammar, JaxLLMError, Request, RequestError, Sequence, TokenOutput
+from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.messages import Abort, Add, Beat, Command, Control, Event, News, Ready, Reply, Step, Stop
 from jaxllm.engine.operations import OPERATIONS, Operation, Refused, reset_prefix_cache
@@ -67,7 +68,7 @@ class _Flight:
 
 @dataclass
 class EngineLoop:
-    engine: Engine | ReplicatedEngine
+    engine: Engine | ReplicatedEngine | DisaggregatedEngine
     receive: Receive
     send: Send
     operations: dict[str, Operation] = field(default_factory=lambda: dict(OPERATIONS))

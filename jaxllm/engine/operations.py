@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import JaxLLMError
+from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.embedding import embed
 from jaxllm.engine.engine import Balancer, Residency
 from jaxllm.engine.replicas import ReplicatedEngine
@@ -54,7 +55,8 @@ def reset_prefix_cache(loop: EngineLoop, arguments: dict[str, Any]) -> dict[str,
 def rebalance_experts(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
     """Experts lie by the load measured so far, one layer a turn; requests go on meanwhile."""
     engines = loop.engine.engines if isinstance(loop.engine, ReplicatedEngine) else (loop.engine,)
-    balancers = [engine.balancer for engine in engines if engine.balancer is not None]
+    each = (engine.decode if isinstance(engine, DisaggregatedEngine) else engine for engine in engines)
+    balancers = [engine.balancer for engine in each if engine.balancer is not None]
     if not balancers:
         needs = "mesh.expert > 1 and mesh.redundant_experts or mesh.rebalance_threshold"
         raise Refused("not_supported", f"this engine's experts stay where they are: that needs {needs}")
@@ -84,6 +86,7 @@ def embedding(loop: EngineLoop, arguments: dict[str, Any]) -> Generator[None, No
     if loop.progress.asleep:
         raise Refused("asleep", "the engine is asleep; wake it up first")
     engine = engine.engines[0] if isinstance(engine, ReplicatedEngine) else engine
+    engine = engine.decode if isinstance(engine, DisaggregatedEngine) else engine
     scheduler = engine.scheduler.each[0] if isinstance(engine.scheduler, ShardedScheduler) else engine.scheduler
     return embed(engine.runner, scheduler, loop.borrowed, arguments["token_ids"], arguments["pooling"])
 

@@ -16,11 +16,14 @@ toward the second, and where they meet one more token is sampled. Rules:
   overlap    a step may be scheduled while the one before it is still on the device: a sequence then counts as having
              what that step computes and samples. A sequence that turns out to have ended is ignored at commit, and
              one that was preempted keeps its token and nothing else.
+  arrivals   a sequence whose prompt another engine computes is admitted like any other and then not scheduled until
+             it has arrived. Preempted before that, it is awaited anew; after it, it is computed here.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -29,6 +32,7 @@ from jaxllm.core import (
     Request,
     RequestError,
     RowResult,
+    SampledToken,
     ScheduledRow,
     Sequence,
     StepPlan,
@@ -99,6 +103,8 @@ class Scheduler:
         self._running, self._waiting = SequenceQueue(), SequenceQueue()
         self._held: dict[str, list[Sequence]] = {}  # siblings waiting for the first of them to compute the prompt
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self.arriving: dict[Sequence, None] = {}  # running, in the order of admission; their pages are being filled
+        self._arrived: list[Sequence] = []  # since the last step was scheduled
         self._failed: list[TokenOutput] = []  # news that no row of the current plan will carry
 
     @property
@@ -118,7 +124,7 @@ class Scheduler:
         request, live = sequence.request, self._requests.get(sequence.request.id, [])
         if any(other.index == sequence.index for other in live):
             raise RequestError("id", request.id, f"already in use by a running request (index {sequence.index})")
-        self._check_fits(request)
+        self.check_fits(request)
         first_ending = sequence.num_prompt + request.params.min_tokens
         max_len = min(self.config.max_model_len, self._capacity + 1)  # the last token's page is never needed
         if request.params.max_tokens is not None:
@@ -181,6 +187,9 @@ class Scheduler:
                 budget -= self._schedule_chunk(rows, sequence, budget)
         # Pages are short after a preemption, and a row given up is not taken again within one plan.
         admitted = [] if preempted else self._admit(rows, budget)
+        if self._arrived:
+            admitted += [sequence for sequence in self._arrived if sequence.row is not None]
+            self._arrived = []
         if not rows:
             return None
         return StepPlan(tuple(rows), tuple(admitted), tuple(preempted))
@@ -210,13 +219,8 @@ class Scheduler:
             if row.sample:
                 if sampled is None:
                     raise ValueError(f"no sampled token for sequence {sequence.id}, which has computed all its tokens")
-                sequence.tokens.append(sampled.token_id)
                 sequence.num_pending -= 1
-                metrics.generated_tokens += 1
-                if self._held:
-                    self._release_siblings(sequence.request.id)
-                reason = self._ending(sequence, entry, sampled.token_id)
-                outputs.append(TokenOutput(sequence, sampled.token_id, sampled.logprobs, prompt_logprobs, reason))
+                outputs.append(self._append(sequence, entry, sampled, prompt_logprobs))
             elif prompt_logprobs:
                 outputs.append(TokenOutput(sequence, None, prompt_logprobs=prompt_logprobs))
         if plan is not None:
@@ -225,13 +229,32 @@ class Scheduler:
         self._measure()
         return outputs
 
+    def arrive(self, sequence: Sequence, result: RowResult, num_cached: int) -> TokenOutput | None:
+        """An arriving sequence's pages hold its prompt, and this is its first token; None when it was taken back.
+
+        `num_cached` prompt tokens were cached where the rest was computed.
+        """
+        entry, sampled = self._entries.get(sequence), result.sampled
+        if entry is None or sequence not in self.arriving:
+            return None
+        if sampled is None or sampled.error is not None:
+            raise ValueError(f"sequence {sequence.id} arrives without a token")
+        del self.arriving[sequence]
+        sequence.remote = False
+        sequence.num_cached = max(sequence.num_cached, num_cached)
+        sequence.num_computed = sequence.num_scheduled = sequence.num_prompt
+        self.cache.insert(sequence)
+        entry.num_prompt_logprobs = len(result.prompt_logprobs)
+        self._arrived.append(sequence)
+        return self._append(sequence, entry, sampled, result.prompt_logprobs)
+
     def check(self, others: Collection[int] = ()) -> None:
-        """Raises AssertionError when the books do not balance. `others`: pages that somebody else holds, once each."""
+        """Raises AssertionError when the books do not balance. `others`: pages that somebody else holds."""
         self.pool.check()
         self.cache.check()
         self._running.check()
         self._waiting.check()
-        holders: dict[int, int] = dict.fromkeys(others, 1)
+        holders: dict[int, int] = dict(Counter(others))
         rows = list(self._free_rows)
         for sequence in self._running:
             assert sequence.row is not None
@@ -243,6 +266,7 @@ class Scheduler:
             assert 0 <= sequence.num_computed < length < self._entries[sequence].max_len
             assert sequence.num_computed <= sequence.num_scheduled < length + sequence.num_pending + 1
             assert sequence.num_scheduled <= len(sequence.pages) * self.config.page_size, "computed tokens lack a page"
+        assert {*self.arriving} <= {*self._running}, "a sequence arrives and does not run"
         held = [sequence for siblings in self._held.values() for sequence in siblings]
         for sequence in [*self._waiting, *held]:
             idle = sequence.row is None and not sequence.pages and not sequence.num_computed + sequence.num_scheduled
@@ -266,10 +290,12 @@ class Scheduler:
         Preemption takes the last of them, which is never one that was looked at before.
         """
         page_size, running, entries, prefills = self.config.page_size, self._running, self._entries, []
-        place = 0
+        arriving, place = self.arriving, 0
         while place < len(running):
             sequence = running[place]
             place += 1
+            if arriving and sequence in arriving:
+                continue
             length, start = len(sequence.tokens) + sequence.num_pending, sequence.num_scheduled
             if length - start > 1:
                 prefills.append(sequence)
@@ -321,6 +347,9 @@ class Scheduler:
                 sequence.num_cached = sequence.num_computed
                 self.metrics.prompt_tokens += sequence.num_prompt
             spare += grows
+            if sequence.remote:
+                self.arriving[sequence] = None
+                continue
             budget -= self._schedule_chunk(rows, sequence, budget)
             admitted.append(sequence)
         return admitted
@@ -349,7 +378,8 @@ class Scheduler:
     def _capacity(self) -> int:
         return self.pool.num_pages * self.config.page_size
 
-    def _check_fits(self, request: Request) -> None:
+    def check_fits(self, request: Request) -> None:
+        """Raises RequestError for a prompt that could never run here."""
         length, room = len(request.prompt_token_ids), self.config.max_model_len - 1
         if not 1 <= length <= room:
             raise RequestError(
@@ -393,6 +423,7 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         assert sequence.row is not None
+        self.arriving.pop(sequence, None)
         self._free_rows.append(sequence.row)
         self.pool.free(reversed(sequence.pages))  # the last page first: a prefix outlives its continuations
         sequence.row, sequence.pages = None, []
@@ -415,6 +446,16 @@ class Scheduler:
             self._waiting.push(self._entries[sequence].key, sequence)
 
     # What a result means.
+
+    def _append(
+        self, sequence: Sequence, entry: _Entry, sampled: SampledToken, prompt_logprobs: tuple[TokenLogprobs, ...]
+    ) -> TokenOutput:
+        sequence.tokens.append(sampled.token_id)
+        self.metrics.generated_tokens += 1
+        if self._held:
+            self._release_siblings(sequence.request.id)
+        reason = self._ending(sequence, entry, sampled.token_id)
+        return TokenOutput(sequence, sampled.token_id, sampled.logprobs, prompt_logprobs, reason)
 
     def _ending(self, sequence: Sequence, entry: _Entry, token: int) -> FinishReason | None:
         """Ends the sequence if its newest token does; returns why."""

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,13 +104,16 @@ def _timed(report: StartReport, phase: str) -> Iterator[None]:
 
 
 def start(
-    config: EngineConfig, *, device: Device = None, progress: Progress | None = None
+    config: EngineConfig, *, devices: SequenceOf[Device] | None = None, progress: Progress | None = None
 ) -> tuple[Engine | ReplicatedEngine, StartReport]:
-    """Raises ConfigError, WeightsError or DoesNotFitError with what to change."""
+    """Raises ConfigError, WeightsError or DoesNotFitError with what to change. `devices`: those it may use."""
+    if config.disaggregation.role != "none":
+        role = config.disaggregation.role
+        raise ConfigError(f"disaggregation.role = {role!r}: not for an engine of several processes; set it to none")
     report, began = StartReport(), time.perf_counter()
     tell = progress or (lambda phase, share: None)
     with _timed(report, "devices"):
-        meshes = stage_meshes(config.mesh, None if device is None else [device])
+        meshes = stage_meshes(config.mesh, devices)
     directory = model_directory(config.model.path)
     with _timed(report, "config"):
         model_config = with_scales(ModelConfig.from_directory(directory), directory, config.cache.kv_dtype)

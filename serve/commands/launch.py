@@ -123,6 +123,14 @@ def _launch(
         from serve.launch.local import run_replicas
 
         return run_replicas(layout, launch, gateway | given)
+    if layout.kind == "roles":
+        from serve.launch.roles import run_roles
+
+        return run_roles(layout, launch, source, server | given, directory)
+    if engine.disaggregation.role == "prefill":
+        from serve.disagg.worker import run_worker
+
+        return run_worker(engine)
     from serve.launch.multihost import run_group
 
     return run_group(layout, launch, source, server | given, directory)

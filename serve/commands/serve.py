@@ -60,6 +60,9 @@ ENGINE_FLAGS = (
     "tensor_parallel_size",
     "enable_dp_attention",
     "num_redundant_experts",
+    "disaggregation_mode",
+    "prefill_workers",
+    "prefill_listen",
 )
 FRONT_FLAGS = {  # flag -> setting
     "host": "host",
@@ -180,6 +183,11 @@ def command(
     num_redundant_experts: Annotated[
         int | None, typer.Option("--num-redundant-experts", "--ep-num-redundant-experts", help="Slots for copies.")
     ] = None,
+    disaggregation_mode: Annotated[
+        str | None, typer.Option("--disaggregation-mode", "--kv-role", help="none, both, prefill or decode.")
+    ] = None,
+    prefill_workers: Annotated[str | None, typer.Option(metavar="HOST:PORT,...", help="For mode decode.")] = None,
+    prefill_listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For mode prefill.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--random-seed")] = None,
     max_queue: Annotated[int | None, typer.Option("--max-queue", "--max-queued-requests", parser=size)] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds that requests in flight get at the end.")] = None,
@@ -230,6 +238,10 @@ def _serve(given: dict[str, Any]) -> int:
         typer.echo(show(engine_config) + "\n" + show_front(settings), nl=False)
         return 0
     handler = log_to_stderr(engine_config.log_level.upper())
+    if engine_config.disaggregation.role == "prefill":
+        from serve.disagg.worker import run_worker
+
+        return run_worker(engine_config)
     source = {"config_file": None if config is None else str(config), "overrides": overrides}
     return run(settings, model_directory(engine_config.model.path), source, in_process=given["in_process"], log=handler)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.engine.disagg.sides import prefill_side
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.dims import dims_of
 from jaxllm.tools.planner import MemoryUse, memory_use
@@ -23,6 +24,7 @@ from sharding.axes import check as check_mesh
 
 JAXLLM = (sys.executable, "-m", "serve.cli")
 GIB = 2**30
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,20 @@ class Layout:
     processes: tuple[Process, ...]
     memory: MemoryUse
     gateway: bool = False
+    prefill: tuple[MeshConfig, MemoryUse] | None = None  # where prompts are computed apart; the rest is the decode side
 
     def __str__(self) -> str:
-        axes = " x ".join(f"{name} {getattr(self.mesh, name)}" for name in ("data", "pipe", "seq", "expert", "tensor"))
-        lines = [f"mesh: {self.mesh} ({axes} = {self.mesh.size} devices)"]
+        sides = [("" if self.prefill is None else " of role decode", self.mesh, self.memory)]
+        sides += [(" of role prefill", *self.prefill)] if self.prefill is not None else []
+        lines = [f"mesh{side}: {_spelled(mesh)}" for side, mesh, _ in sides]
         lines.append(f"launch: {self.kind}, {len(self.processes)} processes (place: {self.place.source})")
-        lines.append(f"bytes per device: {self.memory}")
+        lines += [f"bytes per device{side}: {memory}" for side, _, memory in sides]
         return "\n".join([*lines, *(f"  {process}" for process in self.processes)])
+
+
+def _spelled(mesh: MeshConfig) -> str:
+    axes = " x ".join(f"{name} {getattr(mesh, name)}" for name in ("data", "pipe", "seq", "expert", "tensor"))
+    return f"{mesh} ({axes} = {mesh.size} devices)"
 
 
 def read_model(directory: Path) -> ModelConfig:
@@ -97,6 +106,8 @@ def lay_out(
     stage_layers(model.num_layers, mesh.pipe)
     memory = memory_use(dims_of(model), replica, config)
     base = (*JAXLLM, "serve", *(("-c", str(recipe)) if recipe else ()), *without_data(overrides))
+    if config.disaggregation.role != "none":
+        return _roles(base, config, launch, place, model, memory, visible if on_gpu else None, on_gpu)
     if launch.mode == "ray":
         return _ray(base, launch, place, mesh, memory, gateway, server)
     if place.processes > 1:
@@ -107,6 +118,45 @@ def lay_out(
         raise ConfigError("launch.mode = 'multihost' and one process: give --num-processes and --coordinator")
     server_command = (*JAXLLM, "serve", *(("-c", str(recipe)) if recipe else ()), *overrides)
     return Layout("one process", mesh, place, (Process("server", server_command),), memory)
+
+
+def _roles(
+    base: tuple[str, ...],
+    config: EngineConfig,
+    launch: LaunchSettings,
+    place: Place,
+    model: ModelConfig,
+    memory: MemoryUse,
+    visible: list[str] | None,
+    on_gpu: bool,
+) -> Layout:
+    """Workers whose address is this machine's own are started here, each with GPUs of its own before the server's."""
+    filling, own = prefill_side(config), config.disaggregation
+    check_mesh(model, filling.mesh)
+    if launch.mode in ("ray", "multihost") or place.processes > 1:
+        raise ConfigError(
+            f"disaggregation.role = {own.role!r} with launch.mode = {launch.mode!r} and {place.processes} processes of "
+            "one engine: start each role by itself, with jaxllm serve --disaggregation-mode"
+        )
+    prefill = filling.mesh, memory_use(dims_of(model), filling.mesh, filling)
+    if own.role != "decode":
+        what = "server (both roles)" if own.role == "both" else "prefill worker"
+        return Layout("one process", config.mesh, place, (Process(what, base),), memory, prefill=prefill)
+    if not own.workers:
+        raise ConfigError("disaggregation.role = 'decode': name its prefill workers in disaggregation.workers")
+    here = [address for address in own.workers if address.rpartition(":")[0] in LOOPBACK]
+    gpus: list[Any] = [None] * (len(here) + 1)
+    if on_gpu:
+        sizes = [filling.mesh.size] * len(here) + [config.mesh.size]
+        single = [gpu for (gpu,) in gpu_slices(sum(sizes), 1, visible)]
+        gpus = [tuple(single[sum(sizes[:i]) : sum(sizes[: i + 1])]) for i in range(len(sizes))]
+    found = []
+    for number, address in enumerate(own.workers):
+        command = (*base, "--disaggregation-mode", "prefill", "--prefill-listen", address)
+        at = (gpus[here.index(address)], "here") if address in here else (None, "another host")
+        found.append(Process(f"prefill worker {number}", command, *at))
+    found.append(Process("server (decode)", base, gpus[-1]))
+    return Layout("roles", config.mesh, place, tuple(found), memory, prefill=prefill)
 
 
 def _processes(

@@ -63,7 +63,7 @@ def run_group(
     """Until the front ends, or this follower is given up."""
     place = layout.place
     if place.processes == 1:
-        return _front(source, server, directory)
+        return serve_here(source, server, directory)
     here = layout.kind == "processes here"
     token = read_token(launch) or (secrets.token_hex(16) if here else "")
     if not token:
@@ -74,13 +74,13 @@ def run_group(
     followers = []
     for rank in range(1, place.processes) if here else ():
         followers.append(follower(layout, launch, source, rank, token, slices[rank] if slices else None))
-        followers[-1].on_given_up = _give_up
+        followers[-1].on_given_up = give_up
         followers[-1].start()
     if slices is not None:
         see_gpus(slices[0])
     leading = Place(place.coordinator, place.processes, 0, place.source)
     try:
-        return _front({**source, "group": group_of(leading, launch, token)}, server, directory)
+        return serve_here({**source, "group": group_of(leading, launch, token)}, server, directory)
     finally:
         for each in followers:
             each.stop(0.0)
@@ -97,8 +97,8 @@ def _slices(layout: Layout, launch: LaunchSettings) -> list[tuple[str, ...]] | N
     return gpu_slices(layout.place.processes, each, visible_gpus())
 
 
-def _give_up(why: str) -> None:
-    """The group will not come together again: the front says so to its streams and ends."""
+def give_up(why: str) -> None:
+    """What cannot be replaced has gone: the front says so to its streams and ends."""
     log.error("%s", why)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -123,7 +123,7 @@ def _follow(supervisor: Supervisor) -> int:
     return 1 if reasons else 0
 
 
-def _front(source: dict[str, Any], server: dict[str, Any], directory: Path) -> int:
+def serve_here(source: dict[str, Any], server: dict[str, Any], directory: Path) -> int:
     from jaxllm.config import environment_api_key
     from serve.commands.serve import front_settings, log_to_stderr, read_keys, run
 

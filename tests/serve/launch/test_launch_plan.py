@@ -203,4 +203,59 @@ def test_a_dry_run_imports_no_jax():
 def test_every_recipe_can_be_laid_out(capsys, recipe):
     code, said = dry_run(capsys, "-c", str(recipe))
     assert code == 0, said.err
-    assert "mesh: " in said.out
+    assert said.out.startswith("mesh")
+
+
+# ---- roles ----
+
+
+def write(folder, text):
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_both_roles_in_one_process_show_their_meshes_and_bytes(capsys, tmp_path):
+    recipe = write(tmp_path, "[disaggregation]\nrole = 'both'\nprefill_tensor = 2\nprefill_token_budget = 16384")
+    code, said = dry_run(capsys, "-c", recipe)
+    assert code == 0, said.err
+    assert "mesh of role decode: one device (data 1 x pipe 1 x seq 1 x expert 1 x tensor 1 = 1 devices)" in said.out
+    assert "mesh of role prefill: tp2 (data 1 x pipe 1 x seq 1 x expert 1 x tensor 2 = 2 devices)" in said.out
+    assert said.out.count("bytes per device of role ") == 2
+    assert "server (both roles) (here): jaxllm serve" in said.out
+
+
+def test_a_decode_server_brings_its_workers_that_are_here_and_names_the_others(capsys, tmp_path, monkeypatch):
+    text = "[disaggregation]\nrole = 'decode'\nworkers = ['127.0.0.1:5801', 'node2:5800']\nprefill_tensor = 2"
+    code, said = dry_run(capsys, "-c", write(tmp_path, text))
+    assert code == 0, said.err
+    assert "launch: roles, 3 processes" in said.out
+    assert "prefill worker 0 (here): jaxllm serve" in said.out
+    assert "--disaggregation-mode prefill --prefill-listen 127.0.0.1:5801" in said.out
+    assert "prefill worker 1 (another host): jaxllm serve" in said.out
+    monkeypatch.setattr("serve.commands.launch.gpus_here", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    code, said = dry_run(capsys, "-c", write(tmp_path, text))
+    assert "prefill worker 0 (here): CUDA_VISIBLE_DEVICES=4,5 " in said.out
+    assert "server (decode) (here): CUDA_VISIBLE_DEVICES=6 " in said.out
+
+
+@pytest.mark.parametrize(
+    ("table", "flags", "said"),
+    [
+        ("role = 'decode'", [], "name its prefill workers in disaggregation.workers"),
+        ("role = 'both'", ["-dp", "2"], "mesh.data = 2 with disaggregation.role = 'both'"),
+        ("role = 'both'", ["-pp", "2"], "leave mesh.pipe at 1"),
+        ("role = 'both'\nprefill_tensor = 4", [], "num_heads = 6 cannot be split over 4 devices"),
+        ("role = 'both'", ["--mode", "ray"], "start each role by itself"),
+        ("role = 'teacher'", [], "disaggregation.role = 'teacher': must be one of none, both, prefill, decode"),
+        ("workers = ['node2']", [], "disaggregation.workers = 'node2': must be host:port"),
+        ("listen = 'a:99999'", [], "disaggregation.listen = 'a:99999': must be host:port"),
+        ("wait_s = 0", [], "disaggregation.wait_s = 0: must be a number of seconds"),
+    ],
+)
+def test_roles_that_cannot_be_launched_are_one_line(capsys, tmp_path, table, flags, said):
+    code, told = dry_run(capsys, "-c", write(tmp_path, f"[disaggregation]\n{table}"), *flags)
+    assert code in (1, 2)
+    assert said in told.err
+    assert len(told.err.strip().splitlines()) == 1
