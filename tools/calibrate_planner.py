@@ -70,7 +70,8 @@ def readings(path: Path, model: str) -> Iterator[tuple[str, Run]]:
     for row in raw["engines"]["jaxllm"]:
         numbers = [int(number) for number in re.findall(r"\d+", row["at"])]
         if row["what"] == "decode step":
-            yield "decode", Run("auto", model, *numbers, round(row["value"], 3), source=source)
+            batch, context = numbers
+            yield "decode", Run("auto", model, batch, context, round(row["value"], 3), source=source)
         elif row["what"].startswith("prefill"):
             yield "prefill", Run("auto", model, 1, numbers[0], round(row["value"], 3), source=source)
 
