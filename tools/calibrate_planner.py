@@ -65,12 +65,13 @@ def readings(path: Path, model: str) -> Iterator[tuple[str, Run]]:
     raw = json.loads(path.read_text())
     if isinstance(raw, list):
         for row in raw:
-            yield "decode", Run("auto", row["model"], row["batch"], STEP_CONTEXT, row["ms"], row["n"], source)
+            yield "decode", Run("auto", row["model"], row["batch"], STEP_CONTEXT, row["ms"], row["n"], source=source)
         return
     for row in raw["engines"]["jaxllm"]:
         numbers = [int(number) for number in re.findall(r"\d+", row["at"])]
         if row["what"] == "decode step":
-            yield "decode", Run("auto", model, *numbers, round(row["value"], 3), source=source)
+            batch, context = numbers
+            yield "decode", Run("auto", model, batch, context, round(row["value"], 3), source=source)
         elif row["what"].startswith("prefill"):
             yield "prefill", Run("auto", model, 1, numbers[0], round(row["value"], 3), source=source)
 
