@@ -95,7 +95,7 @@ class Server:
         self.until(lambda: self._server.started)
         self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
         if self._wait:
-            self.wait_ready(120)
+            self.wait_ready(280)  # compiling from nothing takes minutes on a busy machine
         return self
 
     def __exit__(self, *_):
