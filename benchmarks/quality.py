@@ -30,6 +30,8 @@ from jaxllm.graph.quant.leaf import QuantisedWeight
 from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.weights.loader import load
 from jaxllm.tokenizer import Tokenizer
+from pallas_kernels.rope_page_write.heads import Heads
+from pallas_kernels.rope_page_write.reference import separated
 from tools.train import corpus
 from tools.train.model import causal_attention
 
@@ -71,9 +73,9 @@ def log_probabilities(config: ModelConfig, params: Params, ids: jax.Array) -> ja
     model = merge(graphdef, params)
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, heads: Heads) -> jax.Array:
         del layer
-        return causal_attention(config, q, k, v)
+        return causal_attention(config, *separated(heads))
 
     return jax.nn.log_softmax(model.logits(model(ids[None], positions, attend))[0])
 

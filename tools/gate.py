@@ -47,6 +47,7 @@ OURS = (  # how the names of our kernels begin
     "grouped_",
     "route",
     "quant_",
+    "rope_",
 )
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
@@ -158,6 +159,37 @@ def paged_attention_decode_write_cases() -> Iterator[Case]:
     yield Case("mosaic_sm90", "H128", functools.partial(decode_sm90.decode_write, scale=0.1), (q, new, new, *arrays))
 
 
+def rope_page_write_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.rope_page_write import triton
+
+    for tokens, N, K, norms, parts in ((8192, 32, 8, False, 0), (1024, 16, 8, True, 0), (32, 28, 4, False, 4)):
+        pool = _array((4096, K, 16, 128), jnp.bfloat16)
+        arrays = _heads(tokens, N, K, 128, norms=norms, parts=parts), pool, pool, _i32(tokens)
+        label = f"{tokens} tokens" + (" norms" if norms else "") + (f" {parts} parts" if parts else "")
+        yield Case("triton", label, triton.rope_page_write, arrays)
+
+
+def decode_attention_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.paged_attention import triton
+
+    attend = functools.partial(triton.decode_heads, scale=0.1)
+    for rows, N, H, norms, parts in (
+        (1, 32, 128, False, 0),
+        (32, 16, 128, True, 0),
+        (256, 32, 128, False, 0),
+        (32, 32, 128, False, 4),
+        (32, 32, 64, False, 0),
+        (32, 16, 256, True, 0),
+    ):
+        _, *arrays = _paged(rows, rows, N, 8, H, 16, 512, jnp.bfloat16)
+        label = f"H{H} B{rows}" + (" norms" if norms else "") + (f" {parts} parts" if parts else "")
+        yield Case("triton", label, attend, (_heads(rows, N, 8, H, norms=norms, parts=parts), *arrays))
+
+
 def matmul_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
@@ -254,10 +286,12 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention.decode": paged_attention_decode_cases,
     "paged_attention.decode_write": paged_attention_decode_write_cases,
     "paged_attention.verify": paged_attention_verify_cases,
+    "decode_attention": decode_attention_cases,
     "decode_chain": decode_chain_cases,
     "matmul": matmul_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
+    "rope_page_write": rope_page_write_cases,
     "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),
     "quant_matmul.int4": functools.partial(quant_matmul_cases, "int4"),
     "quant_matmul.fp8": functools.partial(quant_matmul_cases, "fp8"),
@@ -283,6 +317,17 @@ def _paged(tokens: int, rows: int, N: int, K: int, H: int, page_size: int, width
     return _array((tokens, N, H), jnp.bfloat16), pool, pool, _i32(rows, width), _i32(rows)
 
 
+def _heads(tokens: int, N: int, K: int, H: int, *, norms: bool, parts: int) -> Any:
+    import jax.numpy as jnp
+
+    from pallas_kernels.rope_page_write.heads import Heads
+
+    rows, bf16, f32 = (N + 2 * K) * H, jnp.bfloat16, jnp.float32
+    qkv = _array((parts, tokens, rows), f32) if parts else _array((tokens, rows), bf16)
+    angle, weights = _array((tokens, H // 2), f32), _array((2, H), bf16) if norms else None
+    return Heads(qkv, angle, angle, weights, _array((rows,), bf16) if parts else None, K=K, dtype=bf16)
+
+
 @functools.cache
 def _sharding() -> Any:
     from jax.experimental import topologies
@@ -302,10 +347,17 @@ def compile_case(case: Case, dump: Path) -> list[Report]:
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        arrays = (jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=_sharding()) for each in case.arrays)
+        placed = functools.partial(_placed, _sharding())
+        arrays = jax.tree.map(placed, case.arrays)
         jax.jit(case.function).lower(*arrays).compile()
     reports = (inspect(path) for path in sorted(dump.rglob("*.ptx")))
     return [report for report in reports if report is not None]
+
+
+def _placed(sharding: Any, array: Any) -> Any:
+    import jax
+
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def inspect(ptx: Path) -> Report | None:

@@ -26,18 +26,24 @@ from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.layers.whole import through_all
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
+from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_chain.api import decode_chain
 from pallas_kernels.page_write.api import page_write
-from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.partial_attention.api import partial_attention
+from pallas_kernels.rope_page_write.api import rope_page_write
+from pallas_kernels.rope_page_write.heads import Heads
+from pallas_kernels.rope_page_write.reference import separated
 from sharding.collectives import ALONE, Exchange
 from sharding.context import Context
 from sharding.placement import Placement
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
-_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
+_decode = jax.jit(decode_attention, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
+_turn_and_write = jax.jit(rope_page_write, static_argnames="implementation")
 _write = jax.jit(page_write)
+_separated = jax.jit(separated)
 _partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
 _onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
@@ -125,17 +131,20 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache, share: bool = Fa
     if graph.context is not None:
         return context_attend(graph, graph.context, inputs, kv, share)
     scale = graph.config.attention_scale
-    decode, ragged = ("reference", "reference_wide") if graph.reference_attention else (None, None)
+    pinned = ("reference", "reference", "reference_wide") if graph.reference_attention else (None, None, None)
+    decode, turn, ragged = pinned
 
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        pages = _write(*kv[layer], k, v, inputs.slots)
-        kv[layer] = pages
+    def attend(layer: int, heads: Heads) -> Array:
         window = graph.config.windows[layer]
         if inputs.query_starts is None:
             rows = inputs.page_table, inputs.kv_lens
-            return _decode(q, *pages, *rows, scale=scale, window=window, implementation=decode)
+            out, *pages = _decode(heads, *kv[layer], *rows, scale=scale, window=window, implementation=decode)
+            kv[layer] = pages[0], pages[1]
+            return out
+        q, *pages = _turn_and_write(heads, *kv[layer], inputs.slots, implementation=turn)
+        kv[layer] = pages[0], pages[1]
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
-        return _ragged(q, *pages, *args, scale=scale, window=window, implementation=ragged)
+        return _ragged(q, *kv[layer], *args, scale=scale, window=window, implementation=ragged)
 
     return attend
 
@@ -148,7 +157,8 @@ def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCac
     positions = jnp.where(live, inputs.positions, -1)
     keys = context.keys(inputs.page_table, inputs.kv_lens, inputs.rows, positions, page_size)
 
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(layer: int, heads: Heads) -> Array:
+        q, k, v = _separated(heads)
         if share:
             q, k, v = context.all(q), context.all(k), context.all(v)
         kv[layer] = _write(*kv[layer], k, v, slots)

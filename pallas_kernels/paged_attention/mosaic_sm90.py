@@ -149,11 +149,10 @@ def paged_attention(
     if interpret is not None:  # the interpreter's threads and other work of the CPU's small pool can starve each other
         out, q = lax.optimization_barrier((out, q))
     first = query_starts[:-1]
-    single = query_starts[1:] - first == 1
-    rows = q.at[first].get(mode="clip"), k_pages, v_pages, page_table, jnp.where(single, kv_lens, 0)
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "interpret": interpret is not None}
-    decoded = triton.paged_attention_decode(*rows, **options)
-    return out.at[jnp.where(single, first, q.shape[0])].set(decoded, mode="drop")
+    lens = jnp.where(query_starts[1:] - first == 1, kv_lens, 0)
+    options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    rows = first, k_pages, v_pages, page_table, lens
+    return triton.decode_among(q, out, *rows, **options, interpret=interpret is not None)
 
 
 def tuning_key(H: int, page_size: int) -> str:
