@@ -48,6 +48,7 @@ OURS = (  # how the names of our kernels begin
     "route",
     "quant_",
     "rope_",
+    "norm_add",
 )
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
@@ -190,6 +191,20 @@ def decode_attention_cases() -> Iterator[Case]:
         yield Case("triton", label, attend, (_heads(rows, N, 8, H, norms=norms, parts=parts), *arrays))
 
 
+def add_norm_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.norm import triton
+
+    def add_norm(x: Any, delta: Any, weights: Any) -> Any:
+        return triton.add_norm(x, delta, weights, 1, eps=1e-5)
+
+    for T, D, parts in ((1, 4096, 0), (1, 4096, 8), (32, 4096, 8), (32, 1024, 8)):
+        delta = _array((parts, T, D), jnp.float32) if parts else _array((T, D), jnp.bfloat16)
+        arrays = _array((T, D), jnp.bfloat16), delta, _array((2, D), jnp.bfloat16)
+        yield Case("triton", f"{T} x {D} {parts} parts", add_norm, arrays)
+
+
 def matmul_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
@@ -291,6 +306,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "matmul": matmul_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
+    "norm.add": add_norm_cases,
     "rope_page_write": rope_page_write_cases,
     "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),
     "quant_matmul.int4": functools.partial(quant_matmul_cases, "int4"),

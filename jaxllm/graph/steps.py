@@ -23,11 +23,13 @@ from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.layers.chain import chained
+from jaxllm.graph.layers.joined import joined
 from jaxllm.graph.layers.whole import through_all
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_chain.api import decode_chain
+from pallas_kernels.norm.api import add_norm
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.partial_attention.api import partial_attention
@@ -46,6 +48,7 @@ _write = jax.jit(page_write)
 _separated = jax.jit(separated)
 _partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
 _onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
+_add_norm = jax.jit(add_norm, static_argnames=("which", "eps", "implementation"))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -83,6 +86,7 @@ class Graph:
     reference_attention: bool = False
     chained: bool = False  # one kernel from attention to attention: batch-invariant, not yet faster than XLA's products
     whole: bool = False  # one kernel for all layers of a decode step, where it takes the rows and the model
+    parts: bool = False  # products of a few rows stay partial sums until a kernel adds them up: not yet measured
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
     placement: Placement | None = None
 
@@ -101,9 +105,12 @@ class Graph:
 
     def onward(self, exchange: Exchange) -> Onward:
         """What is done between two attentions: shards of a layer must meet on the way."""
-        if self.chained and exchange is ALONE:
+        if exchange is not ALONE:
+            return functools.partial(plainly, exchange=exchange)
+        if self.chained:
             return _onward
-        return plainly if exchange is ALONE else functools.partial(plainly, exchange=exchange)
+        pinned = {"implementation": "reference"} if self.reference_attention else {}
+        return functools.partial(joined, functools.partial(_add_norm, **pinned), self.parts)
 
     @property
     def context(self) -> Context | None:

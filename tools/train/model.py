@@ -110,7 +110,7 @@ def hidden_states(model: Decoder, token_ids: Int[Array, "B T"], remat: Remat = "
 
         def run(state: Any, x: jax.Array, graphdef: Any = graphdef, number: int = number) -> jax.Array:
             layer = nnx.merge(graphdef, state)
-            return layer.leave(x, layer.attention.mix(layer.enter(x), number, turned, attend))
+            return layer.leave(x, layer.attention.mix(layer.enter(x), number, turned, attend, x.dtype))
 
         x = (jax.checkpoint(run) if remat == "layer" else run)(state, x)
     return rms_norm(x, model.final_norm[...], config.norm_eps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -46,13 +47,14 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def mix(
-        self, qkv: Float[Array, "... R"], layer: int, rotations: Rotations, attend: Attend
+        self, qkv: Float[Array, "... R"], layer: int, rotations: Rotations, attend: Attend, dtype: DTypeLike
     ) -> Float[Array, "... NH"]:
-        """Attention between tokens, its heads side by side."""
-        config = self.config
+        """Attention between tokens, its heads side by side. `qkv` is what `project` gives, or f32 parts of it."""
+        config, (cos, sin) = self.config, rotations
         norms = None if self.qk_norms is None else self.qk_norms[...]
-        heads = Heads(qkv, *rotations, norms, K=config.num_kv_heads, eps=config.norm_eps, dtype=qkv.dtype)
-        return attend(layer, heads).reshape(*qkv.shape[:-1], config.num_heads * config.head_dim)
+        bias = None if self.qkv_bias is None or qkv.ndim == cos.ndim else self.qkv_bias[...]
+        heads = Heads(qkv, cos, sin, norms, bias, K=config.num_kv_heads, eps=config.norm_eps, dtype=jnp.dtype(dtype))
+        return attend(layer, heads).reshape(*cos.shape[:-1], config.num_heads * config.head_dim)
 
     @jax.named_scope("attention")
     def output(self, mixed: Float[Array, "... NH"]) -> Float[Array, "... D"]:

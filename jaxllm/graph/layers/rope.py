@@ -1,8 +1,8 @@
 """Rotary position embedding: frequencies of each scaling kind.
 
-In: a RopeConfig and positions. Out: f32 cosines and sines, made once a step and shared by all layers. The formulas are those of the papers and of transformers: linear
-(position interpolation), llama3 (by wavelength), yarn (by rotations over the original context, with a
-temperature that multiplies cosines and sines).
+In: a RopeConfig and positions. Out: f32 cosines and sines, made once a step and shared by all layers. The formulas are
+those of the papers and of transformers: linear (position interpolation), llama3 (by wavelength), yarn (by rotations
+over the original context, with a temperature that multiplies cosines and sines).
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class Decoder(nnx.Module):
         qkv: jax.Array | None = layers[0].enter(x, exchange)
         for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
             assert qkv is not None, "only the last layer has no next"
-            x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
+            x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend, x.dtype))
         return x
 
     def end(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:
