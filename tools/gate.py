@@ -49,6 +49,7 @@ OURS = (  # how the names of our kernels begin
     "quant_",
     "rope_",
     "norm_add",
+    "sampling_",
 )
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
@@ -205,6 +206,36 @@ def add_norm_cases() -> Iterator[Case]:
         yield Case("triton", f"{T} x {D} {parts} parts", add_norm, arrays)
 
 
+def sampling_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.sampling import triton
+
+    for B, V in ((256, 151936), (1, 128256)):
+        row = _array((B,), jnp.float32)
+        arrays = _array((B, V), jnp.float32), _array((B, 2), jnp.uint32), row, _i32(B), row, row, row
+        yield Case("triton", f"{B} x {V}", triton.sample, arrays)
+
+
+def sampling_adjusted_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.sampling import adjust
+
+    B, V, row = 256, 151936, _array((256,), jnp.float32)
+    logits, counts, words = _array((B, V), jnp.float32), _array((257, V), jnp.uint16), _array((B, 4748), jnp.uint32)
+    arrays = logits, counts, _i32(B), words, _i32(B, 300), _array((B, 300), jnp.float32), row, row, row
+    yield Case("triton", f"{B} x {V}", adjust.adjusted, arrays)
+
+
+def sampling_greedy_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.sampling import adjust
+
+    yield Case("triton", "256 x 151936", adjust.greedy, (_array((256, 151936), jnp.float32),))
+
+
 def matmul_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
@@ -307,6 +338,9 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
     "norm.add": add_norm_cases,
+    "sampling": sampling_cases,
+    "sampling.adjusted": sampling_adjusted_cases,
+    "sampling.greedy": sampling_greedy_cases,
     "rope_page_write": rope_page_write_cases,
     "quant_matmul.int8": functools.partial(quant_matmul_cases, "int8"),
     "quant_matmul.int4": functools.partial(quant_matmul_cases, "int4"),
@@ -345,7 +379,7 @@ def _heads(tokens: int, N: int, K: int, H: int, *, norms: bool, parts: int) -> A
 
 
 @functools.cache
-def _sharding() -> Any:
+def sharding() -> Any:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
@@ -363,14 +397,13 @@ def compile_case(case: Case, dump: Path) -> list[Report]:
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        placed = functools.partial(_placed, _sharding())
-        arrays = jax.tree.map(placed, case.arrays)
+        arrays = jax.tree.map(functools.partial(placed, sharding()), case.arrays)
         jax.jit(case.function).lower(*arrays).compile()
     reports = (inspect(path) for path in sorted(dump.rglob("*.ptx")))
     return [report for report in reports if report is not None]
 
 
-def _placed(sharding: Any, array: Any) -> Any:
+def placed(sharding: Any, array: Any) -> Any:
     import jax
 
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -443,7 +476,7 @@ def missing_cases() -> list[str]:
 
 def main(ops: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gate_") as directory:
-        _prepare(directory)
+        prepare(directory)
         failures = missing_cases()
         for name in failures:
             print(f"{name}: registered for the GPU but has no case in tools/gate.py")
@@ -473,7 +506,7 @@ def main(ops: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _prepare(directory: str) -> None:
+def prepare(directory: str) -> None:
     """XLA and Mosaic read these when JAX is first imported, so nothing here imports it earlier."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = f"--xla_dump_to={directory} --xla_dump_emitter_re=.* --xla_dump_hlo_pass_re=NONE --xla_gpu_autotune_level=0"
