@@ -79,9 +79,8 @@ def main() -> int:
         names = kernels(Path(directory))
     at = [place for place, name in enumerate(names) if name.startswith("paged_decode")]
     layer = names[at[1] : at[2]]  # from one attention to the next
-    print(
-        f"{args.shape} {args.kind} {args.size}: {len(layer)} kernels a layer, {len(names) - LAYERS * len(layer)} besides"
-    )
+    besides = len(names) - LAYERS * len(layer)
+    print(f"{args.shape} {args.kind} {args.size}: {len(layer)} kernels a layer, {besides} besides")
     print("\n".join(f"  {name}" for name in layer))
     return 0
 
