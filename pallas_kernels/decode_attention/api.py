@@ -7,22 +7,18 @@ where a kernel does them all; otherwise they are `rope_page_write` and `paged_at
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch, imported, register
-from pallas_kernels.paged_attention.api import paged_attention_decode
-from pallas_kernels.rope_page_write.api import rope_page_write
 from pallas_kernels.rope_page_write.heads import Heads
 
 _OP = "decode_attention"
 _ROOM = "pallas_kernels.paged_attention"
 register(_OP, "triton", imported(f"{_ROOM}.triton:decode_heads"), platforms=("gpu",))
 register(_OP, "triton_interpret", imported(f"{_ROOM}.interpreted:triton_decode_heads"), platforms=("interpret",))
-register(_OP, "apart", lambda: apart)
-register(_OP, "reference", lambda: reference)
+register(_OP, "apart", imported("pallas_kernels.decode_attention.reference:apart"))
+register(_OP, "reference", imported("pallas_kernels.decode_attention.reference:decode_attention"))
 
 
 def decode_attention(
@@ -54,29 +50,3 @@ def decode_attention(
         raise ValueError(f"kv_lens must be i32[B = {page_table.shape[0]}], got {kv_lens.dtype}{list(kv_lens.shape)}")
     run = dispatch(_OP, implementation=implementation, platform=platform)
     return run(heads, k_pages, v_pages, page_table, kv_lens, scale=scale, window=window, soft_cap=soft_cap)
-
-
-def apart(
-    heads: Heads,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    *,
-    implementation: str | None = None,  # of the two
-    **options: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The two ops one after the other."""
-    P, _, page_size, _ = k_pages.shape
-    position = jnp.maximum(kv_lens - 1, 0)
-    page = jnp.take_along_axis(page_table, (position // page_size)[:, None], axis=1)[:, 0]
-    slots = jnp.where(kv_lens > 0, page * page_size + position % page_size, P * page_size)
-    q, k_pages, v_pages = rope_page_write(heads, k_pages, v_pages, slots, implementation=implementation)
-    rows = page_table, kv_lens
-    out = paged_attention_decode(q, k_pages, v_pages, *rows, implementation=implementation, **options)
-    return out, k_pages, v_pages
-
-
-def reference(*arrays: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same in plain jnp, wherever it runs."""
-    return apart(*arrays, implementation="reference", **options)
