@@ -21,7 +21,7 @@ from typing import Any
 
 from tools import gate
 
-LAYERS, PAGES, PAGE_SIZE, WIDTH, MOST_ROWS = 4, 4096, 16, 512, 256
+LAYERS, PAGES, PAGE_SIZE, WIDTH, MOST_ROWS = 3, 4096, 16, 512, 256
 SHAPES = Path(__file__).parent.parent / "configs" / "models"
 
 
