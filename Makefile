@@ -82,7 +82,7 @@ test-kernels: .venv/.dev ## kernels that the interpreter takes minutes for
 	.venv/bin/python -m pytest -m kernels tests/pallas_kernels
 
 gate: ## compile every GPU kernel for sm_90a without a GPU; fails on spills (needs the CUDA wheels)
-	@PYTHONPATH=. $(GPU_PYTHON) tools/gate.py
+	@PYTHONPATH=. $(GPU_PYTHON) -m tools.gate
 
 lock: .venv/.dev ## rewrite requirements.lock from .venv
 	@tools/lock.sh

@@ -32,6 +32,8 @@ from jaxllm.graph.quant.scheme import PLAIN, Scheme
 from jaxllm.graph.weights.loader import load
 from jaxllm.tokenizer import Tokenizer
 from pallas_kernels.page_write.reference import as_stored
+from pallas_kernels.rope_page_write.heads import Heads
+from pallas_kernels.rope_page_write.reference import separated
 from tools.train import corpus
 from tools.train.model import causal_attention
 
@@ -75,8 +77,9 @@ def log_probabilities(config: ModelConfig, params: Params, ids: jax.Array, narro
     model = merge(graphdef, params)
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, heads: Heads) -> jax.Array:
         del layer
+        q, k, v = separated(heads)
         if narrow:
             k, v = (as_stored(each, ones, jnp.float8_e4m3fn).astype(each.dtype) for each in (k, v))
         return causal_attention(config, q, k, v)

@@ -17,10 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pallas_kernels.sampling import api
-from pallas_kernels.sampling.reference import first_argmax
-
-IN_PROMPT = 1 << 15  # high bit of a count: the token occurs in the prompt
-MOST = IN_PROMPT - 1  # the rest of it: how often the token was generated, at most this
+from pallas_kernels.sampling.reference import IN_PROMPT, MOST
 
 
 @jax.tree_util.register_dataclass
@@ -58,11 +55,6 @@ class Sampled(NamedTuple):
     bad: Bool[Array, " B"]
 
 
-def greedy(logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """The largest logit's token, the lowest among ties; and which rows hold a logit that is not finite."""
-    return first_argmax(logits), ~jnp.isfinite(logits).all(axis=1)
-
-
 def sample(
     logits: Float[Array, "B V"],
     inputs: SampleInputs,
@@ -76,8 +68,10 @@ def sample(
 
     `truncates` false: no row asks for top_k, top_p or min_p.
     """
-    adjusted = _adjusted(logits, inputs, counts[inputs.row])
-    bad = ~(jnp.isfinite(logits).all(axis=1) & jnp.isfinite(adjusted.max(axis=1)))
+    penalties = inputs.repetition, inputs.frequency, inputs.presence
+    asked = inputs.row, inputs.mask, inputs.bias_ids, inputs.bias, *penalties
+    adjusted, best, bad = api.adjusted(logits, counts, *asked)
+    bad |= ~jnp.isfinite(best)
     token = api.sample(
         adjusted,
         position_keys(inputs.keys, inputs.position),
@@ -85,6 +79,7 @@ def sample(
         inputs.top_k,
         inputs.top_p,
         inputs.min_p,
+        best,
         truncates=truncates,
         implementation=implementation,
     )
@@ -129,21 +124,6 @@ def set_counts(
     generated = jnp.minimum((old & MOST) + jnp.where(in_prompt, 0, times), MOST)
     prompt = (old & IN_PROMPT) | jnp.where(in_prompt & (times > 0), IN_PROMPT, 0)
     return counts.at[row].set((generated | prompt).astype(counts.dtype))
-
-
-def _adjusted(logits: Float[Array, "B V"], inputs: SampleInputs, counts: UInt[Array, "B V"]) -> Float[Array, "B V"]:
-    """Mask, bias and penalties; counts are the rows' own."""
-    B, V = logits.shape
-    bits = inputs.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
-    logits = jnp.where(bits.reshape(B, -1)[:, :V] == 1, logits, -jnp.inf)
-    rows = jnp.arange(B, dtype=jnp.int32)[:, None]
-    logits = logits.at[rows, inputs.bias_ids].add(inputs.bias, mode="drop")
-    repetition = inputs.repetition[:, None]
-    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = jnp.where(counts > 0, repeated, logits)
-    generated = (counts & MOST).astype(jnp.float32)
-    logits = logits - inputs.frequency[:, None] * generated
-    return logits - inputs.presence[:, None] * (generated > 0).astype(jnp.float32)
 
 
 def _add(

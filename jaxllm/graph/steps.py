@@ -23,23 +23,33 @@ from jaxllm.graph.inputs import StepInputs, StepShape, unpack, unpack_samples
 from jaxllm.graph.kv_cache import KVCache, scales_of
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.layers.chain import chained
+from jaxllm.graph.layers.joined import joined
 from jaxllm.graph.layers.whole import through_all
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
+from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_chain.api import decode_chain
+from pallas_kernels.norm.api import add_norm
 from pallas_kernels.page_write.api import page_write
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
 from pallas_kernels.partial_attention.api import partial_attention
+from pallas_kernels.rope_page_write.api import rope_page_write
+from pallas_kernels.rope_page_write.heads import Heads
+from pallas_kernels.rope_page_write.reference import separated
 from sharding.collectives import ALONE, Exchange
 from sharding.context import Context
 from sharding.placement import Placement
 
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
-_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
+_decode = jax.jit(decode_attention, static_argnames=("scale", "window", "implementation"))
+_narrow_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
 _ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
+_turn_and_write = jax.jit(rope_page_write, static_argnames="implementation")
 _write = jax.jit(page_write)
+_separated = jax.jit(separated)
 _partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
 _onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
+_add_norm = jax.jit(add_norm, static_argnames=("which", "eps", "implementation"))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
 
@@ -77,6 +87,7 @@ class Graph:
     reference_attention: bool = False
     chained: bool = False  # one kernel from attention to attention: batch-invariant, not yet faster than XLA's products
     whole: bool = False  # one kernel for all layers of a decode step, where it takes the rows and the model
+    parts: bool = False  # products of a few rows stay partial sums until a kernel adds them up: not yet measured
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
     placement: Placement | None = None
 
@@ -95,9 +106,12 @@ class Graph:
 
     def onward(self, exchange: Exchange) -> Onward:
         """What is done between two attentions: shards of a layer must meet on the way."""
-        if self.chained and exchange is ALONE:
+        if exchange is not ALONE:
+            return functools.partial(plainly, exchange=exchange)
+        if self.chained:
             return _onward
-        return plainly if exchange is ALONE else functools.partial(plainly, exchange=exchange)
+        pinned = {"implementation": "reference"} if self.reference_attention else {}
+        return functools.partial(joined, functools.partial(_add_norm, **pinned), self.parts)
 
     @property
     def shards(self) -> int:
@@ -130,18 +144,29 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache, share: bool = Fa
     if graph.context is not None:
         return context_attend(graph, graph.context, inputs, kv, share)
     scale = graph.config.attention_scale
-    decode, ragged = ("reference", "reference_wide") if graph.reference_attention else (None, None)
+    pinned = ("reference", "reference", "reference_wide") if graph.reference_attention else (None, None, None)
+    decode, turn, ragged = pinned
 
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        scales = scales_of(kv[layer][0], graph.config.kv_scales_of(layer))
-        pages = _write(*kv[layer], k, v, inputs.slots, **scales)
-        kv[layer] = pages
-        window = graph.config.windows[layer]
-        if inputs.query_starts is None:
+    def attend(layer: int, heads: Heads) -> Array:
+        window, scales = graph.config.windows[layer], scales_of(kv[layer][0], graph.config.kv_scales_of(layer))
+        how = {"scale": scale, "window": window}
+        one = inputs.query_starts is None
+        if one and not scales:
             rows = inputs.page_table, inputs.kv_lens
-            return _decode(q, *pages, *rows, scale=scale, window=window, implementation=decode, **scales)
+            out, *pages = _decode(heads, *kv[layer], *rows, **how, implementation=decode)
+            kv[layer] = pages[0], pages[1]
+            return out
+        if scales:  # narrow pages: rotation and their own write, each by itself
+            q, k, v = _separated(heads)
+            kv[layer] = _write(*kv[layer], k, v, inputs.slots, **scales)
+        else:
+            q, *pages = _turn_and_write(heads, *kv[layer], inputs.slots, implementation=turn)
+            kv[layer] = pages[0], pages[1]
+        if one:
+            rows = inputs.page_table, inputs.kv_lens
+            return _narrow_decode(q, *kv[layer], *rows, **how, implementation=decode, **scales)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
-        return _ragged(q, *pages, *args, scale=scale, window=window, implementation=ragged, **scales)
+        return _ragged(q, *kv[layer], *args, **how, implementation=ragged, **scales)
 
     return attend
 
@@ -155,7 +180,8 @@ def context_attend(graph: Graph, context: Context, inputs: StepInputs, kv: KVCac
     keys = context.keys(inputs.page_table, inputs.kv_lens, inputs.rows, positions, page_size)
     scale, pinned = graph.config.attention_scale, "reference" if graph.reference_attention else None
 
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(layer: int, heads: Heads) -> Array:
+        q, k, v = _separated(heads)
         if share:
             q, k, v = context.all(q), context.all(k), context.all(v)
         scales = scales_of(kv[layer][0], graph.config.kv_scales_of(layer))

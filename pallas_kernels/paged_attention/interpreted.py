@@ -71,3 +71,8 @@ def decode_by(programs: int, *arrays: jax.Array, **options: Any) -> Any:
 def triton_decode(*arrays: jax.Array, **options: Any) -> Any:
     """triton.paged_attention_decode, interpreted."""
     return triton.paged_attention_decode(*arrays, interpret=True, **options)
+
+
+def triton_decode_heads(*arrays: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """triton.decode_heads, interpreted."""
+    return triton.decode_heads(*arrays, interpret=True, **options)

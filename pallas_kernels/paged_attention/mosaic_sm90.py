@@ -84,9 +84,11 @@ def paged_attention(
         found, q = lax.optimization_barrier((found, q))
     first = query_starts[:-1]
     single = query_starts[1:] - first == 1
-    rows = q.at[first].get(mode="clip"), *pages, jnp.where(single, kv_lens, 0)
-    options |= {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale, "return_lse": return_lse}
-    decoded = triton.paged_attention_decode(*rows, **options, interpret=interpret is not None)
+    lens = jnp.where(single, kv_lens, 0)
+    options |= {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale, "interpret": interpret is not None}
+    if not return_lse:
+        return triton.decode_among(q, found, first, *pages, lens, **options)
+    decoded = triton.paged_attention_decode(q.at[first].get(mode="clip"), *pages, lens, **options, return_lse=True)
     place = jnp.where(single, first, q.shape[0])
     return jax.tree.map(lambda all_, own: all_.at[place].set(own, mode="drop"), found, decoded)
 

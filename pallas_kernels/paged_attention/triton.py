@@ -1,19 +1,23 @@
 """Paged decode attention in Pallas-Triton: split-KV with a fixed split; a row's last split to finish combines them.
 
-In: one query a row, one layer's pages, page tables, lengths, already checked by api.py. Out: attention outputs.
+In: one query a row, one layer's pages, page tables, lengths, already checked by api.py. Out: attention outputs. The
+queries may also come as a projection leaves them, with the row's new key and value: then the launch norms, rotates and
+writes them first (decode_heads); or lie among other tokens, to whose outputs theirs are added (decode_among).
 Bits: a row is cut at absolute key positions 0, SPLIT, 2 * SPLIT, ..., each split is reduced block by block from its
 start, and splits are combined in order, a fixed number at a time, by whichever program counts itself last. None of
 that depends on the batch, on the width of the page table or on how programs are laid over the device, so neither do a
 row's bits.
 Grid: a split a program while that makes few programs (idle ones return at once); beyond, a fixed number of programs
-deals the live splits out among themselves, finding rows by a running sum of the lengths, so a wide table costs nothing.
-It does not know how pages are written, and takes no pages narrower than the queries except with scales.
+deals the live splits out among themselves, finding rows by a running sum of their splits, so a wide table costs nothing
+and a program without a share reads one number.
+It takes no pages narrower than the queries except with scales.
 
 This is the lowering JAX 0.11 deprecates; it holds this op while it measures faster than Mosaic GPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -26,6 +30,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import tuning
+from pallas_kernels.rope_page_write.heads import Heads, replaced
+from pallas_kernels.rope_page_write.triton import K as KEYS
+from pallas_kernels.rope_page_write.triton import Q as QUERIES
+from pallas_kernels.rope_page_write.triton import Turner
 
 LOG2E = math.log2(math.e)
 SPLIT = 512  # keys a split; a constant of the op, not a tuning knob: it decides bits
@@ -53,13 +61,15 @@ class _Shape:
     K: int
     H: int
     page_size: int
-    block_keys: int
     scale: float
     window: int | None
     soft_cap: float | None
-    scaled: bool  # pages carry per-head scales
-    sinking: bool  # heads have sinks
-    with_lse: bool
+    block_keys: int = 0  # chosen at the call
+    scaled: bool = False  # pages carry per-head scales
+    sinking: bool = False  # heads have sinks
+    with_lse: bool = False
+    heads: Heads | None = None  # shapes of what the queries, new keys and values are made from
+    among: bool = False  # rows name their token; rows of length 0 have none, and nobody writes for them
 
     @property
     def group(self) -> int:
@@ -96,36 +106,151 @@ def paged_attention_decode(
 ) -> Any:
     """One query a row, at position kv_lens - 1. Rows of length 0 come out 0."""
     refuse(q, k_pages, k_scale, v_scale)
-    B, N, H = q.shape
+    has = _extras(k_scale, v_scale, sinks)
+    shape = dataclasses.replace(_shape(q, k_pages, scale, window, soft_cap, has), with_lse=return_lse)
+    arrays = _Arrays((q,), k_pages, v_pages, page_table, kv_lens, *has)
+    results = _call(shape, arrays, jax.ShapeDtypeStruct(q.shape, q.dtype), blocks, interpret)
+    return (results[0], results[-1]) if return_lse else results[0]
+
+
+def decode_heads(
+    heads: Heads,  # of B tokens
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,
+    page_table: jax.Array,  # i32[B, W]
+    kv_lens: jax.Array,  # i32[B]
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norms, rotation, page write and attention of a decode step in one launch -> (out, k_pages, v_pages).
+
+    The program of a row's last split writes the row's new key and value, and is the only one that reads them.
+    """
+    out = jax.ShapeDtypeStruct((heads.cos.shape[0], heads.N, heads.H), heads.dtype)
+    refuse(out, k_pages, None, None)
+    if k_pages.dtype != heads.dtype:
+        raise NotImplementedError(f"only pages as wide as the heads are written here, not {k_pages.dtype}")
+    shape = dataclasses.replace(_shape(out, k_pages, scale, window, soft_cap), heads=heads)
+    results = _call(shape, _Arrays(heads.arrays, k_pages, v_pages, page_table, kv_lens), out, blocks, interpret)
+    return results[0], results[4], results[5]
+
+
+def decode_among(
+    q: jax.Array,  # [T, N, H]
+    out: jax.Array,  # [T, N, H]
+    tokens: jax.Array,  # i32[R]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,
+    page_table: jax.Array,  # i32[R, W]
+    kv_lens: jax.Array,  # i32[R]
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[N]
+    k_scale: jax.Array | None = None,  # f32[K], with e4m3 pages
+    v_scale: jax.Array | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`out` with row r's output at tokens[r], where its query lies; rows of length 0 have neither and cost nothing."""
+    refuse(q, k_pages, k_scale, v_scale)
+    has = _extras(k_scale, v_scale, sinks)
+    shape = dataclasses.replace(_shape(q, k_pages, scale, window, soft_cap, has), among=True)
+    arrays = _Arrays((q,), k_pages, v_pages, page_table, kv_lens, *has, among=(tokens, out))
+    return _call(shape, arrays, jax.ShapeDtypeStruct(out.shape, out.dtype), blocks, interpret)[0]
+
+
+def _shape(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_pages: jax.Array,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    has: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]] = ((), ()),
+) -> _Shape:
     K, page_size = k_pages.shape[1:3]
-    splits = _splits_of_table(page_table.shape[1] * page_size, window)
+    sizes = q.shape[1], K, q.shape[2], page_size, scale, window, soft_cap
+    return _Shape(*sizes, scaled=bool(has[0]), sinking=bool(has[1]))
+
+
+def _extras(
+    k_scale: jax.Array | None, v_scale: jax.Array | None, sinks: jax.Array | None
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Scales of keys and values, and sinks; each empty where there are none."""
+    scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
+    return scales, () if sinks is None else (sinks,)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """What a call is given; only some calls have the later ones."""
+
+    queries: tuple[jax.Array, ...]
+    k_pages: jax.Array
+    v_pages: jax.Array
+    page_table: jax.Array
+    kv_lens: jax.Array
+    scales: tuple[jax.Array, ...] = ()
+    sinks: tuple[jax.Array, ...] = ()
+    among: tuple[jax.Array, ...] = ()
+
+
+def _call(
+    shape: _Shape, arrays: _Arrays, out: jax.ShapeDtypeStruct, blocks: Blocks | None, interpret: bool
+) -> list[jax.Array]:
+    """-> out, three arrays of use inside, and the pages if they are written."""
+    B, N, K, H, window = arrays.kv_lens.shape[0], shape.N, shape.K, shape.H, shape.window
+    splits = _splits_of_table(arrays.page_table.shape[1] * shape.page_size, window)
     heuristic = default_blocks(B * K, splits)
     blocks = blocks or tuning.choose("paged_attention.decode/triton", tuning_key(B * K, H), heuristic)
-    has = {"scaled": k_scale is not None, "sinking": sinks is not None, "with_lse": return_lse}
-    shape = _Shape(N, K, H, page_size, blocks.block_keys, scale, window, soft_cap, **has)
-    extras = [array for array in (k_scale, v_scale, sinks) if array is not None]
+    shape = dataclasses.replace(shape, block_keys=blocks.block_keys)
     dealt = B * K * splits > DIRECT_PROGRAMS
     grid = (K, max(1, DEALT_PROGRAMS // K)) if dealt else (K, B, splits)
     finished = jnp.zeros((B, K), jnp.int32)
-    inputs = (q, k_pages, v_pages, page_table, kv_lens, *extras, finished)
-    results = pl.pallas_call(
-        functools.partial(_kernel, shape=shape, rows=B if dealt else None, interpret=interpret),
+    ends = (jnp.cumsum(_live_splits(arrays.kv_lens, shape), dtype=jnp.int32),) if dealt else ()
+    inputs = (
+        *arrays.queries,
+        arrays.k_pages,
+        arrays.v_pages,
+        arrays.page_table,
+        arrays.kv_lens,
+        *arrays.scales,
+        *arrays.sinks,
+        *arrays.among,
+        *ends,
+        finished,
+    )
+    outputs = [
+        out,
+        jax.ShapeDtypeStruct((B, splits, N, H), jnp.float32),
+        jax.ShapeDtypeStruct((B, splits, N), jnp.float32),
+        jax.ShapeDtypeStruct(finished.shape, finished.dtype),
+    ]
+    aliases = {len(inputs) - 1: 3}
+    if shape.heads is not None:
+        first = len(arrays.queries)
+        outputs += [jax.ShapeDtypeStruct(arrays.k_pages.shape, arrays.k_pages.dtype)] * 2
+        aliases |= {first: 4, first + 1: 5}
+    if shape.with_lse:
+        outputs.append(jax.ShapeDtypeStruct((out.shape[0], N), jnp.float32))
+    if shape.among:
+        aliases[len(inputs) - 2 - len(ends)] = 0
+    return pl.pallas_call(
+        functools.partial(_kernel, shape=shape, dealt=dealt, interpret=interpret),
         name="paged_decode",
         grid=grid,
         in_specs=[pl.no_block_spec] * len(inputs),
-        out_specs=[pl.no_block_spec] * (4 + return_lse),
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, splits, N, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, splits, N), jnp.float32),
-            jax.ShapeDtypeStruct(finished.shape, finished.dtype),
-            *[jax.ShapeDtypeStruct((B, N), jnp.float32)] * return_lse,
-        ],
-        input_output_aliases={len(inputs) - 1: 3},
+        out_specs=[pl.no_block_spec] * len(outputs),
+        out_shape=outputs,
+        input_output_aliases=aliases,
         compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
     )(*inputs)
-    return (results[0], results[-1]) if return_lse else results[0]
 
 
 def tuning_key(rows: int, H: int) -> str:
@@ -141,7 +266,9 @@ def default_blocks(rows: int, splits: int) -> Blocks:
     return Blocks(num_stages=5 if rows <= DEEP_ROWS and splits <= DEEP_SPLITS else 3)
 
 
-def refuse(q: jax.Array, k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+def refuse(
+    q: jax.Array | jax.ShapeDtypeStruct, k_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None
+) -> None:
     """NotImplementedError for what this implementation does not do."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"queries must be bfloat16 or float16 for the tensor cores, got {q.dtype}")
@@ -166,27 +293,49 @@ def _first_split(kv_len: jax.Array, window: int | None) -> jax.Array:
     return jnp.zeros_like(kv_len) if window is None else jnp.maximum(kv_len - window, 0) // SPLIT
 
 
-def _live_splits(kv_len: jax.Array, window: int | None) -> jax.Array:
-    """How many splits of a row hold visible keys; 1 for length 0, whose output somebody must write."""
-    return jnp.maximum((kv_len + SPLIT - 1) // SPLIT - _first_split(kv_len, window), 1)
+def _live_splits(kv_len: jax.Array, shape: _Shape) -> jax.Array:
+    """How many splits of a row hold visible keys; 1 for length 0 if somebody must write its output."""
+    splits = (kv_len + SPLIT - 1) // SPLIT - _first_split(kv_len, shape.window)
+    return splits if shape.among else jnp.maximum(splits, 1)
 
 
 @dataclass(frozen=True)
 class _Refs:
     """The kernel's arrays."""
 
-    q: Any  # [B, N, H]
+    queries: tuple[Any, ...]  # [B, N, H], or those of heads
     k: Any  # [P, K, page_size, H]
     v: Any
     table: Any  # i32[B, W]
     lens: Any  # i32[B]
     scales: tuple[Any, ...]  # f32[K] of keys and of values, with narrow pages
     sinks: Any  # f32[N], or None
-    out: Any  # [B, N, H]
+    tokens: Any  # i32[B], where rows name theirs
+    ends: Any  # i32[B], running sum of rows' splits, when programs deal them out
+    out: Any  # [B, N, H], or of all tokens
     partial: Any  # f32[B, splits, N, H], of rows of more than one split
     lse: Any  # f32[B, splits, N], base 2
     finished: Any  # i32[B, K], how many of a row's splits are done
     out_lse: Any  # f32[B, N], or None
+
+    @staticmethod
+    def of(arrays: tuple[Any, ...], shape: _Shape, dealt: bool) -> _Refs:
+        found = list(arrays)
+
+        def take(count: int) -> tuple[Any, ...]:
+            return tuple(found.pop(0) for _ in range(count))
+
+        queries = take(1 if shape.heads is None else len(shape.heads.arrays))
+        k, v, table, lens = take(4)
+        scales, sinks, among = take(2 * shape.scaled), take(1 * shape.sinking), take(2 * shape.among)
+        ends = take(1 * dealt)
+        _, out, partial, lse, finished = take(5)  # zeros are counted on in place
+        if shape.heads is not None:
+            k, v = take(2)  # the same memory as the pages that come in
+        out_lse = take(1)[0] if shape.with_lse else None
+        sink, tokens, end = (each[0] if each else None for each in (sinks, among, ends))
+        rows, state = (queries, k, v, table, lens, scales), (out, partial, lse, finished, out_lse)
+        return _Refs(*rows, sink, tokens, end, *state)
 
 
 @dataclass(frozen=True)
@@ -199,37 +348,34 @@ class _Work:
     kv_len: jax.Array
 
 
-def _kernel(*arrays: Any, shape: _Shape, rows: int | None, interpret: bool) -> None:
-    """`rows` is how many there are, when programs deal out the live splits."""
-    scales, outputs = 2 * shape.scaled, 4 + shape.with_lse
-    sinks = arrays[5 + scales] if shape.sinking else None
-    everything: tuple[Any, ...] = (*arrays[:5], arrays[5 : 5 + scales], sinks, *arrays[-outputs:])
-    refs = _Refs(*everything, *[None] * (not shape.with_lse))
+def _kernel(*arrays: Any, shape: _Shape, dealt: bool, interpret: bool) -> None:
+    refs = _Refs.of(arrays, shape, dealt)
     head = pl.program_id(0)
-    if rows is None:
+    if not dealt:
         row, split = pl.program_id(1), pl.program_id(2)
         kv_len = refs.lens[row]
 
-        @pl.when(split < _live_splits(kv_len, shape.window))
+        @pl.when(split < _live_splits(kv_len, shape))
         def _one() -> None:
             _attend(refs, shape, _Work(head, row, split, kv_len), interpret)
 
         return
-    lane = jnp.arange(max(16, pl.next_power_of_2(rows)))
-    inside = lane < rows
-    splits = _live_splits(plt.load(refs.lens.at[lane], mask=inside, other=0), shape.window)
-    ends = jnp.cumsum(jnp.where(inside, splits, 0))
-    first, stride = pl.program_id(1), pl.num_programs(1)
+    rows = refs.lens.shape[0]
+    first, stride, total = pl.program_id(1), pl.num_programs(1), refs.ends[rows - 1]
 
-    def body(step: jax.Array, _: None) -> None:
-        item = first + step * stride
-        before = ends <= item
-        row = before.astype(jnp.int32).sum()
-        split = item - jnp.where(before, ends, 0).max()
-        _attend(refs, shape, _Work(head, row, split, refs.lens[row]), interpret)
+    @pl.when(first < total)
+    def _share() -> None:
+        lane = jnp.arange(max(16, pl.next_power_of_2(rows)))
+        ends = plt.load(refs.ends.at[lane], mask=lane < rows, other=2**31 - 1)
 
-    mine = pl.cdiv(jnp.maximum(ends.max() - first, 0), stride)
-    lax.fori_loop(0, mine, body, None)
+        def body(step: jax.Array, _: None) -> None:
+            item = first + step * stride
+            before = ends <= item
+            row = before.astype(jnp.int32).sum()
+            split = item - jnp.where(before, ends, 0).max()
+            _attend(refs, shape, _Work(head, row, split, refs.lens[row]), interpret)
+
+        lax.fori_loop(0, pl.cdiv(total - first, stride), body, None)
 
 
 def _attend(refs: _Refs, shape: _Shape, work: _Work, interpret: bool) -> None:
@@ -240,8 +386,16 @@ def _attend(refs: _Refs, shape: _Shape, work: _Work, interpret: bool) -> None:
     # lanes at one place would race.
     query, in_group = work.head * shape.group + member, member < shape.group
     inside = in_group[:, None] & (col < shape.H)[None, :]
+    splits = _live_splits(work.kv_len, shape)
+    if shape.heads is not None:
+
+        @pl.when((work.split == splits - 1) & (work.kv_len > 0))
+        def _() -> None:
+            _write(refs, shape, work)
+            if not interpret:
+                plt.debug_barrier()  # all of it is there before any thread reads the pages
+
     acc, lse = _one_split(refs, shape, work, query, inside)
-    splits = _live_splits(work.kv_len, shape.window)
 
     @pl.when(splits == 1)
     def _() -> None:
@@ -262,6 +416,40 @@ def _attend(refs: _Refs, shape: _Shape, work: _Work, interpret: bool) -> None:
             _combine(refs, shape, work, splits)
 
 
+def _token(refs: _Refs, work: _Work) -> jax.Array:
+    """Where the row's query and output lie."""
+    return work.row if refs.tokens is None else refs.tokens[work.row]
+
+
+def _turner(refs: _Refs, heads: Heads, cols: int) -> tuple[Turner, jax.Array]:
+    col = jnp.arange(cols)[None, :]
+    return Turner(replaced(heads, refs.queries), col), col < heads.H
+
+
+def _write(refs: _Refs, shape: _Shape, work: _Work) -> None:
+    """The row's new key and value of one kv head go to their page."""
+    assert shape.heads is not None
+    heads, position = shape.heads, work.kv_len - 1
+    turner, inside = _turner(refs, heads, shape.lanes[1])
+    angles = turner.angles(work.row, inside)
+    key = turner.turned(work.row, heads.N + work.head, KEYS, inside, angles)
+    value = turner.plain(work.row, heads.N + heads.K + work.head, inside)
+    page = refs.table[work.row, position // shape.page_size]
+    place = page, work.head, position % shape.page_size, turner.col
+    plt.store(refs.k.at[place], key, mask=inside)
+    plt.store(refs.v.at[place], value, mask=inside)
+
+
+def _queries(refs: _Refs, shape: _Shape, work: _Work, query: jax.Array, inside: jax.Array) -> jax.Array:
+    """A tile of the kv head's queries."""
+    cols = shape.lanes[1]
+    if shape.heads is None:
+        place = refs.queries[0].at[_token(refs, work), query[:, None], jnp.arange(cols)[None, :]]
+        return plt.load(place, mask=inside, other=0.0)
+    turner, in_head = _turner(refs, shape.heads, cols)
+    return turner.turned(work.row, query[:, None], QUERIES, inside, turner.angles(work.row, in_head))
+
+
 def _one_split(
     refs: _Refs, shape: _Shape, work: _Work, query: jax.Array, inside: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -270,7 +458,7 @@ def _one_split(
     col, lane = jnp.arange(cols), jnp.arange(shape.block_keys)
     in_head = (col < shape.H)[None, :]
     row, head, kv_len, width = work.row, work.head, work.kv_len, refs.table.shape[1]
-    q = plt.load(refs.q.at[row, query[:, None], col[None, :]], mask=inside, other=0.0)
+    q = _queries(refs, shape, work, query, inside)
 
     lowest = jnp.maximum(kv_len - shape.window, 0) if shape.window is not None else 0
     begin = (work.split + _first_split(kv_len, shape.window)) * SPLIT
@@ -361,7 +549,7 @@ def _store(
     lse: jax.Array,  # base 2
 ) -> None:
     """Outputs of a whole row, after its heads' sinks have taken their share."""
-    query, in_group = queries
+    (query, in_group), token = queries, _token(refs, work)
     if refs.sinks is not None:
         sink = plt.load(refs.sinks.at[query], mask=in_group, other=0.0) * LOG2E
         top = jnp.maximum(lse, sink)
@@ -370,5 +558,5 @@ def _store(
         lse = whole
     if refs.out_lse is not None:
         lse = jnp.where(work.kv_len > 0, lse * (1 / LOG2E), _LOWEST)
-        plt.store(refs.out_lse.at[work.row, query], lse, mask=in_group)
-    plt.store(refs.out.at[work.row, query[:, None], col[None, :]], out.astype(refs.out.dtype), mask=inside)
+        plt.store(refs.out_lse.at[token, query], lse, mask=in_group)
+    plt.store(refs.out.at[token, query[:, None], col[None, :]], out.astype(refs.out.dtype), mask=inside)

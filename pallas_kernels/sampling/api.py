@@ -1,8 +1,8 @@
 """One token a row from logits: argument checks, then the best implementation that accepts.
 
-In: logits, a key and four parameters a row. Out: tokens. The same row gives the same token whatever its batch.
-This module does not know penalties, biases, grammar masks or logprobs: they are in the logits already, a token that
-must not be chosen having the logit -inf.
+In: logits, and what rows ask for. Out: tokens. Three ops: the greedy choice; what requests change about logits (masks,
+biases, penalties); the draw, for which a token that must not be chosen has the logit -inf. The same row gives the same
+token whatever its batch. This module does not know logprobs, nor requests.
 """
 
 from __future__ import annotations
@@ -11,9 +11,70 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch, imported, register
-from pallas_kernels.sampling.reference import sample_from_all
 
-register("sampling", "reference", imported("pallas_kernels.sampling.reference:sample"))
+_ROOM = "pallas_kernels.sampling"
+register("sampling.greedy", "triton", imported(f"{_ROOM}.adjust:greedy"), platforms=("gpu",))
+register("sampling.greedy", "triton_interpret", imported(f"{_ROOM}.interpreted:greedy"), platforms=("interpret",))
+register("sampling.greedy", "reference", imported(f"{_ROOM}.reference:greedy"))
+register("sampling.adjusted", "triton", imported(f"{_ROOM}.adjust:adjusted"), platforms=("gpu",))
+register("sampling.adjusted", "triton_interpret", imported(f"{_ROOM}.interpreted:adjusted"), platforms=("interpret",))
+register("sampling.adjusted", "reference", imported(f"{_ROOM}.reference:adjusted"))
+register("sampling", "triton", imported(f"{_ROOM}.triton:sample"), platforms=("gpu",))
+register("sampling", "triton_interpret", imported(f"{_ROOM}.interpreted:sample"), ("interpret",))
+register("sampling", "reference", imported(f"{_ROOM}.reference:sample"))
+
+
+def greedy(
+    logits: jax.Array,  # f32[B, V]
+    *,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-> i32[B], the largest logit's token, the lowest among ties; bool[B], which rows hold one that is not finite."""
+    _check_logits(logits)
+    return dispatch("sampling.greedy", implementation=implementation, platform=platform)(logits)
+
+
+def adjusted(
+    logits: jax.Array,  # f32[B, V]
+    counts: jax.Array,  # u16[S1, V]
+    row: jax.Array,  # i32[B]
+    mask: jax.Array,  # u32[B, ceil(V / 32)]
+    bias_ids: jax.Array,  # i32[B, Nb]
+    bias: jax.Array,  # f32[B, Nb]
+    repetition: jax.Array,  # f32[B]
+    frequency: jax.Array,  # f32[B]
+    presence: jax.Array,  # f32[B]
+    *,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> (f32[B, V], each row's largest f32[B], bool[B]: which rows of `logits` hold one that is not finite).
+
+    In this order: tokens whose bit t % 32 of word t // 32 is not set in `mask` get -inf; bias is added to the tokens
+    bias_ids, distinct in a row, V = no entry; where the row's line of `counts` (its low 15 bits how often the token was
+    generated, its high bit whether it is in the prompt) is not 0, positive logits are divided by `repetition` and
+    others multiplied; `frequency` times the generations and `presence`, once if there are any, are taken off.
+    """
+    _check_logits(logits)
+    B, V = logits.shape
+    if counts.ndim != 2 or counts.shape[1] != V or counts.dtype != jnp.uint16:
+        raise ValueError(f"counts must be u16[S1, V = {V}], got {counts.dtype}{list(counts.shape)}")
+    if mask.shape != (B, -(-V // 32)) or mask.dtype != jnp.uint32:
+        raise ValueError(f"mask must be u32[{B}, {-(-V // 32)}] for V = {V}, got {mask.dtype}{list(mask.shape)}")
+    if bias.ndim != 2 or bias_ids.shape != bias.shape or bias.shape[0] != B or bias.shape[1] == 0:
+        raise ValueError(f"bias_ids and bias must be [B = {B}, Nb] alike, got {bias_ids.shape}, {bias.shape}")
+    penalties = {"repetition": repetition, "frequency": frequency, "presence": presence}
+    for name, array, dtype in (("row", row, jnp.int32), *((name, of, jnp.float32) for name, of in penalties.items())):
+        if array.shape != (B,) or array.dtype != dtype:
+            raise ValueError(f"{name} must be {jnp.dtype(dtype).name}[{B}], got {array.dtype}{list(array.shape)}")
+    run = dispatch("sampling.adjusted", implementation=implementation, platform=platform)
+    return run(logits, counts, row, mask, bias_ids, bias, repetition, frequency, presence)
+
+
+def _check_logits(logits: jax.Array) -> None:
+    if logits.ndim != 2 or 0 in logits.shape or logits.dtype != jnp.float32:
+        raise ValueError(f"logits must be f32[B, V], not empty, got {logits.dtype}{list(logits.shape)}")
 
 
 def sample(
@@ -23,6 +84,7 @@ def sample(
     top_k: jax.Array,  # i32[B]
     top_p: jax.Array,  # f32[B]
     min_p: jax.Array,  # f32[B]
+    best: jax.Array | None = None,  # f32[B]
     *,
     truncates: bool = True,
     implementation: str | None = None,
@@ -38,11 +100,10 @@ def sample(
     The draw is argmax of logits / temperature + Gumbel noise over the kept tokens. Token v's noise is
     -log(-log(1 - u)), u = (b + 1/2) / 2^32, where b xors the two words of Threefry-2x32 of the block (0, v) under the
     row's key, as jax.random.bits does: every implementation draws the same token, up to rounding.
-    `truncates` false: the caller knows that top_k, top_p and min_p are off in every row.
-    A row needs one finite logit, and neither NaN nor +inf; otherwise its token is in range and means nothing.
+    `best` is each row's largest logit, for callers that know it; `truncates` false: top_k, top_p and min_p are off in
+    every row. A row needs one finite logit, and neither NaN nor +inf; else its token is in range and means nothing.
     """
-    if logits.ndim != 2 or 0 in logits.shape or logits.dtype != jnp.float32:
-        raise ValueError(f"logits must be f32[B, V], not empty, got {logits.dtype}{list(logits.shape)}")
+    _check_logits(logits)
     B = logits.shape[0]
     if keys.shape != (B, 2) or keys.dtype != jnp.uint32:
         raise ValueError(f"keys must be u32[B, 2] = u32[{B}, 2], got {keys.dtype}{list(keys.shape)}")
@@ -55,7 +116,6 @@ def sample(
         if array.shape != (B,) or array.dtype != dtype:
             wanted = f"{jnp.dtype(dtype).name}[B] = {jnp.dtype(dtype).name}[{B}]"
             raise ValueError(f"{name} must be {wanted}, got {array.dtype}{list(array.shape)}")
-    if not truncates:  # element-wise but for one reduction, which XLA fuses: nothing for a kernel to gain
-        return sample_from_all(logits, keys, temperature)
     run = dispatch("sampling", implementation=implementation, platform=platform)
-    return run(logits, keys, temperature, top_k, top_p, min_p)
+    best = logits.max(axis=1) if best is None else best
+    return run(logits, keys, temperature, top_k, top_p, min_p, best, truncates=truncates)

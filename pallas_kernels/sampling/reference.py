@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+IN_PROMPT = 1 << 15  # high bit of a count: the token occurs in the prompt
+MOST = IN_PROMPT - 1  # the rest of it: how often the token was generated, at most this
 _LANES = 128  # sums run down columns of this many, which vectorises, and in an order that no batch changes
 
 
@@ -24,10 +26,17 @@ def sample(
     top_k: jax.Array,  # i32[B]
     top_p: jax.Array,  # f32[B]
     min_p: jax.Array,  # f32[B]
+    best: jax.Array,  # f32[B]
+    *,
+    truncates: bool = True,
 ) -> jax.Array:
     """See api.sample."""
     greedy = temperature == 0
-    scaled = _scaled(logits, temperature)
+    # Subtracting first keeps the quotient finite at any temperature; the most likely token stays at exactly 0.
+    scaled = (logits - best[:, None]) / jnp.where(greedy, 1.0, temperature)[:, None]
+    noisy = _noisy(logits, scaled, keys, greedy)
+    if not truncates:
+        return first_argmax(noisy)
     weights = jnp.exp(scaled)  # relative to the most likely token's
     order = jnp.where(weights >= min_p[:, None], ordered_bits(logits), jnp.uint32(0))
     limited = (top_k > 0) & (top_k < logits.shape[1]) & ~greedy
@@ -43,18 +52,38 @@ def sample(
         lambda: threshold,
     )
     survives = order >= jnp.maximum(threshold, 1)[:, None]
-    return first_argmax(jnp.where(survives, _noisy(logits, scaled, keys, greedy), -jnp.inf))
+    return first_argmax(jnp.where(survives, noisy, -jnp.inf))
 
 
-def sample_from_all(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
-    """`sample` where no row asks for top_k, top_p or min_p: one pass, the same token."""
-    return first_argmax(_noisy(logits, _scaled(logits, temperature), keys, temperature == 0))
+def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See api.greedy."""
+    return first_argmax(logits), ~jnp.isfinite(logits).all(axis=1)
 
 
-def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    # Subtracting first keeps the quotient finite at any temperature; the most likely token stays at exactly 0.
-    highest = logits.max(axis=1, keepdims=True)
-    return (logits - highest) / jnp.where(temperature == 0, 1.0, temperature)[:, None]
+def adjusted(
+    logits: jax.Array,  # f32[B, V]
+    counts: jax.Array,  # u16[S1, V]
+    row: jax.Array,  # i32[B]
+    mask: jax.Array,  # u32[B, Vw]
+    bias_ids: jax.Array,  # i32[B, Nb]
+    bias: jax.Array,  # f32[B, Nb]
+    repetition: jax.Array,  # f32[B]
+    frequency: jax.Array,  # f32[B]
+    presence: jax.Array,  # f32[B]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See api.adjusted."""
+    B, V = logits.shape
+    bad = ~jnp.isfinite(logits).all(axis=1)
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    logits = jnp.where(bits.reshape(B, -1)[:, :V] == 1, logits, -jnp.inf)
+    logits = logits.at[jnp.arange(B, dtype=jnp.int32)[:, None], bias_ids].add(bias, mode="drop")
+    count = counts[row]
+    repeated = jnp.where(logits > 0, logits / repetition[:, None], logits * repetition[:, None])
+    logits = jnp.where(count > 0, repeated, logits)
+    generated = (count & MOST).astype(jnp.float32)
+    logits = logits - frequency[:, None] * generated
+    logits = logits - presence[:, None] * (generated > 0).astype(jnp.float32)
+    return logits, logits.max(axis=1), bad
 
 
 def _noisy(logits: jax.Array, scaled: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
@@ -75,12 +104,13 @@ def first_argmax(x: jax.Array) -> jax.Array:
 
 
 def gumbel(keys: jax.Array, V: int) -> jax.Array:
-    """u32[B, 2] -> f32[B, V] standard Gumbel noise; token v's depends on (key, v) only.
-
-    -log(-log(1 - u)) with u = (bits + 1/2) / 2^32: u near 0, where draws are won, keeps 32 bits of resolution.
-    """
+    """u32[B, 2] -> f32[B, V] standard Gumbel noise; token v's depends on (key, v) only."""
     counter = lax.broadcasted_iota(jnp.uint32, (keys.shape[0], V), 1)
-    bits = threefry(keys[:, :1], keys[:, 1:], counter)
+    return gumbel_of(threefry(keys[:, :1], keys[:, 1:], counter))
+
+
+def gumbel_of(bits: jax.Array) -> jax.Array:
+    """-log(-log(1 - u)) with u = (bits + 1/2) / 2^32: u near 0, where draws are won, keeps 32 bits of resolution."""
     u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * (2.0**-32), 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-u))
 

@@ -72,3 +72,41 @@ SAMPLING_SPECS = (
     SamplingSpec("two_tokens", B=12, V=2),
     SamplingSpec("one_token", B=12, V=1),
 )
+
+
+@dataclass(frozen=True)
+class AdjustSpec:
+    """What rows ask to be changed about their logits: row b takes what its number has bits for."""
+
+    name: str
+    B: int
+    V: int
+    entries: int = 5  # of biases
+
+    def inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
+        """logits, counts, row, mask, bias_ids, bias, repetition, frequency, presence."""
+        rng = np.random.default_rng(seed)
+        logits = (rng.standard_normal((self.B, self.V)) * 3).astype(np.float32)
+        counts = rng.integers(0, 4, (self.B + 1, self.V)).astype(np.uint16)
+        counts |= (rng.random(counts.shape) < 0.1).astype(np.uint16) << np.uint16(15)
+        row = rng.permutation(self.B + 1)[: self.B].astype(np.int32)
+        masked, biased, penalised = (np.arange(self.B) >> bit & 1 == 1 for bit in range(3))
+        words = rng.integers(0, 2**32, (self.B, -(-self.V // 32)), dtype=np.uint32)
+        words[~masked] = 2**32 - 1
+        entries = min(self.entries, self.V)
+        ids = np.stack([rng.permutation(self.V)[:entries] for _ in range(self.B)]).astype(np.int32)
+        ids[~biased] = self.V
+        ids[:, -1] = self.V  # an entry nobody uses
+        bias = (rng.standard_normal(ids.shape) * 20).astype(np.float32)
+        one = np.ones(self.B, np.float32)
+        some = np.where(penalised, np.float32(1), np.float32(0))
+        penalties = one + some * np.float32(0.25), some * np.float32(0.5), some * np.float32(-0.75)
+        return logits, counts, row, words, ids, bias, *penalties
+
+
+ADJUST_SPECS = (
+    AdjustSpec("llama_3_1_8b", B=8, V=128256, entries=300),
+    AdjustSpec("bundled", B=8, V=8192),
+    AdjustSpec("odd_vocabulary", B=9, V=257),
+    AdjustSpec("two_tokens", B=8, V=2, entries=2),
+)

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.page_write.api import page_write
-from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode
+from pallas_kernels.decode_attention.api import decode_attention
+from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.rope_page_write.api import rope_page_write
+from pallas_kernels.rope_page_write.reference import separated
 
 
 def causal(config):
     """No cache: queries [..., T, N, H] see the keys of the same call, as in training."""
 
-    def attend(layer, q, k, v):
+    def attend(layer, heads):
+        q, k, v = separated(heads)
         positions = jnp.arange(q.shape[-3])
         return softmax_attention(config, layer, q, k, v, positions)
 
@@ -43,7 +46,8 @@ class Dense:
         return [(empty, empty)] * config.num_layers
 
     def attend(self, config, cache, positions):
-        def attend(layer, q, k, v):
+        def attend(layer, heads):
+            q, k, v = separated(heads)
             cache[layer] = tuple(old.at[positions].set(new) for old, new in zip(cache[layer], (k, v)))
             return softmax_attention(config, layer, q, *cache[layer], positions)
 
@@ -67,11 +71,14 @@ class Paged:
         used = jnp.arange(len(self.table)) < -(-kv_lens // self.page_size)
         table = jnp.where(used, jnp.asarray(self.table), -123456)[None]
 
-        def attend(layer, q, k, v):
-            cache[layer] = page_write(*cache[layer], k, v, slots)
+        def attend(layer, heads):
             how = {"scale": config.attention_scale, "window": config.windows[layer]}
             if len(positions) == 1:
-                return paged_attention_decode(q, *cache[layer], table, kv_lens, **how)
+                out, *pages = decode_attention(heads, *cache[layer], table, kv_lens, **how)
+                cache[layer] = tuple(pages)
+                return out
+            q, *pages = rope_page_write(heads, *cache[layer], slots)
+            cache[layer] = tuple(pages)
             starts = jnp.array([0, len(positions)], jnp.int32)
             return paged_attention(q, *cache[layer], table, kv_lens, starts, **how)
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,12 +8,30 @@ from helpers import kernel_oracles as oracles
 from helpers.kernel_backends import jitted, pairs
 
 from pallas_kernels.sampling import reference
-from pallas_kernels.sampling.api import sample
-from pallas_kernels.sampling.specs import SAMPLING_SPECS, SamplingSpec
+from pallas_kernels.sampling.api import adjusted, greedy, sample
+from pallas_kernels.sampling.specs import ADJUST_SPECS, SAMPLING_SPECS, AdjustSpec, SamplingSpec
+
+QUICK = tuple(spec for spec in SAMPLING_SPECS if spec.name == "ties")
+LONG = tuple(spec for spec in SAMPLING_SPECS if spec not in QUICK)
 
 
-@pytest.mark.parametrize(("name", "spec"), pairs("sampling", SAMPLING_SPECS))
+@pytest.mark.parametrize(("name", "spec"), pairs("sampling", QUICK))
 def test_tokens_equal_those_of_a_sorting_float64_oracle_with_the_same_noise(name, spec):
+    compare(name, spec)
+
+
+@pytest.mark.parametrize(("name", "spec"), [p for p in pairs("sampling", LONG) if p.values[0] != "triton_interpret"])
+def test_tokens_of_other_vocabularies_equal_the_oracles(name, spec):
+    compare(name, spec)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("name", "spec"), [p for p in pairs("sampling", LONG) if p.values[0] == "triton_interpret"])
+def test_tokens_of_the_interpreted_kernel_equal_the_oracles(name, spec):
+    compare(name, spec)
+
+
+def compare(name, spec):
     inputs = spec.inputs()
     tokens = np.asarray(jitted(sample, name)(*inputs))
     expected, certain = oracles.sample(*inputs)
@@ -19,6 +39,35 @@ def test_tokens_equal_those_of_a_sorting_float64_oracle_with_the_same_noise(name
     np.testing.assert_array_equal(tokens[certain], expected[certain])
     assert certain.mean() > 0.8  # the comparison is one
     assert np.isfinite(inputs[0][np.arange(spec.B), tokens]).all()
+
+
+@pytest.mark.kernels
+def test_a_row_of_the_interpreted_kernel_draws_alone_what_it_draws_in_a_batch_and_from_all_tokens_what_xla_draws():
+    logits, keys, temperature, top_k, top_p, min_p = SamplingSpec("rows", B=6, V=5000).inputs()
+    kernel = functools.partial(sample, implementation="triton_interpret")
+    rows = logits, keys, temperature, top_k, top_p, min_p
+    whole = np.asarray(jax.jit(kernel)(*rows))
+    for b in (2, 5):
+        np.testing.assert_array_equal(np.asarray(jax.jit(kernel)(*(array[b : b + 1] for array in rows))), whole[b])
+    neutral = temperature, np.zeros_like(top_k), np.ones_like(top_p), np.zeros_like(min_p)
+    for truncates in (False, True):
+        drawn = (
+            np.asarray(sample(logits, keys, *neutral, truncates=truncates, implementation=name))
+            for name in ("triton_interpret", "reference")
+        )
+        np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.kernels
+def test_rows_that_keep_more_than_the_candidates_find_their_thresholds_in_passes_over_the_row():
+    flat = SamplingSpec(
+        "flat", B=3, V=9000, spread=0.2, parameters=((1.0, 5000, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 6000, 0.8, 0.0))
+    )
+    inputs = flat.inputs()
+    expected, certain = oracles.sample(*inputs)
+    tokens = np.asarray(jax.jit(functools.partial(sample, implementation="triton_interpret"))(*inputs))
+    np.testing.assert_array_equal(tokens[certain], expected[certain])
+    assert certain.sum() >= 2
 
 
 DRAWS = [
@@ -47,6 +96,60 @@ def test_a_rows_token_does_not_depend_on_its_batch(name, spec):
     whole = np.asarray(run(*inputs))
     for rows in ([0], [9], [7, 7, 3], list(range(0, 36, 2)), list(range(36))[::-1]):
         np.testing.assert_array_equal(np.asarray(run(*(array[rows] for array in inputs))), whole[rows])
+
+
+def adjusted_by_hand(spec, logits, counts, row, words, ids, bias, repetition, frequency, presence):
+    """In numpy's f32, one operation after the other."""
+    allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : spec.V].astype(bool)
+    out = np.where(allowed, logits, np.float32(-np.inf))
+    for b in range(spec.B):
+        used = ids[b] < spec.V
+        out[b, ids[b][used]] += bias[b][used]
+        count = counts[row[b]]
+        seen, times = count > 0, (count & 0x7FFF).astype(np.float32)
+        repeated = np.where(out[b] > 0, out[b] / repetition[b], out[b] * repetition[b])
+        out[b] = np.where(seen, repeated, out[b])
+        out[b] = out[b] - frequency[b] * times - presence[b] * (times > 0).astype(np.float32)
+    return out
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("sampling.adjusted", ADJUST_SPECS[1:3]))
+def test_masks_biases_and_penalties_are_applied_in_order_and_the_largest_found(name, spec):
+    inputs = spec.inputs()
+    expected = adjusted_by_hand(spec, *inputs)
+    inputs[0][0, 0] = np.nan
+    inputs[0][1, spec.V - 1] = np.inf
+    out, best, bad = (np.asarray(each) for each in jitted(adjusted, name)(*inputs))
+    np.testing.assert_array_equal(bad, np.arange(spec.B) < 2)
+    np.testing.assert_allclose(out[2:], expected[2:], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(best[2:], out[2:].max(axis=1))
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("sampling.greedy", SAMPLING_SPECS[4:8]))
+def test_greedy_takes_the_first_of_the_largest_and_flags_rows_that_are_not_finite(name, spec):
+    logits = np.where(np.isinf(spec.inputs()[0]), np.float32(-1e30), spec.inputs()[0])
+    odd = logits.copy()
+    odd[0, -1], odd[-1, 0] = np.nan, -np.inf
+    token, bad = (np.asarray(each) for each in jitted(greedy, name)(odd))
+    np.testing.assert_array_equal(bad, ~np.isfinite(odd).all(axis=1))
+    np.testing.assert_array_equal(token[~bad], logits.argmax(axis=1)[~bad])
+    assert token.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (1, jnp.zeros((3, 40), jnp.uint32), r"counts must be u16\[S1, V = 40\]"),
+        (3, jnp.zeros((2, 1), jnp.uint32), r"mask must be u32\[2, 2\] for V = 40"),
+        (5, jnp.zeros((2, 4)), "bias_ids and bias must be"),
+        (7, jnp.zeros(3), r"frequency must be float32\[2\]"),
+    ],
+)
+def test_wrong_requests_raise_an_error_that_names_the_shapes(position, wrong, message):
+    arguments = list(map(jnp.asarray, AdjustSpec("two", B=2, V=40).inputs()))
+    arguments[position] = wrong
+    with pytest.raises(ValueError, match=message):
+        adjusted(*arguments)
 
 
 def test_the_references_bits_are_those_of_jax_random_and_of_the_published_algorithm():

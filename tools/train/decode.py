@@ -17,6 +17,8 @@ from jaxtyping import Array, Int
 
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge
+from pallas_kernels.rope_page_write.heads import Heads
+from pallas_kernels.rope_page_write.reference import separated
 from tools.train.model import masked_attention
 
 type Cache = list[tuple[jax.Array, jax.Array]]
@@ -31,7 +33,8 @@ def _advance(
     rows = jnp.arange(token_ids.shape[0])
     visible = jnp.arange(cache[0][0].shape[1])[None, None, :] <= positions[:, :, None]
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, heads: Heads) -> jax.Array:
+        q, k, v = separated(heads)
         keys, values = (
             kept.at[rows[:, None], positions].set(new) for kept, new in zip(grown[layer], (k, v), strict=True)
         )

@@ -16,10 +16,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.rope import rotations
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Params, merge, split
+from pallas_kernels.norm.reference import rms_norm
+from pallas_kernels.rope_page_write.heads import Heads
+from pallas_kernels.rope_page_write.reference import separated
 
 type Remat = Literal["none", "layer"]
 
@@ -100,15 +102,15 @@ def hidden_states(model: Decoder, token_ids: Int[Array, "B T"], remat: Remat = "
     assert model.final_norm is not None, "training takes whole models"
     x = look_up(model.embed[...], token_ids)
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return causal_attention(config, q, k, v)
+    def attend(layer: int, heads: Heads) -> jax.Array:
+        return causal_attention(config, *separated(heads))
 
     for number, layer in enumerate(model.layers):
         graphdef, state = nnx.split(layer)
 
         def run(state: Any, x: jax.Array, graphdef: Any = graphdef, number: int = number) -> jax.Array:
             layer = nnx.merge(graphdef, state)
-            return layer.leave(x, layer.attention.mix(layer.enter(x), number, turned, attend))
+            return layer.leave(x, layer.attention.mix(layer.enter(x), number, turned, attend, x.dtype))
 
         x = (jax.checkpoint(run) if remat == "layer" else run)(state, x)
     return rms_norm(x, model.final_norm[...], config.norm_eps)

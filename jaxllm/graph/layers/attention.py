@@ -1,7 +1,8 @@
 """The projections around attention: one merged qkv matrix in, one output matrix, optional biases and qk-norms.
 
-In: hidden states, rotations, and `attend`, which does the attention itself. Out: hidden states. Knows nothing of
-pages, batches, masks or windows: whoever passes `attend` does.
+In: hidden states, rotations, and `attend`, which does the attention itself, norms and rotation of its heads included,
+so that kernels may do them on the way. Out: hidden states. Knows nothing of pages, batches, masks or windows: whoever
+passes `attend` does.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxllm.graph.layers.linear import linear
-from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.parameter import parameter
-from jaxllm.graph.layers.rope import rotate
 from jaxllm.graph.models.config import ModelConfig
+from pallas_kernels.rope_page_write.heads import Heads
 
-# attend(layer, q[..., N, H], k[..., K, H], v[..., K, H]) -> [..., N, H]
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# attend(layer, heads of [...] tokens) -> [..., N, H]; `separated(heads)` gives q, k and v ready to attend
+Attend = Callable[[int, Heads], jax.Array]
 Rotations = tuple[jax.Array, jax.Array]
 
 
@@ -46,19 +47,14 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def mix(
-        self, qkv: Float[Array, "... R"], layer: int, rotations: Rotations, attend: Attend
+        self, qkv: Float[Array, "... R"], layer: int, rotations: Rotations, attend: Attend, dtype: DTypeLike
     ) -> Float[Array, "... NH"]:
-        """Attention between tokens, its heads side by side."""
-        config = self.config
-        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        lead = qkv.shape[:-1]
-        q = qkv[..., :q_rows].reshape(*lead, config.num_heads, config.head_dim)
-        k = qkv[..., q_rows : q_rows + kv_rows].reshape(*lead, config.num_kv_heads, config.head_dim)
-        v = qkv[..., q_rows + kv_rows :].reshape(*lead, config.num_kv_heads, config.head_dim)
-        if self.qk_norms is not None:
-            norms = self.qk_norms[...]
-            q, k = rms_norm(q, norms[0], config.norm_eps), rms_norm(k, norms[1], config.norm_eps)
-        return attend(layer, rotate(q, *rotations), rotate(k, *rotations), v).reshape(*lead, q_rows)
+        """Attention between tokens, its heads side by side. `qkv` is what `project` gives, or f32 parts of it."""
+        config, (cos, sin) = self.config, rotations
+        norms = None if self.qk_norms is None else self.qk_norms[...]
+        bias = None if self.qkv_bias is None or qkv.ndim == cos.ndim else self.qkv_bias[...]
+        heads = Heads(qkv, cos, sin, norms, bias, K=config.num_kv_heads, eps=config.norm_eps, dtype=jnp.dtype(dtype))
+        return attend(layer, heads).reshape(*cos.shape[:-1], config.num_heads * config.head_dim)
 
     @jax.named_scope("attention")
     def output(self, mixed: Float[Array, "... NH"]) -> Float[Array, "... D"]:

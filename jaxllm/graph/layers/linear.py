@@ -13,6 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxllm.graph.quant.leaf import QuantisedWeight
 
+# How XLA cuts the products of a few rows on a Hopper GPU (benchmarks/step_kernels.py shows it), so that it need not.
+FEW_ROWS, LEAST_DEPTH = 128, 256
+PARTS = ((4096, 8), (8192, 4))  # outputs up to so many: parts
+
 
 def project(x: Float[Array, "... I"], weight: Float[Array, "O I"] | QuantisedWeight) -> Float[Array, "... O"]:
     """x @ weight.T in f32, not cast back."""
@@ -58,3 +62,17 @@ def linear(
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return out.astype(x.dtype)
+
+
+def in_parts(x: Float[Array, "T I"], weight: Float[Array, "O I"] | QuantisedWeight) -> Float[Array, "S T O"] | None:
+    """x @ weight.T as f32 partial sums over S cuts of I; None where it is better whole."""
+    if isinstance(weight, QuantisedWeight) or weight.dtype == jnp.float32 or x.shape[0] > FEW_ROWS:
+        return None
+    outputs, depth = weight.shape
+    count = next((parts for most, parts in PARTS if outputs <= most), 1)
+    while count > 1 and (depth % count or depth // count < LEAST_DEPTH):
+        count //= 2
+    if count == 1:
+        return None
+    cut = x.reshape(x.shape[0], count, -1), weight.reshape(outputs, count, -1)
+    return jax.lax.dot_general(*cut, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)

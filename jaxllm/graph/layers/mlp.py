@@ -27,8 +27,12 @@ class MLP(nnx.Module):
         self.down_bias = parameter((d_model,), ("once",), dtype, rngs, "zeros") if config.mlp_bias else None
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def hidden(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """What `down` takes."""
         gate_up = linear(x, self.gate_up[...], None if self.gate_up_bias is None else self.gate_up_bias[...])
         gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-        return linear(hidden, self.down[...], None if self.down_bias is None else self.down_bias[...])
+        return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+    @jax.named_scope("mlp")
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return linear(self.hidden(x), self.down[...], None if self.down_bias is None else self.down_bias[...])

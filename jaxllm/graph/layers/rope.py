@@ -1,16 +1,14 @@
-"""Rotary position embedding: frequencies of each scaling kind, and the rotation.
+"""Rotary position embedding: frequencies of each scaling kind.
 
-In: a RopeConfig and positions. Out: f32 cosines and sines, made once a step and shared by all layers. Pairs are
-(i, i + H/2), as Hugging Face stores q and k. The formulas are those of the papers and of transformers: linear
-(position interpolation), llama3 (by wavelength), yarn (by rotations over the original context, with a
-temperature that multiplies cosines and sines).
+In: a RopeConfig and positions. Out: f32 cosines and sines, made once a step and shared by all layers. The formulas are
+those of the papers and of transformers: linear (position interpolation), llama3 (by wavelength), yarn (by rotations
+over the original context, with a temperature that multiplies cosines and sines).
 """
 
 from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -76,12 +74,3 @@ def rotations(
     freqs, scale = frequencies(rope, head_dim)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-@jax.named_scope("rope")
-def rotate(
-    x: Float[Array, "... N H"], cos: Float[Array, "... h"], sin: Float[Array, "... h"]
-) -> Float[Array, "... N H"]:
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

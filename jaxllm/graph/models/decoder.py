@@ -27,10 +27,10 @@ from jaxllm.graph.layers.attention import Attend, Attention
 from jaxllm.graph.layers.linear import project
 from jaxllm.graph.layers.mlp import MLP
 from jaxllm.graph.layers.moe import MoE
-from jaxllm.graph.layers.norm import rms_norm
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.layers.rope import rotations
 from jaxllm.graph.models.config import ModelConfig
+from pallas_kernels.norm.reference import rms_norm
 from sharding.collectives import ALONE, Exchange
 
 Params = dict[Any, Any]  # nested plain dict; keys are attribute names and layer numbers, leaves are arrays
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
         qkv: jax.Array | None = layers[0].enter(x, exchange)
         for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
             assert qkv is not None, "only the last layer has no next"
-            x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend))
+            x, qkv = onward(layer, following, x, layer.attention.mix(qkv, number, turned, attend, x.dtype))
         return x
 
     def end(self, x: Float[Array, "... D"], exchange: Exchange = ALONE) -> Float[Array, "... D"]:

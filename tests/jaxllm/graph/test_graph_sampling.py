@@ -11,12 +11,12 @@ from jaxllm.graph.sampling import (
     IN_PROMPT,
     MOST,
     SampleInputs,
-    greedy,
     position_keys,
     sample,
     set_counts,
     token_logprobs,
 )
+from pallas_kernels.sampling.api import greedy
 from pallas_kernels.sampling.reference import gumbel
 
 DRAWS = 100_000
