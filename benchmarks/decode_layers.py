@@ -121,14 +121,17 @@ def check() -> None:
     for spec in (*LAYERS_SPECS[:4], real):
         x, layers, pages, *rows = spec.arguments(spec.inputs())
 
-        def run(name: str, x: Any, rows: Any, layers: Any = layers, pages: Any = pages, spec: Any = spec) -> Any:
-            call = functools.partial(decode_layers, eps=EPS, scale=spec.H**-0.5, implementation=name)
-            return np.asarray(jax.jit(call)(x, layers, pages, *rows)[0], np.float64)
+        def op(name: str, spec: Any = spec) -> Any:
+            return jax.jit(functools.partial(decode_layers, eps=EPS, scale=spec.H**-0.5, implementation=name))
 
+        def run(call: Any, x: Any, rows: Any, layers: Any = layers, pages: Any = pages) -> Any:
+            return np.asarray(call(x, layers, pages, *rows)[0], np.float64)
+
+        ours, plain = op("cuda"), op("reference")
         live = [row for row, length in enumerate(spec.lengths) if length]
-        got, want = run("cuda", x, rows), run("reference", x, rows)
-        again = all(np.array_equal(got[live], run("cuda", x, rows)[live]) for _ in range(20))
-        alone = [np.array_equal(run("cuda", x[r : r + 1], [a[r : r + 1] for a in rows])[0], got[r]) for r in live[:2]]
+        got, want = run(ours, x, rows), run(plain, x, rows)
+        again = all(np.array_equal(got[live], run(ours, x, rows)[live]) for _ in range(20))
+        alone = [np.array_equal(run(ours, x[r : r + 1], [a[r : r + 1] for a in rows])[0], got[r]) for r in live[:2]]
         error = float(np.linalg.norm(got[live] - want[live]) / np.linalg.norm(want[live]))
         say(what="check", spec=spec.name, error=error, repeats_equal=again, alone_equal=alone)
 

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# All layers of a decode step in one kernel, and what a start costs now. One H200, repository root, results under $OUT.
+# PART picks stages (check,time,timeline,variants,engine,start); default all, about 9 minutes. README.md says what each answers.
+set -uo pipefail
+OUT=${OUT:-build/decode_layers}
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+mkdir -p "$OUT"
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+exec > >(tee -a "$OUT/job.log") 2>&1
+part() { [ -z "${PART:-}" ] || [[ ",$PART," == *",$1,"* ]]; }
+stage() { echo "== $1 (at most $2 s)"; date -u +%T; }
+bench() { # shape kernels batches limit
+  timeout "$4" python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py "$1" /tmp/shapes)" --batch "$3" --prefill "" \
+    --repeats 1 --set kernels=$2 --label "$COMMIT $2" --out "$OUT/$1-$2.json" 2>&1 | tail -n 12
+}
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader
+
+part check && { stage "right, the same bits again and alone (a hang costs 100 s: then nothing below is worth running)" 100
+  timeout 100 python3 -W ignore -m benchmarks.decode_layers check || echo "rc $?"; }
+part time && { stage "time" 90
+  timeout 90 python3 -W ignore -m benchmarks.decode_layers time || echo "rc $?"
+  echo "predicted: 8B, 1 / 2 / 4 / 8 rows: 110 / 110 / 112 / 118 us a layer (XLA with attention and small kernels: 139 at 1 row); 0.6B, 1 row: 25 us"; }
+part timeline && { stage "where a stage's time goes" 90
+  timeout 90 python3 -W ignore -m benchmarks.decode_layers timeline || echo "rc $?"
+  echo "predicted waits at 8B, 1 row: qkv 1, attention 3, o 6 (5 hidden behind the ring), gate_up 3, down 2 us"; }
+part variants && { stage "slots and prefetch" 120
+  timeout 120 python3 -W ignore -m benchmarks.decode_layers variants || echo "rc $?"; }
+part engine && {
+  for kernels in auto layers; do
+    stage "engine, $kernels" 110
+    bench llama-3.1-8b $kernels 1,8 110
+    bench qwen3-0.6b $kernels 1,8 80
+  done
+  echo "predicted, layers, ms at batch 1 / 8: 8B 3.85 / 4.15 (bars 3.97 / 4.30), 0.6B 0.95 / 1.15 (bars 1.1 / 1.3)"; }
+part start && { stage "process start to first token, cold then kept caches, by phase" 200
+  timeout 200 python3 -W ignore -m serve.cli bench startup "$(python3 benchmarks/shapes.py llama-3.1-8b /tmp/shapes)" --repeats 2 \
+    --label "$COMMIT" --out "$OUT/startup.json" 2>&1 | tail -n 12
+  echo "predicted: cold 62 s as before (one more pass to keep the StableHLO, 1 s), kept 15 s (30.6 - 14 s of tracing - 2 s overlapped)"; }
+date -u +%T
