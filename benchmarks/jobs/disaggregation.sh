@@ -1,6 +1,6 @@
 #!/bin/bash
 # Two GPUs of one host: prefill on the first, decode on the second. Run in the repository root
-# after the merge) on kind nvidia-h200-x2. Full log and JSON lines under $OUT. About 9 minutes in all; each stage stands
+# on kind nvidia-h200-x2. Full log and JSON lines under $OUT. About 9 minutes in all; each stage stands
 # by itself, so a stage that fails or is cut costs only itself.
 set -u
 OUT=${OUT:-build/disaggregation}; mkdir -p "$OUT" build

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Experts over GPUs. Run in the root of a checkout (or main once merged):
-#   STAGES="one" bash job.sh        on nvidia-h200
-#   STAGES="layer2" bash job.sh     on nvidia-h200-x2
-#   STAGES="layer4 model4" bash job.sh   on nvidia-h200-x4
+# Experts over GPUs. Run in the repository root:
+#   STAGES="one" bash experts.sh        on nvidia-h200
+#   STAGES="layer2" bash experts.sh     on nvidia-h200-x2
+#   STAGES="layer4 model4" bash experts.sh   on nvidia-h200-x4
 # Everything is logged to $OUT/experts.log; figures as JSON under $OUT. See README.md beside this file.
 set -uo pipefail
 OUT=${OUT:-build/experts}

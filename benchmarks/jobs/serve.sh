@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Issue 5, line 4: vLLM's client against our server and vLLM's in one process tree, then our offline rate. One H200.
-# Run in the repository root with carry=[".whl",".peer"]; the wheel beside this file must lie in .whl before (README.md).
+# Run in the repository root with carry=[".whl",".peer"]; orjson's wheel must lie in .whl: the machine lacks it.
 set -uo pipefail
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 OUT=${OUT:?}; LOG=$OUT/job.log
