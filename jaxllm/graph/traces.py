@@ -25,6 +25,7 @@ import jax
 from jax import export
 
 from jaxllm.graph.steps import Graph, Sampled, Stepped
+from pallas_kernels.decode_layers import cuda as decode_layers
 
 log = logging.getLogger(__name__)
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
@@ -32,8 +33,7 @@ SUFFIX = ".stablehlo"
 ROOT = Path(__file__).parents[2]
 READ_BY_TRACING = ("jaxllm/core.py", "jaxllm/graph", "pallas_kernels", "sharding")
 # Kernels as custom calls. JAX promises nothing of them between its versions, but the one that wrote a file reads it.
-OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call")
-MOSAIC = b"mosaic_gpu"
+OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", decode_layers.TARGET)
 
 for kind in (Stepped, Sampled):
     export.register_namedtuple_serialization(kind, serialized_name=f"jaxllm.{kind.__name__}")
@@ -114,8 +114,7 @@ class Traces:
             data = path.read_bytes()
         except OSError:
             return None
-        if MOSAIC in data:
-            importlib.import_module("jax.experimental.mosaic.gpu")  # tells the runtime where its library lies
+        _provide(data)
         return export.deserialize(bytearray(data))
 
     def _write(self, path: Path, exported: export.Exported) -> None:
@@ -124,6 +123,14 @@ class Traces:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(exported.serialize())
             temporary.replace(path)
+
+
+def _provide(data: bytes) -> None:
+    """What tracing the kernels in this module would have brought into the process."""
+    if b"mosaic_gpu" in data:
+        importlib.import_module("jax.experimental.mosaic.gpu")  # tells the runtime where its library lies
+    if decode_layers.TARGET.encode() in data:
+        decode_layers.register(decode_layers.library())
 
 
 def _device(sharding: jax.sharding.Sharding) -> Any:
