@@ -125,9 +125,8 @@ ffi::Error decode_layers_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi:
   const std::string why = fill(p, JAXLLM_SIZE_VALUES, args, rets);
   if (!why.empty()) return failure(why);
   const Layout layout = lay_out(p, static_cast<unsigned char*>((*rets.get<ffi::AnyBuffer>(1))->untyped_data()));
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(decode_layers, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  cudaError_t error = allowed;
+  // Of each device by itself, so at each call; only recordings of the step's graph come here.
+  cudaError_t error = cudaFuncSetAttribute(decode_layers, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error == cudaSuccess) error = cudaMemsetAsync(p.work.begun, 0, layout.zeros, stream);
   if (error == cudaSuccess) {
     decode_layers<<<p.programs, kThreads + 32, sizeof(Shared), stream>>>(p);
