@@ -166,8 +166,9 @@ class FakeOpenAI:
 @contextlib.contextmanager
 def serving(fake):
     """The fake on a free port of this machine, in a thread; gives its address."""
+    # log_config: uvicorn's own would close all handlers there are, and absl's closes pytest's capture with itself.
     config = uvicorn.Config(
-        fake.app(), host="127.0.0.1", port=0, log_level="error", ws="none", timeout_graceful_shutdown=1
+        fake.app(), host="127.0.0.1", port=0, log_level="error", log_config=None, ws="none", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
