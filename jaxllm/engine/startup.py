@@ -173,6 +173,8 @@ def _loaded_and_compiled(
     shapes = _shapes(config, homes)
     compile_ = functools.partial(_compile, config, homes, report=report, tell=tell)
     found = report.compile_cache.entries > 0
+    if found and config.model.load_format != "dummy":
+        loader.check(directory, model_config)  # what is wrong with the files is said before anything is begun
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         compiling = pool.submit(compile_, shapes) if found else None
         with _timed(report, "weights"):

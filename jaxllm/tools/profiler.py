@@ -32,7 +32,9 @@ MODULE = re.compile(r"^HloModule ([\w.\-]+)", re.MULTILINE)
 ENTRY = re.compile(r"^ENTRY .*?\{$(.*?)^\}", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"([._]\d+)+$")
 JITTED = re.compile(r"jit\((\w+)\)$")
-MACHINERY = frozenset({"while", "body", "cond", "closed_call", "shard_map", "pallas_call", "eval_jaxpr"})
+MACHINERY = frozenset(
+    {"call_exported", "while", "body", "cond", "closed_call", "shard_map", "pallas_call", "eval_jaxpr"}
+)
 LAUNCH_NOTHING = frozenset(
     {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id"}
 )

@@ -111,7 +111,6 @@ class Elsewhere:
     [
         ({"expert": 2, "attention_data": True}, "mesh.attention_data over 2 processes"),
         ({"expert": 2, "redundant_experts": 2}, "experts are moved within one process only"),
-        ({"pipe": 2}, "mesh.pipe > 1 over 2 processes"),
     ],
 )
 def test_what_one_process_must_drive_is_refused_over_two(settings, said):
