@@ -36,7 +36,10 @@ class FakeWorker:
             writer.transport.abort()
 
     async def close(self):
-        """At the end of a test: nothing of it is left."""
+        """At the end of a test: nothing of it is left, nor of a connection that was accepted and not yet served."""
+        await self.die()
+        for _ in range(10):
+            await asyncio.sleep(0)
         await self.die()
         for task in self.tasks:
             task.cancel()

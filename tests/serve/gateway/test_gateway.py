@@ -99,8 +99,6 @@ def test_a_stream_that_breaks_before_its_first_event_is_told_whole_by_another(be
     run(body)
 
 
-# The worker it fakes drops its transport; when the collector finds that one is chance, and then it is this test's.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("path", "name"), [("/v1/completions", None), ("/v1/messages", "error"), ("/v1/responses", "error")]
 )
