@@ -117,7 +117,9 @@ def seconds_of(model: str, B: int, of: Kernel, reps: int = 20) -> float:
 
 def check() -> None:
     """The emulator's cases and one real layer, against the reference; the same bits again and alone."""
-    real = dataclasses.replace(MODELS["llama-3.1-8b"], name="8b", L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1))
+    real = dataclasses.replace(
+        MODELS["llama-3.1-8b"], name="8b", L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1)
+    )
     for spec in (*LAYERS_SPECS[:4], real):
         x, layers, pages, *rows = spec.arguments(spec.inputs())
 
