@@ -32,11 +32,15 @@ MODELS = {
     "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336),
     "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, qk_norm=True),
 }
-VARIANTS = {  # depth of a slot, slots, activations ahead
-    "512x6, 3 ahead": (512, 6, 3),
-    "512x6, 2 ahead": (512, 6, 2),
-    "256x11, 6 ahead": (256, 11, 6),
-    "256x11, 4 ahead": (256, 11, 4),
+CONSTANTS = ("DEPTH", "SLOTS", "AHEAD", "FETCHERS")
+VARIANTS = {  # depth of a slot, slots, activations ahead, warps that fetch
+    "512x6, 3 ahead, 1": (512, 6, 3, 1),
+    "512x6, 3 ahead, 2": (512, 6, 3, 2),
+    "512x6, 3 ahead, 4": (512, 6, 3, 4),
+    "512x6, 2 ahead, 4": (512, 6, 2, 4),
+    "512x5, 3 ahead, 4": (512, 5, 3, 4),
+    "1024x3, 2 ahead, 2": (1024, 3, 2, 2),
+    "1024x3, 2 ahead, 4": (1024, 3, 2, 4),
 }
 
 
@@ -154,8 +158,8 @@ def timed() -> None:
 
 
 def variants() -> None:
-    for name, (depth, slots, ahead) in VARIANTS.items():
-        of = kernel((f"-DJAXLLM_DEPTH={depth}", f"-DJAXLLM_SLOTS={slots}", f"-DJAXLLM_AHEAD={ahead}"))
+    for name, values in VARIANTS.items():
+        of = kernel(tuple(f"-DJAXLLM_{n}={v}" for n, v in zip(CONSTANTS, values, strict=True)))
         for model, B in (("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("qwen3-0.6b", 1)):
             seconds = seconds_of(model, B, of)
             say(what="variant", name=name, model=model, B=B, ms=seconds * 1e3, TBps=bytes_of(model, B) / seconds / 1e12)

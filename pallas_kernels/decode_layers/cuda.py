@@ -22,7 +22,7 @@ from pallas_kernels.decode_layers.api import LayerWeights, Pages
 HERE = Path(__file__).parent
 SOURCE, INCLUDES = HERE / "decode_layers.cu", tuple(HERE / name for name in ("primitives.h", "emulator.h", "launch.h"))
 TARGET = "jaxllm_decode_layers"
-ROWS, UNIT, DEPTH, HEAD, MAX_LAYERS, MAX_GROUP, KEPT = 8, 16, 64, 128, 80, 8, 8
+ROWS, UNIT, DEPTH, HEAD, MAX_LAYERS, MAX_GROUP, MAX_K, KEPT = 8, 16, 64, 128, 80, 8, 32, 8
 
 
 def decode_layers(
@@ -56,8 +56,8 @@ def refuse(x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages])
             raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
     if HEAD != H or page_size % UNIT or 128 % page_size:
         raise NotImplementedError(f"heads of {HEAD} and pages of 16 to 128 tokens, got {H} and {page_size}")
-    if NH // H % K or NH // H // K > MAX_GROUP:
-        raise NotImplementedError(f"{NH // H} heads over {K}: at most {MAX_GROUP} queries a key")
+    if NH // H % K or NH // H // K > MAX_GROUP or K > MAX_K:
+        raise NotImplementedError(f"{NH // H} heads over {K}: at most {MAX_GROUP} queries a key, {MAX_K} kv heads")
     for name, size in (("D", D), ("N * H", NH), ("F", F)):
         if size % DEPTH:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")

@@ -1,12 +1,12 @@
 // All layers of a dense decoder for one token of up to 8 rows, in one launch that never stops reading weights.
 //
 // One block a multiprocessor, as many blocks as share the work evenly; all of them live until the end, so they may wait
-// for each other. A warp fetches weights through a ring in shared memory, across the ends of stages: weights depend on
-// nothing. Eight warps compute. A layer is five stages, each of which starts when all blocks have ended the one before:
+// for each other. Warps of their own fetch weights, keys and values through a ring in shared memory, across the ends of
+// stages: they depend on nothing. Eight warps compute. A layer is five stages, each of which starts when all blocks have ended the one before:
 // qkv, attention, o, gate and up, down. A product's rows are dealt out in units of 16 (the tensor core's), whole: no
 // sum is split between blocks, and the eight warps' parts are added in their order, so a row's bits depend neither on the
-// other rows nor on their number. Attention is split into runs of 128 keys, always the same ones, merged in their order
-// by whichever block ends the last.
+// other rows nor on their number. Attention is split into runs of 64 keys, a slot of the ring and a warp each, always the
+// same ones, merged in their order by whichever block ends the last.
 //
 // RMS norms are split: who makes the residual stream also hands on x * norm weight and sums of squares; who reads that
 // multiplies its sums by the rows' scales. Rotation and the norms of queries and keys are done where attention reads them.
@@ -19,8 +19,13 @@ namespace {
 #define JAXLLM_SLOTS 6
 #define JAXLLM_AHEAD 3
 #endif
+#ifndef JAXLLM_FETCHERS
+#define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
+#endif
 
-constexpr int kRows = 8, kUnit = 16, kWarps = 8, kThreads = kWarps * 32, kMaxLayers = 80, kSplit = 128;
+constexpr int kRows = 8, kUnit = 16, kWarps = 8, kThreads = kWarps * 32, kMaxLayers = 80;
+constexpr int kSplit = 64;  // keys of a run
+constexpr int kFetchers = JAXLLM_FETCHERS, kAllThreads = kThreads + kFetchers * 32;
 constexpr int kDepth = JAXLLM_DEPTH;     // columns of a slot
 constexpr int kPitch = kDepth * 2 + 64;  // bytes: odd multiples of 64, so that 8 lanes meet no bank twice
 constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRows * kPitch;
@@ -56,13 +61,16 @@ constexpr int kHead = 128;
 
 struct Shared {
   alignas(128) unsigned char ring[kSlots][kSlotBytes];
-  alignas(16) float scratch[2][kWarps][2][kUnit][kRows];  // two groups' sums; attention's probabilities and sums
-  alignas(16) uint16_t queries[kRows][kHead];
-  float most[kWarps][kRows], total[kWarps][kRows];
+  alignas(16) float scratch[2][kWarps][2][kUnit][kRows];  // two groups' sums; attention's queries, then probabilities
   uint16_t residual[kMaxUnits * kUnit][kRows];
   float squares[kWarps][kRows], scales[kRows];
   uint64_t full[kSlots], empty[kSlots];
-  uint32_t last;
+  bool done[kThreads];  // of each row and kv head: all its runs are there
+};
+static_assert(kSlots <= kWarps && kSlotBytes >= 4 * kSplit * kHead && sizeof(Shared::scratch) >= kWarps * kSplit * kRows * 4);
+
+struct alignas(16) Four {
+  float values[4];
 };
 
 struct Product {
@@ -89,27 +97,99 @@ DEVICE int64_t weight_row(const Product& w, int unit, int row) {
   return int64_t(unit) * 8 + (row & 7) + (row >= 8 ? w.half : 0);
 }
 
-// ---- weights ----
+// ---- runs of keys ----
 
-DEVICE void fetch_weights(const Params& p, Shared& s, int program, int lane) {
+struct Unit {
+  int row, head, split, splits, length;  // head: of keys and values
+};
+
+struct Range {
+  int first, last;
+};
+
+DEVICE int splits_of(int length) { return (length + kSplit - 1) / kSplit; }
+
+// The unit-th run of keys over all rows, splits fastest.
+DEVICE void find_unit(const Params& p, int unit, Unit& found) {
+  for (int row = 0; row < p.rows; ++row) {
+    const int length = p.lens[row], splits = splits_of(length), count = splits * p.kv_heads;
+    if (unit < count) {
+      found = {row, unit / splits, unit % splits, splits, length};
+      return;
+    }
+    unit -= count;
+  }
+}
+
+// This block's share of all runs, neighbours of each other.
+DEVICE Range runs_of(const Params& p, int program) {
+  int64_t all = 0;
+  for (int row = 0; row < p.rows; ++row) all += splits_of(p.lens[row]) * p.kv_heads;
+  return {int(all * program / p.programs), int(all * (program + 1) / p.programs)};
+}
+
+DEVICE uint16_t* page_row(const Params& p, uint16_t* pages, const Unit& unit, int key) {
+  const int64_t page = p.table[unit.row * p.width + key / p.page_size];
+  return pages + ((page * p.kv_heads + unit.head) * p.page_size + key % p.page_size) * kHead;
+}
+
+// ---- copies ----
+
+struct Fetcher {  // one of the warps that fill the ring; together they do what is said below for 32 lanes
+  Shared& s;
+  int number, lane;
   uint32_t filled = 0;
+  // The next slot, once it is free; told how many bytes this warp will bring.
+  DEVICE int next(uint32_t bytes) {
+    const int slot = filled % kSlots;
+    if (filled >= kSlots) wait_for(&s.empty[slot], (filled / kSlots + 1) & 1);
+    if (lane == 0) expect_bytes(&s.full[slot], bytes);
+    sync_warp();
+    ++filled;
+    return slot;
+  }
+};
+
+DEVICE int between(int least, int value, int most) { return value < least ? least : value > most ? most : value; }
+
+DEVICE void fetch_product(const Params& p, Fetcher& f, int program, const Product& w) {
+  constexpr int kMine = kSlotRows / kFetchers;
+  const int last = first_unit(p, w.units, program + 1);
+  for (int unit = first_unit(p, w.units, program); unit < last; unit += 2) {
+    const int rows = (last - unit < 2 ? 1 : 2) * kUnit, mine = between(0, rows - f.number * kMine, kMine);
+    const int row = f.number * kMine + f.lane;
+    for (int column = 0; column < w.depth; column += kDepth) {
+      const int bytes = 2 * (w.depth - column < kDepth ? w.depth - column : kDepth), slot = f.next(mine * bytes);
+      if (f.lane < mine)
+        copy_in(f.s.ring[slot] + row * kPitch, w.weights + weight_row(w, unit + row / kUnit, row % kUnit) * w.depth + column,
+                bytes, &f.s.full[slot]);
+    }
+  }
+}
+
+// Keys, then values, of this block's runs, 16 of them a copy: a page's are neighbours.
+DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range& runs) {
+  constexpr int kCopies = kSplit / kUnit, kMine = 2 * kCopies / kFetchers, kBytes = kUnit * kHead * 2;
+  for (int number = runs.first; number < runs.last; ++number) {
+    Unit unit;
+    find_unit(p, number, unit);
+    const int first = unit.split * kSplit, there = between(0, (unit.length - first + kUnit - 1) / kUnit, kCopies);
+    int mine = 0;
+    for (int i = 0; i < kMine; ++i) mine += (f.number * kMine + i) % kCopies < there;
+    const int slot = f.next(mine * kBytes), task = f.number * kMine + f.lane, copy = task % kCopies;
+    if (f.lane < kMine && copy < there)
+      copy_in(f.s.ring[slot] + task * kBytes, page_row(p, task < kCopies ? l.k_pages : l.v_pages, unit, first + copy * kUnit),
+              kBytes, &f.s.full[slot]);
+  }
+}
+
+DEVICE void fetch(const Params& p, Shared& s, int program, int number, int lane) {
+  Fetcher f{s, number, lane};
+  const Range runs = runs_of(p, program);
   for (int layer = 0; layer < p.num_layers; ++layer)
     for (int stage = kQkv; stage <= kDown; ++stage) {
-      const Product w = product_of(p, layer, Stage(stage));
-      const int last = first_unit(p, w.units, program + 1);
-      for (int unit = first_unit(p, w.units, program); unit < last; unit += 2) {
-        const int rows = (last - unit < 2 ? 1 : 2) * kUnit;
-        for (int column = 0; column < w.depth; column += kDepth, ++filled) {
-          const int slot = filled % kSlots, bytes = 2 * (w.depth - column < kDepth ? w.depth - column : kDepth);
-          if (filled >= kSlots) wait_for(&s.empty[slot], (filled / kSlots + 1) & 1);
-          if (lane == 0) expect_bytes(&s.full[slot], rows * bytes);
-          sync_warp();
-          if (lane < rows) {
-            const int64_t row = weight_row(w, unit + lane / kUnit, lane % kUnit);
-            copy_in(s.ring[slot] + lane * kPitch, w.weights + row * w.depth + column, bytes, &s.full[slot]);
-          }
-        }
-      }
+      if (stage == kO) fetch_runs(p, f, p.layers[layer], runs);
+      fetch_product(p, f, program, product_of(p, layer, Stage(stage)));
     }
 }
 
@@ -209,11 +289,11 @@ DEVICE void publish_squares(const Reader& r, float squares) {
   }
 }
 
-DEVICE void end_stage(const Reader& r, uint32_t* counter) {
+DEVICE void end_stage(const Reader& r, uint32_t* counter, uint32_t amount = 1) {
   sync_computing();
   if (r.warp == 0) {
     sync_warp();
-    if (r.lane == 0) signal(counter);
+    if (r.lane == 0) signal(counter, amount);
   }
 }
 
@@ -291,126 +371,60 @@ DEVICE void begin_residual(Reader& r) {
 
 // ---- attention ----
 
-struct Unit {
-  int row, head, split, splits, length;  // head: of keys and values
+// A row's queries before the projection's end, of one kv head; or one head of its new keys. Two pairs a lane and head.
+struct Turned {
+  float first[2], second[2];
+  DEVICE void load(const Reader& r, const uint16_t* from) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      first[i] = wide(load_fresh(from + r.lane + 32 * i)), second[i] = wide(load_fresh(from + r.lane + 32 * i + 64));
+  }
+  // Normed if the model does that, and rotated.
+  DEVICE void turn(const Reader& r, int row, const uint16_t* norm, uint16_t* to) const {
+    float a[2] = {first[0], first[1]}, b[2] = {second[0], second[1]};
+    if (norm != nullptr) {
+      float squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) squares += a[i] * a[i] + b[i] * b[i];
+      for (int mask = 16; mask; mask >>= 1) squares += shuffle_xor(squares, mask);
+      const float scale = reciprocal_root(squares / kHead + r.p.eps);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // rounded between, as the model rounds
+        a[i] = wide(narrow(a[i] * scale * wide(norm[r.lane + 32 * i])));
+        b[i] = wide(narrow(b[i] * scale * wide(norm[r.lane + 32 * i + 64])));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int pair = r.lane + 32 * i;
+      const float c = r.p.cosines[row * 64 + pair], s = r.p.sines[row * 64 + pair];
+      to[pair] = narrow(a[i] * c - b[i] * s);
+      to[pair + 64] = narrow(b[i] * c + a[i] * s);
+    }
+  }
 };
 
-DEVICE int splits_of(int length) { return (length + kSplit - 1) / kSplit; }
-
-// The unit-th run of keys over all rows; false: there are not so many.
-DEVICE bool find_unit(const Params& p, int unit, Unit& found) {
-  for (int row = 0; row < p.rows; ++row) {
-    const int length = p.lens[row], splits = splits_of(length), count = splits * p.kv_heads;
-    if (unit < count) {
-      found = {row, unit % p.kv_heads, unit / p.kv_heads, splits, length};
-      return true;
-    }
-    unit -= count;
-  }
-  return false;
-}
-
-DEVICE uint16_t* page_row(const Params& p, uint16_t* pages, const Unit& unit, int key) {
-  const int64_t page = p.table[unit.row * p.width + key / p.page_size];
-  return pages + ((page * p.kv_heads + unit.head) * p.page_size + key % p.page_size) * kHead;
-}
-
-// One head of the row's new queries or keys, normed if the model does that, and rotated. Two pairs a lane.
-DEVICE void rotate(const Reader& r, const Unit& unit, const uint16_t* from, const uint16_t* norm, uint16_t* to) {
-  float first[2], second[2], squares = 0.f;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    first[i] = wide(load_fresh(from + r.lane + 32 * i)), second[i] = wide(load_fresh(from + r.lane + 32 * i + 64));
-    squares += first[i] * first[i] + second[i] * second[i];
-  }
-  if (norm != nullptr) {
-    for (int mask = 16; mask; mask >>= 1) squares += shuffle_xor(squares, mask);
-    const float scale = reciprocal_root(squares / kHead + r.p.eps);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {  // rounded between, as the model rounds
-      first[i] = wide(narrow(first[i] * scale * wide(norm[r.lane + 32 * i])));
-      second[i] = wide(narrow(second[i] * scale * wide(norm[r.lane + 32 * i + 64])));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int pair = r.lane + 32 * i;
-    const float c = r.p.cosines[unit.row * 64 + pair], s = r.p.sines[unit.row * 64 + pair];
-    to[pair] = narrow(first[i] * c - second[i] * s);
-    to[pair + 64] = narrow(second[i] * c + first[i] * s);
-  }
-}
-
-// The row's queries of this head's group to shared memory; its new key and value to their page where the run holds them.
-DEVICE void enter(const Reader& r, const Layer& l, const Unit& unit) {
+// This row's new key and value: to their page, and to the slot, whose copy may be older than they are.
+DEVICE void enter(const Reader& r, const Layer& l, const Unit& unit, uint16_t* keys, uint16_t* values) {
   const Params& p = r.p;
-  const int group = p.heads / p.kv_heads, at = unit.length - 1;
+  const int at = unit.length - 1, place = at % kSplit * kHead;
   const uint16_t* row = p.work.qkv + int64_t(unit.row) * (p.heads + 2 * p.kv_heads) * kHead;
-  const uint16_t* key_norm = l.qk_norms == nullptr ? nullptr : l.qk_norms + kHead;
-  const int tasks = unit.split == at / kSplit ? group + 2 : group;
-  for (int task = r.warp; task < tasks; task += kWarps) {
-    if (task < group) {
-      rotate(r, unit, row + (unit.head * group + task) * kHead, l.qk_norms, r.s.queries[task]);
-    } else if (task == group) {
-      rotate(r, unit, row + (p.heads + unit.head) * kHead, key_norm, page_row(p, l.k_pages, unit, at));
-    } else {
-      const uint16_t* value = row + (p.heads + p.kv_heads + unit.head) * kHead;
-      uint16_t* to = page_row(p, l.v_pages, unit, at);
-      for (int i = r.lane; i < kHead; i += 32) to[i] = load_fresh(value + i);
-    }
-  }
-}
-
-struct Partial {  // one warp's 16 keys: sums of this lane's 4 columns for each query head
-  float out[kRows][4];
-};
-
-// Scores, probabilities and their sums over this warp's keys. Maxima and totals go to shared memory.
-DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int group, Partial& partial) {
-  const Params& p = r.p;
-  const int first = unit.split * kSplit + r.warp * kUnit, left = unit.length - first;  // left: keys of ours that are there
-  uint4 low[4], high[4];
-  uint2 values[kUnit];
-  const uint16_t* keys = left > 0 ? page_row(p, l.k_pages, unit, first) : nullptr;
-  const uint16_t* rows = left > 0 ? page_row(p, l.v_pages, unit, first) : nullptr;
+  const uint16_t* value = row + (p.heads + p.kv_heads + unit.head) * kHead;
+  uint16_t *key_page = page_row(p, l.k_pages, unit, at), *value_page = page_row(p, l.v_pages, unit, at);
+  Turned key;
+  key.load(r, row + (p.heads + unit.head) * kHead);
+  uint16_t held[4];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int column = c * 32 + r.t * 8;
-    low[c] = r.g < left ? load_fresh(reinterpret_cast<const uint4*>(keys + r.g * kHead + column)) : uint4{0, 0, 0, 0};
-    high[c] = r.g + 8 < left ? load_fresh(reinterpret_cast<const uint4*>(keys + (r.g + 8) * kHead + column)) : uint4{0, 0, 0, 0};
-  }
-#pragma unroll
-  for (int j = 0; j < kUnit; ++j)
-    values[j] = j < left ? load_fresh(reinterpret_cast<const uint2*>(rows + j * kHead + r.lane * 4)) : uint2{0, 0};
-  float scores[4] = {};
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const uint16_t* query = &r.s.queries[r.g][c * 32 + r.t * 8];
-    multiply(scores, low[c], high[c], r.g < group ? *reinterpret_cast<const uint4*>(query) : uint4{0, 0, 0, 0});
-  }
-  float(*probabilities)[kRows] = reinterpret_cast<float(*)[kRows]>(&r.s.scratch[0][r.warp][0]);  // [16 keys][8 heads]
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float a = r.g < left ? scores[h] * p.scale * kLog2e : -INFINITY;
-    const float b = r.g + 8 < left ? scores[h + 2] * p.scale * kLog2e : -INFINITY;
-    float most = a > b ? a : b;
-    for (int mask = 4; mask < 32; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
-    const float pa = left > 0 ? exp2_(a - most) : 0.f, pb = left > 0 ? exp2_(b - most) : 0.f;
-    float total = pa + pb;
-    for (int mask = 4; mask < 32; mask <<= 1) total += shuffle_xor(total, mask);
-    probabilities[r.g][2 * r.t + h] = pa, probabilities[r.g + 8][2 * r.t + h] = pb;
-    if (r.g == 0) r.s.most[r.warp][2 * r.t + h] = most, r.s.total[r.warp][2 * r.t + h] = total;
-  }
+  for (int i = 0; i < 4; ++i) held[i] = load_fresh(value + r.lane + 32 * i);
+  key.turn(r, unit.row, l.qk_norms == nullptr ? nullptr : l.qk_norms + kHead, keys + place);
   sync_warp();
 #pragma unroll
-  for (int j = 0; j < kUnit; ++j) {
-    const float v[4] = {wide(values[j].x & 0xffff), wide(values[j].x >> 16), wide(values[j].y & 0xffff), wide(values[j].y >> 16)};
-#pragma unroll
-    for (int h = 0; h < kRows; ++h)
-      if (h < group)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) partial.out[h][i] = (j == 0 ? 0.f : partial.out[h][i]) + probabilities[j][h] * v[i];
+  for (int i = 0; i < 4; ++i) {
+    const int column = r.lane + 32 * i;
+    values[place + column] = value_page[column] = held[i];
+    key_page[column] = keys[place + column];
   }
+  sync_warp();
 }
 
 struct Place {  // where a run's result goes until the row's other runs are there
@@ -423,36 +437,87 @@ DEVICE Place place_of(const Params& p, const Unit& unit, int split) {
   return {p.work.parts + at * group * kHead, p.work.stats + at * group * 2};
 }
 
-// The eight warps' sums as one, not yet divided by the total, to their place; four heads at a time.
-DEVICE void gather(const Reader& r, const Unit& unit, int group, const Partial& partial) {
-  const Place place = place_of(r.p, unit, unit.split);
-  float(*sums)[4][kHead] = reinterpret_cast<float(*)[4][kHead]>(r.s.scratch);  // [8 warps][4 heads][H]
-  const int thread = r.warp * 32 + r.lane, mine = thread / 64, column = thread % 64 * 2;
+// The run in `slot`, by one warp: scores, one maximum, probabilities, their sums with the values, to their place. A lane has
+// 4 columns of up to kGroup heads.
+template <int kGroup>
+DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int slot, uint32_t phase) {
+  const Params& p = r.p;
+  const int group = p.heads / p.kv_heads, first = unit.split * kSplit;
+  const int left = unit.length - first < kSplit ? unit.length - first : kSplit;
+  unsigned char* own = reinterpret_cast<unsigned char*>(r.s.scratch) + r.warp * sizeof r.s.scratch / kWarps;
+  uint16_t* queries = reinterpret_cast<uint16_t*>(own);                     // [8][H], until they are in registers
+  float(*probabilities)[kRows] = reinterpret_cast<float(*)[kRows]>(own);  // [64 keys][8 heads]
+  const uint16_t* row = p.work.qkv + int64_t(unit.row) * (p.heads + 2 * p.kv_heads) * kHead;
+  Turned heads[kGroup];
 #pragma unroll
-  for (int base = 0; base < kRows; base += 4) {
-    if (base >= group) break;
-    sync_computing();  // probabilities, or the heads before, have been read
+  for (int h = 0; h < kGroup; ++h)
+    if (h < group) heads[h].load(r, row + (unit.head * group + h) * kHead);
 #pragma unroll
-    for (int h = 0; h < 4; ++h)
-      if (base + h < group)
+  for (int h = 0; h < kGroup; ++h)
+    if (h < group) heads[h].turn(r, unit.row, l.qk_norms, queries + h * kHead);
+  sync_warp();
+  uint4 query[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[r.warp][h][r.lane * 4 + i] = partial.out[base + h][i];
-    sync_computing();
-    const int head = base + mine;
-    if (head >= group) continue;
-    float most = -INFINITY, total = 0.f, out[2] = {};
+  for (int c = 0; c < 4; ++c)
+    query[c] = r.g < group ? *reinterpret_cast<const uint4*>(queries + r.g * kHead + c * 32 + r.t * 8) : uint4{0, 0, 0, 0};
+  sync_warp();
+
+  uint16_t* keys = reinterpret_cast<uint16_t*>(r.s.ring[slot]);
+  uint16_t* values = keys + kSplit * kHead;
+  wait_for(&r.s.full[slot], phase);
+  if (unit.split == (unit.length - 1) / kSplit) enter(r, l, unit, keys, values);
+  float scores[kSplit / kUnit][4] = {};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) most = larger(most, r.s.most[w][head]);
+  for (int i = 0; i < kSplit / kUnit; ++i)
+    if (i * kUnit < left)
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float factor = exp2_(r.s.most[w][head] - most);
-      total += r.s.total[w][head] * factor;
+      for (int c = 0; c < 4; ++c) {
+        const uint16_t* at = keys + (i * kUnit + r.g) * kHead + c * 32 + r.t * 8;
+        multiply(scores[i], *reinterpret_cast<const uint4*>(at), *reinterpret_cast<const uint4*>(at + 8 * kHead), query[c]);
+      }
+  const Place place = place_of(p, unit, unit.split);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) out[i] += sums[w][mine][column + i] * factor;
-    }
-    place.out[head * kHead + column] = out[0], place.out[head * kHead + column + 1] = out[1];
-    if (column == 0) place.stats[head * 2] = most, place.stats[head * 2 + 1] = total;
+  for (int h = 0; h < 2; ++h) {  // heads 2t and 2t + 1, keys g and g + 8 of each 16
+    float most = -INFINITY, total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kSplit / kUnit; ++i)
+#pragma unroll
+      for (int low = 0; low < 2; ++low) {
+        float& score = scores[i][h + 2 * low];
+        score = i * kUnit + r.g + 8 * low < left ? score * p.scale * kLog2e : -INFINITY;
+        most = larger(most, score);
+      }
+    for (int mask = 4; mask < 32; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
+#pragma unroll
+    for (int i = 0; i < kSplit / kUnit; ++i)
+#pragma unroll
+      for (int low = 0; low < 2; ++low) {
+        const float probability = exp2_(scores[i][h + 2 * low] - most);
+        total += probability;
+        probabilities[i * kUnit + r.g + 8 * low][2 * r.t + h] = probability;
+      }
+    for (int mask = 4; mask < 32; mask <<= 1) total += shuffle_xor(total, mask);
+    const int head = 2 * r.t + h;
+    if (r.g == 0 && head < group) place.stats[head * 2] = most, place.stats[head * 2 + 1] = total;
   }
+  sync_warp();
+  float out[kGroup][4] = {};
+#pragma unroll 8
+  for (int j = 0; j < left; ++j) {
+    const uint2 both = *reinterpret_cast<const uint2*>(values + j * kHead + r.lane * 4);
+    const float v[4] = {wide(both.x & 0xffff), wide(both.x >> 16), wide(both.y & 0xffff), wide(both.y >> 16)};
+#pragma unroll
+    for (int h = 0; h < kGroup; ++h)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[h][i] += probabilities[j][h] * v[i];
+  }
+  order_before_copies();
+  sync_warp();
+  if (r.lane < kWarps) arrive(&r.s.empty[slot]);
+#pragma unroll
+  for (int h = 0; h < kGroup; ++h)
+    if (h < group)
+      *reinterpret_cast<Four*>(place.out + h * kHead + r.lane * 4) = Four{out[h][0], out[h][1], out[h][2], out[h][3]};
 }
 
 // All runs of a row and head, in order: attention's output.
@@ -462,8 +527,10 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
   for (int at = thread; at < group * kHead; at += kThreads) {
     const int head = at / kHead;
     float most = -INFINITY, total = 0.f, out = 0.f;
+#pragma unroll 8
     for (int split = 0; split < unit.splits; ++split)
       most = larger(most, load_fresh(&place_of(p, unit, split).stats[head * 2]));
+#pragma unroll 8
     for (int split = 0; split < unit.splits; ++split) {
       const Place place = place_of(p, unit, split);
       const float factor = exp2_(load_fresh(&place.stats[head * 2]) - most);
@@ -474,28 +541,50 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
   }
 }
 
+// Says which rows and heads this block's runs belong to; whoever brings a row's last run merges it.
+DEVICE void finish(Reader& r, int layer, const Range& runs) {
+  const Params& p = r.p;
+  const int thread = r.warp * 32 + r.lane;
+  sync_computing();
+  int start = 0;  // a thread has one row and head
+  for (int row = 0; row < thread / p.kv_heads && row < p.rows; ++row) start += splits_of(p.lens[row]) * p.kv_heads;
+  bool done = false;
+  if (thread < p.rows * p.kv_heads) {
+    const int splits = splits_of(p.lens[thread / p.kv_heads]);
+    start += thread % p.kv_heads * splits;
+    const int begin = start > runs.first ? start : runs.first, end = start + splits < runs.last ? start + splits : runs.last;
+    if (begin < end)
+      done = count_up(&p.work.arrived[layer * p.rows * p.kv_heads + thread], end - begin) + (end - begin) == uint32_t(splits);
+  }
+  r.s.done[thread] = done;
+  sync_computing();
+  uint32_t merged = 0;
+  for (int number = runs.first; number < runs.last;) {
+    Unit unit;
+    find_unit(p, number, unit);
+    if (r.s.done[unit.row * p.kv_heads + unit.head]) merge(r, unit, p.heads / p.kv_heads), ++merged;
+    number += unit.splits - unit.split;
+  }
+  if (merged) end_stage(r, &p.work.attended[layer], merged);
+}
+
 DEVICE void run_attention(Reader& r, int layer) {
   const Params& p = r.p;
   const Layer& l = p.layers[layer];
-  const int group = p.heads / p.kv_heads;
-  Unit unit;
-  if (!find_unit(p, r.program, unit)) return;
+  const Range runs = runs_of(p, r.program);
+  if (runs.first == runs.last) return;
   begin_stage(r, &p.work.ended[layer * 4 + kQkv], p.programs);
-  for (int number = r.program; find_unit(p, number, unit); number += p.programs) {
-    enter(r, l, unit);
-    sync_computing();  // also orders the new key and value before this block reads them
-    Partial partial;
-    attend(r, l, unit, group, partial);
-    gather(r, unit, group, partial);
-    sync_computing();
-    if (r.warp == 0 && r.lane == 0)
-      r.s.last = count_up(&p.work.arrived[(layer * p.rows + unit.row) * p.kv_heads + unit.head]) + 1 == uint32_t(unit.splits);
-    sync_computing();
-    if (r.s.last) {
-      merge(r, unit, group);
-      end_stage(r, &p.work.attended[layer]);
-    }
+  for (int number = runs.first; number < runs.last; ++number, ++r.taken) {
+    const int slot = r.taken % kSlots;
+    if (slot != r.warp) continue;  // a slot's runs are always the same warp's: a barrier's waiter must see every phase
+    Unit unit;
+    find_unit(p, number, unit);
+    if (p.heads <= 4 * p.kv_heads)
+      attend<4>(r, l, unit, slot, (r.taken / kSlots) & 1);
+    else
+      attend<8>(r, l, unit, slot, (r.taken / kSlots) & 1);
   }
+  finish(r, layer, runs);
 }
 
 // ---- the whole ----
@@ -503,12 +592,12 @@ DEVICE void run_attention(Reader& r, int layer) {
 DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
-    for (int slot = 0; slot < kSlots; ++slot) init_barrier(&s.full[slot], 1), init_barrier(&s.empty[slot], kWarps);
+    for (int slot = 0; slot < kSlots; ++slot) init_barrier(&s.full[slot], kFetchers), init_barrier(&s.empty[slot], kWarps);
     publish_barriers();
   }
   sync_all();
-  if (warp == kWarps) {
-    fetch_weights(p, s, program, lane);
+  if (warp >= kWarps) {
+    fetch(p, s, program, warp - kWarps, lane);
     return;
   }
   Reader r{p, s, program, warp, lane, lane / 4, lane % 4};

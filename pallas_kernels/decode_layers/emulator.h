@@ -12,6 +12,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define DEVICE inline
@@ -178,17 +179,18 @@ inline void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrie
   machine->moved = true;
 }
 
-inline void signal(uint32_t* counter) {
-  ++*counter;
+inline void signal(uint32_t* counter, uint32_t amount) {
+  *counter += amount;
   machine->moved = true;
 }
 inline void await(const uint32_t* counter, uint32_t count) {
   while (*reinterpret_cast<const volatile uint32_t*>(counter) < count) yield();
 }
-inline uint32_t count_up(uint32_t* counter) {
+inline uint32_t count_up(uint32_t* counter, uint32_t amount) {
   machine->moved = true;
-  return (*counter)++;
+  return std::exchange(*counter, *counter + amount);
 }
+inline void order_before_copies() {}
 
 inline void mark(int, int) {}
 

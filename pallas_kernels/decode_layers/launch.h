@@ -52,6 +52,7 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
   p.splits = (p.width * p.page_size + kSplit - 1) / kSplit;
   p.eps = z.eps, p.scale = z.scale;
   if (p.num_layers > kMaxLayers) return "too many layers";
+  if (p.rows * p.kv_heads > kThreads) return "too many kv heads";
   if ((p.D / kUnit + p.programs - 1) / p.programs > kMaxUnits) return "too few programs for the residual stream";
   size_t at = 0;
   bool good = true;
@@ -106,7 +107,7 @@ ffi::Error decode_layers_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, 
     each = std::make_unique<Shared>();
     std::memset(static_cast<void*>(each.get()), 0xff, sizeof(Shared));
   }
-  const std::string fault = run_grid(p->programs, kThreads + kWarpLanes, kThreads, unsigned(p->rows),
+  const std::string fault = run_grid(p->programs, kAllThreads, kThreads, unsigned(p->rows),
                                      [&](int program, int thread) { run(*p, *shared[program], program, thread); });
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
@@ -115,7 +116,7 @@ XLA_FFI_DEFINE_HANDLER(decode_layers_handler, decode_layers_impl, ffi::Ffi::Bind
 
 #else
 
-__global__ void __launch_bounds__(kThreads + 32, 1) decode_layers(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kAllThreads, 1) decode_layers(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char raw[];
   run(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
 }
@@ -129,7 +130,7 @@ ffi::Error decode_layers_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi:
   cudaError_t error = cudaFuncSetAttribute(decode_layers, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error == cudaSuccess) error = cudaMemsetAsync(p.work.begun, 0, layout.zeros, stream);
   if (error == cudaSuccess) {
-    decode_layers<<<p.programs, kThreads + 32, sizeof(Shared), stream>>>(p);
+    decode_layers<<<p.programs, kAllThreads, sizeof(Shared), stream>>>(p);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? ffi::Error::Success() : failure(cudaGetErrorString(error));

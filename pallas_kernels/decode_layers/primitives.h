@@ -74,9 +74,9 @@ DEVICE void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrie
 }
 
 // Everything this block wrote before the block-wide barrier above is seen by who awaits the count.
-DEVICE void signal(uint32_t* counter) {
+DEVICE void signal(uint32_t* counter, uint32_t amount) {
   __threadfence();
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 }
 
 DEVICE void await(const uint32_t* counter, uint32_t count) {
@@ -85,12 +85,15 @@ DEVICE void await(const uint32_t* counter, uint32_t count) {
   while (seen < count);
 }
 
-DEVICE uint32_t count_up(uint32_t* counter) {
+DEVICE uint32_t count_up(uint32_t* counter, uint32_t amount) {
   uint32_t before;
   __threadfence();
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(amount) : "memory");
   return before;
 }
+
+// This thread's writes to shared memory come before copies that are issued after the next barrier.
+DEVICE void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #ifdef JAXLLM_TIMELINE  // nanoseconds at which a block's stages began to wait and began: benchmarks/decode_layers.py
 constexpr int kMarks = 4096;
