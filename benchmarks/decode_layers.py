@@ -16,6 +16,7 @@ import json
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,15 +33,15 @@ MODELS = {
     "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336),
     "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, qk_norm=True),
 }
-CONSTANTS = ("DEPTH", "SLOTS", "AHEAD", "FETCHERS")
-VARIANTS = {  # depth of a slot, slots, activations ahead, warps that fetch
-    "512x6, 3 ahead, 1": (512, 6, 3, 1),
-    "512x6, 3 ahead, 2": (512, 6, 3, 2),
-    "512x6, 3 ahead, 4": (512, 6, 3, 4),
-    "512x6, 2 ahead, 4": (512, 6, 2, 4),
-    "512x5, 3 ahead, 4": (512, 5, 3, 4),
-    "1024x3, 2 ahead, 2": (1024, 3, 2, 2),
-    "1024x3, 2 ahead, 4": (1024, 3, 2, 4),
+CONSTANTS = ("DEPTH", "SLOTS", "AHEAD", "FETCHERS", "FLIGHT")
+VARIANTS = {  # depth of a slot, slots, slots of activations, warps that fetch, slots on their way
+    "512x6, 8 ahead, 4, 6": (512, 6, 8, 4, 6),
+    "512x6, 8 ahead, 4, 4": (512, 6, 8, 4, 4),
+    "512x6, 8 ahead, 4, 3": (512, 6, 8, 4, 3),
+    "512x6, 8 ahead, 4, 2": (512, 6, 8, 4, 2),
+    "512x6, 4 ahead, 4, 3": (512, 6, 4, 4, 3),
+    "512x6, 4 ahead, 2, 3": (512, 6, 4, 2, 3),
+    "512x5, 8 ahead, 4, 3": (512, 5, 8, 4, 3),
 }
 
 
@@ -158,8 +159,11 @@ def timed() -> None:
 
 
 def variants() -> None:
-    for name, values in VARIANTS.items():
-        of = kernel(tuple(f"-DJAXLLM_{n}={v}" for n, v in zip(CONSTANTS, values, strict=True)))
+    flags = [tuple(f"-DJAXLLM_{n}={v}" for n, v in zip(CONSTANTS, values, strict=True)) for values in VARIANTS.values()]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda each: built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *each)), flags))
+    for name, each in zip(VARIANTS, flags, strict=True):
+        of = kernel(each)
         for model, B in (("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("qwen3-0.6b", 1)):
             seconds = seconds_of(model, B, of)
             say(what="variant", name=name, model=model, B=B, ms=seconds * 1e3, TBps=bytes_of(model, B) / seconds / 1e12)

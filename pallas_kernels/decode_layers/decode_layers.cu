@@ -17,7 +17,10 @@ namespace {
 #ifndef JAXLLM_DEPTH  // a benchmark may try others
 #define JAXLLM_DEPTH 512
 #define JAXLLM_SLOTS 6
-#define JAXLLM_AHEAD 3
+#define JAXLLM_AHEAD 8
+#endif
+#ifndef JAXLLM_FLIGHT
+#define JAXLLM_FLIGHT 3
 #endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
@@ -30,7 +33,8 @@ constexpr int kDepth = JAXLLM_DEPTH;     // columns of a slot
 constexpr int kPitch = kDepth * 2 + 64;  // bytes: odd multiples of 64, so that 8 lanes meet no bank twice
 constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRows * kPitch;
 constexpr int kShare = kDepth / kWarps, kHalves = kShare / 32;  // a warp's columns of a slot, 32 at a time
-constexpr int kAhead = JAXLLM_AHEAD;  // slots whose activations are on their way
+constexpr int kAhead = JAXLLM_AHEAD;    // slots whose activations are in registers
+constexpr int kFlight = JAXLLM_FLIGHT;  // slots whose copies may be on their way at one time
 constexpr int kMaxUnits = 8;          // of the residual stream that one block keeps
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -143,6 +147,8 @@ struct Fetcher {  // one of the warps that fill the ring; together they do what 
   DEVICE int next(uint32_t bytes) {
     const int slot = filled % kSlots;
     if (filled >= kSlots) wait_for(&s.empty[slot], (filled / kSlots + 1) & 1);
+    // More on their way than it takes would only make others' loads wait in the second-level cache.
+    if (filled >= kFlight) wait_for(&s.full[(filled - kFlight) % kSlots], (filled - kFlight) / kSlots & 1);
     if (lane == 0) expect_bytes(&s.full[slot], bytes);
     sync_warp();
     ++filled;
@@ -215,39 +221,45 @@ DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
   mma(acc, low.z, high.z, low.w, high.w, x.z, x.w);
 }
 
-// W[units][depth] @ x, this warp's columns of every slot, into the scratch of this group.
-DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, int units) {
-  float acc[2][4] = {};
-  const int mine = r.warp * kShare + r.t * 8;  // a lane's 8 columns of each 32
-  uint4 ahead[kAhead][kHalves];
+// This warp's columns of x, of kAhead slots; where x is longer, each is replaced when it has been used.
+struct Activations {
+  uint4 held[kAhead][kHalves];
+  DEVICE void load(const Reader& r, const uint16_t* x, int depth, int i, int slot) {
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i)
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) ahead[i][h] = activations(r, x, w.depth, i * kDepth + mine + h * 32);
-  for (int column = 0; column < w.depth; column += kDepth, ++r.taken) {
-    uint4 now[kHalves];
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      now[h] = ahead[0][h];
-#pragma unroll
-      for (int i = 1; i < kAhead; ++i) ahead[i - 1][h] = ahead[i][h];
-      ahead[kAhead - 1][h] = activations(r, x, w.depth, column + kAhead * kDepth + mine + h * 32);
-    }
-    const int slot = r.taken % kSlots;
-    wait_for(&r.s.full[slot], (r.taken / kSlots) & 1);
-    if (column + r.warp * kShare < w.depth)
-#pragma unroll
-      for (int u = 0; u < 2; ++u)
-        if (u < units)
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            const unsigned char* at = r.s.ring[slot] + (u * kUnit + r.g) * kPitch + (mine + h * 32) * 2;
-            const uint4 low = *reinterpret_cast<const uint4*>(at), high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
-            multiply(acc[u], low, high, now[h]);
-          }
-    sync_warp();
-    if (r.lane == 0) arrive(&r.s.empty[slot]);
+    for (int h = 0; h < kHalves; ++h)
+      held[i][h] = activations(r, x, depth, slot * kDepth + r.warp * kShare + r.t * 8 + h * 32);
   }
+  DEVICE void load_all(const Reader& r, const uint16_t* x, int depth) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(r, x, depth, i, i);
+  }
+};
+
+// W[units][depth] @ x, this warp's columns of every slot, into the scratch of this group. Leaves `ahead` as it came.
+DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, Activations& ahead, int units) {
+  float acc[2][4] = {};
+  const int slots = (w.depth + kDepth - 1) / kDepth;
+  for (int base = 0; base < slots; base += kAhead)
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (base + i >= slots) break;
+      const int slot = r.taken % kSlots;
+      wait_for(&r.s.full[slot], (r.taken / kSlots) & 1);
+      if ((base + i) * kDepth + r.warp * kShare < w.depth)
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+          if (u < units)
+#pragma unroll
+            for (int h = 0; h < kHalves; ++h) {
+              const unsigned char* at = r.s.ring[slot] + (u * kUnit + r.g) * kPitch + (r.warp * kShare + r.t * 8 + h * 32) * 2;
+              const uint4 low = *reinterpret_cast<const uint4*>(at), high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
+              multiply(acc[u], low, high, ahead.held[i][h]);
+            }
+      sync_warp();
+      if (r.lane == 0) arrive(&r.s.empty[slot]);
+      if (slots > kAhead) ahead.load(r, x, w.depth, i, base + i + kAhead < slots ? base + i + kAhead : i);
+      ++r.taken;
+    }
 #pragma unroll
   for (int u = 0; u < 2; ++u) {
     float(*to)[kRows] = r.s.scratch[r.parity][r.warp][u];
@@ -327,12 +339,14 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
   const uint16_t* next = stage == kO ? l.norms + p.D : layer + 1 < p.num_layers ? p.layers[layer + 1].norms : nullptr;
   const int thread = r.warp * 32 + r.lane, u = thread / 128, row = thread / 8 % kUnit, b = thread % kRows;
   begin_stage(r, before, count);
+  Activations ahead;
+  ahead.load_all(r, x, w.depth);
   Scale scale;
   if (normed) scale.load(r);
   float squares = 0.f;
   for (int unit = begin; unit < end; unit += 2) {
     const int units = end - unit < 2 ? 1 : 2;
-    accumulate(r, w, x, units);
+    accumulate(r, w, x, ahead, units);
     if (normed && unit == begin) scale.publish(r);
     sync_computing();
     const bool there = u < units && b < p.rows;
@@ -597,9 +611,11 @@ DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   }
   sync_all();
   if (warp >= kWarps) {
+    if (kFetchers == 4) give_registers<40>();  // four warps give and take them together
     fetch(p, s, program, warp - kWarps, lane);
     return;
   }
+  if (kFetchers == 4) take_registers<232>();
   Reader r{p, s, program, warp, lane, lane / 4, lane % 4};
   uint32_t merges = 0;
   for (int row = 0; row < p.rows; ++row) merges += p.lens[row] > 0 ? p.kv_heads : 0;

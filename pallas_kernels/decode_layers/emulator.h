@@ -114,6 +114,11 @@ inline void sync_warp() { meet(my_warp().meeting); }
 inline void sync_all() { meet(machine->current->block->all); }
 inline void sync_computing() { meet(machine->current->block->computing); }
 
+template <int count>
+inline void give_registers() {}
+template <int count>
+inline void take_registers() {}
+
 inline float shuffle_xor(float value, int mask) {
   WarpState& warp = my_warp();
   warp.value[machine->current->lane] = value;

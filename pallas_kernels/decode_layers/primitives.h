@@ -31,6 +31,16 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_all() { __syncthreads(); }
 DEVICE void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+template <int count>
+DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+template <int count>
+DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
 // c[16][8] += a[16][16] @ b[16][8]: bf16 in, f32 sums. Lane = 4 * g + t; rows g and g + 8, columns 2t and 2t + 1 of c.
 DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -75,7 +85,6 @@ DEVICE void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrie
 
 // Everything this block wrote before the block-wide barrier above is seen by who awaits the count.
 DEVICE void signal(uint32_t* counter, uint32_t amount) {
-  __threadfence();
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 }
 
@@ -87,7 +96,6 @@ DEVICE void await(const uint32_t* counter, uint32_t count) {
 
 DEVICE uint32_t count_up(uint32_t* counter, uint32_t amount) {
   uint32_t before;
-  __threadfence();
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(amount) : "memory");
   return before;
 }
