@@ -35,13 +35,12 @@ MODELS = {
 }
 CONSTANTS = ("DEPTH", "SLOTS", "AHEAD", "FETCHERS", "FLIGHT")
 VARIANTS = {  # depth of a slot, slots, slots of activations, warps that fetch, slots on their way
-    "512x6, 8 ahead, 4, 6": (512, 6, 8, 4, 6),
-    "512x6, 8 ahead, 4, 4": (512, 6, 8, 4, 4),
     "512x6, 8 ahead, 4, 3": (512, 6, 8, 4, 3),
     "512x6, 8 ahead, 4, 2": (512, 6, 8, 4, 2),
-    "512x6, 4 ahead, 4, 3": (512, 6, 4, 4, 3),
-    "512x6, 4 ahead, 2, 3": (512, 6, 4, 2, 3),
-    "512x5, 8 ahead, 4, 3": (512, 5, 8, 4, 3),
+    "512x6, 8 ahead, 4, 1": (512, 6, 8, 4, 1),
+    "512x6, 4 ahead, 4, 2": (512, 6, 4, 4, 2),
+    "512x6, 2 ahead, 4, 2": (512, 6, 2, 4, 2),
+    "512x5, 8 ahead, 4, 2": (512, 5, 8, 4, 2),
 }
 
 
@@ -185,28 +184,26 @@ def timeline() -> None:
         tell(model, B, times, counts)
 
 
-STAGES = ("qkv", "attention", "o", "gate_up", "down")
+POINTS = ("await", "x", "first", "rest", "signal")  # a product's: what ends there began at the one before
+NAMES = [f"{stage} {point}" for stage in ("qkv", "o", "gate_up", "down") for point in POINTS]
+NAMES += ["attention " + point for point in ("await", "runs", "others", "count", "merge", "signal", "end")]
 
 
 def tell(model: str, B: int, times: Any, counts: Any) -> None:
-    """Blocks that have a share in attention mark ten times a layer: waiting and beginning of each stage."""
-    L = MODELS[model].L
-    whole = [times[p, : 10 * L].astype(np.int64).reshape(L, 5, 2) for p in range(160) if counts[p] == 10 * L]
-    if not whole:
-        say(what="timeline", model=model, B=B, marks=sorted(set(counts.tolist())))
-        return
-    marks = np.stack(whole)  # [blocks, L, stage, 2]
-    begins = np.concatenate([marks[:, 1:, :, 0].reshape(len(whole), -1)], 1)
-    waited = marks[..., 1] - marks[..., 0]
-    flat = marks.reshape(len(whole), -1)
-    worked = (flat[:, 2::2] - flat[:, 1:-1:2]).reshape(len(whole), -1)
-    for number, stage in enumerate(STAGES):
-        mine = waited[:, 1:, number], worked[:, number::5]
-        row = {}
-        for name, values in zip(("waited", "worked"), mine, strict=True):
-            row |= {f"{name}_us_{q}": round(float(np.percentile(values, q)) / 1e3, 2) for q in (10, 50, 90)}
-        say(what="timeline", model=model, B=B, blocks=len(whole), stage=stage, **row)
-    say(what="timeline", model=model, B=B, us_layer=float((begins[:, -1] - begins[:, 0]).mean()) / (L - 1) / 1e3)
+    """Between two marks of a block: the later one's name says what it went to. Times of all layers but the first."""
+    found: dict[tuple[int, int], list[float]] = {}
+    length = []
+    for program in np.flatnonzero(counts):
+        marks = times[program, : min(counts[program], times.shape[1])]
+        points, at = (marks % 32).astype(int), (marks // 32).astype(np.int64)
+        starts = np.flatnonzero(points == 0)
+        length.append((at[starts[-1]] - at[starts[1]]) / (len(starts) - 2) / 1e3)
+        for i in range(starts[1], starts[-1]):
+            found.setdefault((points[i], points[i + 1]), []).append((at[i + 1] - at[i]) / 1e3)
+    for (begin, end), spent in sorted(found.items()):
+        a, b, c = (round(float(np.percentile(spent, q)), 2) for q in (10, 50, 90))
+        say(what="timeline", model=model, B=B, begin=NAMES[begin], end=NAMES[end], us=[a, b, c], times=len(spent))
+    say(what="timeline", model=model, B=B, us_layer=float(np.mean(length)))
 
 
 SECTIONS = {"check": check, "time": timed, "variants": variants, "timeline": timeline}

@@ -19,7 +19,17 @@ import jaxlib.version
 
 CACHE = Path.home() / ".cache" / "jaxllm" / "kernels"
 # XLA's own headers make some noise.
-NVCC = ("nvcc", "-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "--shared", "-Xcompiler", "-fPIC", "-diag-suppress", "940,2473")
+NVCC = (
+    "nvcc",
+    "-O3",
+    "-std=c++17",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "--shared",
+    "-Xcompiler",
+    "-fPIC",
+    "-diag-suppress",
+    "940,2473",
+)
 GXX = ("g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++")
 
 

@@ -20,7 +20,7 @@ namespace {
 #define JAXLLM_AHEAD 8
 #endif
 #ifndef JAXLLM_FLIGHT
-#define JAXLLM_FLIGHT 3
+#define JAXLLM_FLIGHT 2
 #endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
@@ -115,6 +115,7 @@ DEVICE int splits_of(int length) { return (length + kSplit - 1) / kSplit; }
 
 // The unit-th run of keys over all rows, splits fastest.
 DEVICE void find_unit(const Params& p, int unit, Unit& found) {
+#pragma unroll 1
   for (int row = 0; row < p.rows; ++row) {
     const int length = p.lens[row], splits = splits_of(length), count = splits * p.kv_heads;
     if (unit < count) {
@@ -128,6 +129,7 @@ DEVICE void find_unit(const Params& p, int unit, Unit& found) {
 // This block's share of all runs, neighbours of each other.
 DEVICE Range runs_of(const Params& p, int program) {
   int64_t all = 0;
+#pragma unroll 1
   for (int row = 0; row < p.rows; ++row) all += splits_of(p.lens[row]) * p.kv_heads;
   return {int(all * program / p.programs), int(all * (program + 1) / p.programs)};
 }
@@ -161,9 +163,11 @@ DEVICE int between(int least, int value, int most) { return value < least ? leas
 DEVICE void fetch_product(const Params& p, Fetcher& f, int program, const Product& w) {
   constexpr int kMine = kSlotRows / kFetchers;
   const int last = first_unit(p, w.units, program + 1);
+#pragma unroll 1
   for (int unit = first_unit(p, w.units, program); unit < last; unit += 2) {
     const int rows = (last - unit < 2 ? 1 : 2) * kUnit, mine = between(0, rows - f.number * kMine, kMine);
     const int row = f.number * kMine + f.lane;
+#pragma unroll 1
     for (int column = 0; column < w.depth; column += kDepth) {
       const int bytes = 2 * (w.depth - column < kDepth ? w.depth - column : kDepth), slot = f.next(mine * bytes);
       if (f.lane < mine)
@@ -176,6 +180,7 @@ DEVICE void fetch_product(const Params& p, Fetcher& f, int program, const Produc
 // Keys, then values, of this block's runs, 16 of them a copy: a page's are neighbours.
 DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range& runs) {
   constexpr int kCopies = kSplit / kUnit, kMine = 2 * kCopies / kFetchers, kBytes = kUnit * kHead * 2;
+#pragma unroll 1
   for (int number = runs.first; number < runs.last; ++number) {
     Unit unit;
     find_unit(p, number, unit);
@@ -192,7 +197,9 @@ DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range&
 DEVICE void fetch(const Params& p, Shared& s, int program, int number, int lane) {
   Fetcher f{s, number, lane};
   const Range runs = runs_of(p, program);
+#pragma unroll 1
   for (int layer = 0; layer < p.num_layers; ++layer)
+#pragma unroll 1
     for (int stage = kQkv; stage <= kDown; ++stage) {
       if (stage == kO) fetch_runs(p, f, p.layers[layer], runs);
       fetch_product(p, f, program, product_of(p, layer, Stage(stage)));
@@ -208,6 +215,9 @@ struct Reader {  // one of the eight warps'
   uint32_t taken = 0;   // slots
   uint32_t parity = 0;  // of the scratch
 };
+
+// Of a timeline: which of a stage's points this is.
+DEVICE void mark(const Reader& r, int point) { mark(r.program, r.warp * 32 + r.lane, point); }
 
 // x[row g][column + 0..7] of the rows that are there, past the first-level cache: other blocks wrote it in this launch.
 DEVICE uint4 activations(const Reader& r, const uint16_t* x, int depth, int column) {
@@ -239,6 +249,7 @@ struct Activations {
 DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, Activations& ahead, int units) {
   float acc[2][4] = {};
   const int slots = (w.depth + kDepth - 1) / kDepth;
+#pragma unroll 1
   for (int base = 0; base < slots; base += kAhead)
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -277,14 +288,14 @@ DEVICE float summed(const Reader& r, int unit, int row, int b) {
 }
 
 // A block's columns of the residual stream, with what the next norm needs of them: handed on in `scaled`, squares returned.
-DEVICE float hand_on(const Reader& r, const uint16_t* norm, int kept, int column, int b, float value) {
+DEVICE float hand_on(const Reader& r, bool normed, uint16_t norm, int kept, int column, int b, float value) {
   const uint16_t narrow_ = narrow(value);
   const float rounded = wide(narrow_);
   r.s.residual[kept][b] = narrow_;
-  if (norm == nullptr)
-    r.p.out[int64_t(b) * r.p.D + column] = narrow_;
+  if (normed)
+    r.p.work.scaled[int64_t(b) * r.p.D + column] = narrow(rounded * wide(norm));
   else
-    r.p.work.scaled[int64_t(b) * r.p.D + column] = narrow(rounded * wide(norm[column]));
+    r.p.out[int64_t(b) * r.p.D + column] = narrow_;
   return rounded * rounded;
 }
 
@@ -310,10 +321,8 @@ DEVICE void end_stage(const Reader& r, uint32_t* counter, uint32_t amount = 1) {
 }
 
 DEVICE void begin_stage(const Reader& r, const uint32_t* counter, uint32_t count) {
-  mark(r.program, r.warp * 32 + r.lane);
   if (r.warp == 0 && r.lane == 0) await(counter, count);
   sync_computing();
-  mark(r.program, r.warp * 32 + r.lane);
 }
 
 // 1 / rms of row `warp`, from the squares of all blocks; every lane loads early and the sum is made when it is needed.
@@ -336,37 +345,45 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
   const int begin = first_unit(p, w.units, r.program), end = first_unit(p, w.units, r.program + 1);
   const bool normed = stage == kQkv || stage == kGateUp, sums = !normed;
   const uint16_t* x = stage == kO ? p.work.mixed : stage == kDown ? p.work.hidden : p.work.scaled;
-  const uint16_t* next = stage == kO ? l.norms + p.D : layer + 1 < p.num_layers ? p.layers[layer + 1].norms : nullptr;
+  const uint16_t* next = stage == kO ? l.norms + p.D
+                         : stage == kDown && layer + 1 < p.num_layers ? p.layers[layer + 1].norms : nullptr;
+  const uint16_t* biases = stage == kQkv ? l.qkv_bias : stage == kO ? l.o_bias : nullptr;
   const int thread = r.warp * 32 + r.lane, u = thread / 128, row = thread / 8 % kUnit, b = thread % kRows;
+  mark(r, 5 * stage);
   begin_stage(r, before, count);
+  mark(r, 5 * stage + 1);
   Activations ahead;
   ahead.load_all(r, x, w.depth);
   Scale scale;
   if (normed) scale.load(r);
   float squares = 0.f;
+#pragma unroll 1
   for (int unit = begin; unit < end; unit += 2) {
-    const int units = end - unit < 2 ? 1 : 2;
+    const int units = end - unit < 2 ? 1 : 2, column = (unit + u) * kUnit + row;
+    const bool there = u < units && b < p.rows;
+    const float bias = there && biases != nullptr ? wide(biases[column]) : 0.f;
+    const uint16_t norm = there && next != nullptr ? next[column] : 0;
     accumulate(r, w, x, ahead, units);
     if (normed && unit == begin) scale.publish(r);
     sync_computing();
-    const bool there = u < units && b < p.rows;
+    if (unit == begin) mark(r, 5 * stage + 2);
     if (there && stage == kGateUp && row < 8) {
       const float gate = summed(r, u, row, b) * r.s.scales[b], up = summed(r, u, row + 8, b) * r.s.scales[b];
       p.work.hidden[int64_t(b) * p.F + (unit + u) * 8 + row] = narrow(gate / (1.f + exp_(-gate)) * up);
     } else if (there && stage == kQkv) {
-      const int column = (unit + u) * kUnit + row, wide_ = (p.heads + 2 * p.kv_heads) * kHead;
-      const float bias = l.qkv_bias == nullptr ? 0.f : wide(l.qkv_bias[column]);
+      const int wide_ = (p.heads + 2 * p.kv_heads) * kHead;
       p.work.qkv[int64_t(b) * wide_ + column] = narrow(summed(r, u, row, b) * r.s.scales[b] + bias);
     } else if (there && sums) {
-      const int kept = (unit - begin + u) * kUnit + row, column = (unit + u) * kUnit + row;
-      const float bias = stage == kO && l.o_bias != nullptr ? wide(l.o_bias[column]) : 0.f;
+      const int kept = (unit - begin + u) * kUnit + row;
       const float value = wide(r.s.residual[kept][b]) + (summed(r, u, row, b) + bias);
-      squares += hand_on(r, next, kept, column, b, value);
+      squares += hand_on(r, next != nullptr, norm, kept, column, b, value);
     }
     r.parity ^= 1;
   }
   if (sums) publish_squares(r, squares);
+  mark(r, 5 * stage + 3);
   end_stage(r, &p.work.ended[layer * 4 + stage]);
+  mark(r, 5 * stage + 4);
 }
 
 DEVICE void begin_residual(Reader& r) {
@@ -377,7 +394,7 @@ DEVICE void begin_residual(Reader& r) {
   for (int kept = thread / kRows; kept < (end - begin) * kUnit; kept += kThreads / kRows) {
     if (b >= p.rows) continue;
     const int column = begin * kUnit + kept;
-    squares += hand_on(r, p.layers[0].norms, kept, column, b, wide(p.x[int64_t(b) * p.D + column]));
+    squares += hand_on(r, true, p.layers[0].norms[column], kept, column, b, wide(p.x[int64_t(b) * p.D + column]));
   }
   publish_squares(r, squares);
   end_stage(r, p.work.begun);
@@ -541,10 +558,10 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
   for (int at = thread; at < group * kHead; at += kThreads) {
     const int head = at / kHead;
     float most = -INFINITY, total = 0.f, out = 0.f;
-#pragma unroll 8
+#pragma unroll 4
     for (int split = 0; split < unit.splits; ++split)
       most = larger(most, load_fresh(&place_of(p, unit, split).stats[head * 2]));
-#pragma unroll 8
+#pragma unroll 4
     for (int split = 0; split < unit.splits; ++split) {
       const Place place = place_of(p, unit, split);
       const float factor = exp2_(load_fresh(&place.stats[head * 2]) - most);
@@ -559,7 +576,9 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
 DEVICE void finish(Reader& r, int layer, const Range& runs) {
   const Params& p = r.p;
   const int thread = r.warp * 32 + r.lane;
+  mark(r, 22);
   sync_computing();
+  mark(r, 23);
   int start = 0;  // a thread has one row and head
   for (int row = 0; row < thread / p.kv_heads && row < p.rows; ++row) start += splits_of(p.lens[row]) * p.kv_heads;
   bool done = false;
@@ -572,6 +591,7 @@ DEVICE void finish(Reader& r, int layer, const Range& runs) {
   }
   r.s.done[thread] = done;
   sync_computing();
+  mark(r, 24);
   uint32_t merged = 0;
   for (int number = runs.first; number < runs.last;) {
     Unit unit;
@@ -579,30 +599,35 @@ DEVICE void finish(Reader& r, int layer, const Range& runs) {
     if (r.s.done[unit.row * p.kv_heads + unit.head]) merge(r, unit, p.heads / p.kv_heads), ++merged;
     number += unit.splits - unit.split;
   }
-  if (merged) end_stage(r, &p.work.attended[layer], merged);
+  if (merged) {
+    mark(r, 25);
+    end_stage(r, &p.work.attended[layer], merged);
+    mark(r, 26);
+  }
 }
 
+template <int kGroup>
 DEVICE void run_attention(Reader& r, int layer) {
   const Params& p = r.p;
   const Layer& l = p.layers[layer];
   const Range runs = runs_of(p, r.program);
   if (runs.first == runs.last) return;
+  mark(r, 20);
   begin_stage(r, &p.work.ended[layer * 4 + kQkv], p.programs);
+  mark(r, 21);
   for (int number = runs.first; number < runs.last; ++number, ++r.taken) {
     const int slot = r.taken % kSlots;
     if (slot != r.warp) continue;  // a slot's runs are always the same warp's: a barrier's waiter must see every phase
     Unit unit;
     find_unit(p, number, unit);
-    if (p.heads <= 4 * p.kv_heads)
-      attend<4>(r, l, unit, slot, (r.taken / kSlots) & 1);
-    else
-      attend<8>(r, l, unit, slot, (r.taken / kSlots) & 1);
+    attend<kGroup>(r, l, unit, slot, (r.taken / kSlots) & 1);
   }
   finish(r, layer, runs);
 }
 
 // ---- the whole ----
 
+template <int kGroup>  // as many queries a key, or fewer
 DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
@@ -620,14 +645,16 @@ DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   uint32_t merges = 0;
   for (int row = 0; row < p.rows; ++row) merges += p.lens[row] > 0 ? p.kv_heads : 0;
   begin_residual(r);
-  for (int layer = 0; layer < p.num_layers; ++layer) {
-    const uint32_t* ended = p.work.ended + layer * 4;
-    run_product(r, layer, kQkv, layer == 0 ? p.work.begun : ended - 4 + kDown, p.programs);
-    run_attention(r, layer);
-    run_product(r, layer, kO, &p.work.attended[layer], merges);
-    run_product(r, layer, kGateUp, &ended[kO], p.programs);
-    run_product(r, layer, kDown, &ended[kGateUp], p.programs);
-  }
+  // One copy of the code for all products: a layer's instructions should stay in the multiprocessor's cache.
+  const uint32_t *before = p.work.begun, *ended = p.work.ended;
+#pragma unroll 1
+  for (int layer = 0; layer < p.num_layers; ++layer)
+#pragma unroll 1
+    for (int stage = kQkv; stage <= kDown; ++stage, before = ended++) {
+      if (stage == kO) run_attention<kGroup>(r, layer);
+      const bool attended = stage == kO;
+      run_product(r, layer, Stage(stage), attended ? &p.work.attended[layer] : before, attended ? merges : p.programs);
+    }
 }
 
 }  // namespace

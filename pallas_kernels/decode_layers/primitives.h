@@ -103,17 +103,19 @@ DEVICE uint32_t count_up(uint32_t* counter, uint32_t amount) {
 // This thread's writes to shared memory come before copies that are issued after the next barrier.
 DEVICE void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-#ifdef JAXLLM_TIMELINE  // nanoseconds at which a block's stages began to wait and began: benchmarks/decode_layers.py
+#ifdef JAXLLM_TIMELINE  // when a block's first thread came to which point: benchmarks/decode_layers.py
 constexpr int kMarks = 4096;
-__device__ unsigned long long timeline[160][kMarks];
+__device__ unsigned long long timeline[160][kMarks];  // nanoseconds * 32 + point
 __device__ int marks[160];
-DEVICE void mark(int program, int thread) {
+DEVICE void mark(int program, int thread, int point) {
   if (thread != 0) return;
   const int at = marks[program]++;
-  if (at < kMarks) asm volatile("mov.u64 %0, %globaltimer;" : "=l"(timeline[program][at])::"memory");
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
+  if (at < kMarks) timeline[program][at] = now * 32 + point;
 }
 #else
-DEVICE void mark(int, int) {}
+DEVICE void mark(int, int, int) {}
 #endif
 
 }  // namespace
