@@ -214,10 +214,11 @@ struct Reader {  // one of the eight warps'
   int program, warp, lane, g, t;
   uint32_t taken = 0;   // slots
   uint32_t parity = 0;  // of the scratch
+  mutable int marked = 0;
 };
 
 // Of a timeline: which of a stage's points this is.
-DEVICE void mark(const Reader& r, int point) { mark(r.program, r.warp * 32 + r.lane, point); }
+DEVICE void mark(const Reader& r, int point) { mark(r.program, r.warp * 32 + r.lane, r.marked++, point); }
 
 // x[row g][column + 0..7] of the rows that are there, past the first-level cache: other blocks wrote it in this launch.
 DEVICE uint4 activations(const Reader& r, const uint16_t* x, int depth, int column) {

@@ -197,7 +197,7 @@ inline uint32_t count_up(uint32_t* counter, uint32_t amount) {
 }
 inline void order_before_copies() {}
 
-inline void mark(int, int, int) {}
+inline void mark(int, int, int, int) {}
 
 inline void land(Machine& m, size_t at) {
   const Copy copy = m.copies[at];

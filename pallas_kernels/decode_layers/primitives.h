@@ -107,15 +107,15 @@ DEVICE void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;
 constexpr int kMarks = 4096;
 __device__ unsigned long long timeline[160][kMarks];  // nanoseconds * 32 + point
 __device__ int marks[160];
-DEVICE void mark(int program, int thread, int point) {
+DEVICE void mark(int program, int thread, int at, int point) {
   if (thread != 0) return;
-  const int at = marks[program]++;
+  marks[program] = at + 1;
   unsigned long long now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
   if (at < kMarks) timeline[program][at] = now * 32 + point;
 }
 #else
-DEVICE void mark(int, int, int) {}
+DEVICE void mark(int, int, int, int) {}
 #endif
 
 }  // namespace
