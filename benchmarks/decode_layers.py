@@ -33,14 +33,13 @@ MODELS = {
     "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336),
     "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, qk_norm=True),
 }
-CONSTANTS = ("DEPTH", "SLOTS", "AHEAD", "FETCHERS", "FLIGHT")
-VARIANTS = {  # depth of a slot, slots, slots of activations, warps that fetch, slots on their way
-    "512x6, 8 ahead, 4, 3": (512, 6, 8, 4, 3),
-    "512x6, 8 ahead, 4, 2": (512, 6, 8, 4, 2),
-    "512x6, 8 ahead, 4, 1": (512, 6, 8, 4, 1),
-    "512x6, 4 ahead, 4, 2": (512, 6, 4, 4, 2),
-    "512x6, 2 ahead, 4, 2": (512, 6, 2, 4, 2),
-    "512x5, 8 ahead, 4, 2": (512, 5, 8, 4, 2),
+CONSTANTS = ("AHEAD", "FLIGHT", "LEAD")
+VARIANTS = {  # slots of activations in registers, slots on their way, slots prefetched to the second-level cache
+    "4 ahead, flight 2, lead 0": (4, 2, 0),
+    "2 ahead, flight 2, lead 0": (2, 2, 0),
+    "4 ahead, flight 2, lead 3": (4, 2, 3),
+    "4 ahead, flight 2, lead 5": (4, 2, 5),
+    "4 ahead, flight 2, lead 8": (4, 2, 8),
 }
 
 

@@ -17,10 +17,13 @@ namespace {
 #ifndef JAXLLM_DEPTH  // a benchmark may try others
 #define JAXLLM_DEPTH 512
 #define JAXLLM_SLOTS 6
-#define JAXLLM_AHEAD 8
+#define JAXLLM_AHEAD 4
 #endif
 #ifndef JAXLLM_FLIGHT
 #define JAXLLM_FLIGHT 2
+#endif
+#ifndef JAXLLM_LEAD
+#define JAXLLM_LEAD 0
 #endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
@@ -34,6 +37,8 @@ constexpr int kPitch = kDepth * 2 + 64;  // bytes: odd multiples of 64, so that 
 constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRows * kPitch;
 constexpr int kShare = kDepth / kWarps, kHalves = kShare / 32;  // a warp's columns of a slot, 32 at a time
 constexpr int kAhead = JAXLLM_AHEAD;    // slots whose activations are in registers
+constexpr int kLead = JAXLLM_LEAD;      // slots behind the ring that may be in the second-level cache
+constexpr uint32_t kPace = 1700;        // cycles in which memory brings a slot to every multiprocessor
 constexpr int kFlight = JAXLLM_FLIGHT;  // slots whose copies may be on their way at one time
 constexpr int kMaxUnits = 8;          // of the residual stream that one block keeps
 constexpr float kLog2e = 1.4426950408889634f;
@@ -93,7 +98,7 @@ DEVICE Product product_of(const Params& p, int layer, Stage stage) {
   }
 }
 
-DEVICE int first_unit(const Params& p, int units, int program) { return int(int64_t(program) * units / p.programs); }
+DEVICE int first_unit(const Params& p, int units, int program) { return program * units / p.programs; }
 
 // Row of W behind row `row` of a unit. Of a gated product the first 8 are gate's, the others what belongs to them in up.
 DEVICE int64_t weight_row(const Product& w, int unit, int row) {
@@ -128,10 +133,10 @@ DEVICE void find_unit(const Params& p, int unit, Unit& found) {
 
 // This block's share of all runs, neighbours of each other.
 DEVICE Range runs_of(const Params& p, int program) {
-  int64_t all = 0;
+  int all = 0;
 #pragma unroll 1
   for (int row = 0; row < p.rows; ++row) all += splits_of(p.lens[row]) * p.kv_heads;
-  return {int(all * program / p.programs), int(all * (program + 1) / p.programs)};
+  return {first_unit(p, all, program), first_unit(p, all, program + 1)};
 }
 
 DEVICE uint16_t* page_row(const Params& p, uint16_t* pages, const Unit& unit, int key) {
@@ -141,41 +146,84 @@ DEVICE uint16_t* page_row(const Params& p, uint16_t* pages, const Unit& unit, in
 
 // ---- copies ----
 
+DEVICE int between(int least, int value, int most) { return value < least ? least : value > most ? most : value; }
+
+// Where in the weights a slot is, and the one behind it.
+struct Cursor {
+  const Params& p;
+  int program, layer, stage, unit, last, column;
+  uint32_t number = 0;
+  Product w;
+  DEVICE Cursor(const Params& p, int program) : p(p), program(program), layer(0), stage(kQkv) { enter(); }
+  DEVICE void enter() {
+    w = product_of(p, layer, Stage(stage));
+    unit = first_unit(p, w.units, program), last = first_unit(p, w.units, program + 1), column = 0;
+  }
+  DEVICE bool there() const { return layer < p.num_layers; }
+  DEVICE bool at_start() const { return column == 0 && unit == first_unit(p, w.units, program); }
+  DEVICE int rows() const { return last - unit < 2 ? kUnit : 2 * kUnit; }
+  DEVICE int bytes() const { return 2 * (w.depth - column < kDepth ? w.depth - column : kDepth); }
+  DEVICE const uint16_t* row(int at) const { return w.weights + weight_row(w, unit + at / kUnit, at % kUnit) * w.depth + column; }
+  DEVICE void advance() {
+    ++number;
+    column += kDepth;
+    if (column < w.depth) return;
+    column = 0, unit += 2;
+    if (unit < last) return;
+    if (++stage > kDown) stage = kQkv, ++layer;
+    if (there()) enter();
+  }
+};
+
 struct Fetcher {  // one of the warps that fill the ring; together they do what is said below for 32 lanes
+  static constexpr int kMine = kSlotRows / kFetchers;
   Shared& s;
   int number, lane;
-  uint32_t filled = 0;
+  Cursor now, ahead;  // the weights that go to the next slot; those that go to the second-level cache
+  uint32_t filled = 0, due = 0;
+
+  DEVICE Fetcher(const Params& p, Shared& s, int program, int number, int lane)
+      : s(s), number(number), lane(lane), now(p, program), ahead(p, program) {}
+
+  // While the ring is full, and until the lead is used up, memory has time for the slots after those.
+  DEVICE void prefetch(bool idle) {
+    if (kLead == 0) return;
+    if (ahead.number <= now.number) {
+      if (!idle) return;
+      while (ahead.number <= now.number) ahead.advance();
+    }
+    if (!ahead.there() || ahead.number > now.number + kLead || !in_all_lanes(int32_t(clock_() - due) >= 0)) return;
+    const int mine = between(0, ahead.rows() - number * kMine, kMine);
+    if (lane < mine) prefetch_to_cache(ahead.row(number * kMine + lane), ahead.bytes());
+    sync_warp();
+    ahead.advance();
+    due = clock_() + kPace;
+  }
+
+  DEVICE void wait(uint64_t* barrier, uint32_t parity, bool idle) {
+    if (kLead == 0) return wait_for(barrier, parity);
+    while (!in_all_lanes(has_ended(barrier, parity))) prefetch(idle);
+  }
+
   // The next slot, once it is free; told how many bytes this warp will bring.
   DEVICE int next(uint32_t bytes) {
     const int slot = filled % kSlots;
-    if (filled >= kSlots) wait_for(&s.empty[slot], (filled / kSlots + 1) & 1);
+    if (filled >= kSlots) wait(&s.empty[slot], (filled / kSlots + 1) & 1, true);
     // More on their way than it takes would only make others' loads wait in the second-level cache.
-    if (filled >= kFlight) wait_for(&s.full[(filled - kFlight) % kSlots], (filled - kFlight) / kSlots & 1);
+    if (filled >= kFlight) wait(&s.full[(filled - kFlight) % kSlots], (filled - kFlight) / kSlots & 1, false);
     if (lane == 0) expect_bytes(&s.full[slot], bytes);
     sync_warp();
     ++filled;
     return slot;
   }
-};
 
-DEVICE int between(int least, int value, int most) { return value < least ? least : value > most ? most : value; }
-
-DEVICE void fetch_product(const Params& p, Fetcher& f, int program, const Product& w) {
-  constexpr int kMine = kSlotRows / kFetchers;
-  const int last = first_unit(p, w.units, program + 1);
-#pragma unroll 1
-  for (int unit = first_unit(p, w.units, program); unit < last; unit += 2) {
-    const int rows = (last - unit < 2 ? 1 : 2) * kUnit, mine = between(0, rows - f.number * kMine, kMine);
-    const int row = f.number * kMine + f.lane;
-#pragma unroll 1
-    for (int column = 0; column < w.depth; column += kDepth) {
-      const int bytes = 2 * (w.depth - column < kDepth ? w.depth - column : kDepth), slot = f.next(mine * bytes);
-      if (f.lane < mine)
-        copy_in(f.s.ring[slot] + row * kPitch, w.weights + weight_row(w, unit + row / kUnit, row % kUnit) * w.depth + column,
-                bytes, &f.s.full[slot]);
-    }
+  DEVICE void weights() {
+    const int mine = between(0, now.rows() - number * kMine, kMine), bytes = now.bytes(), row = number * kMine + lane;
+    const int slot = next(mine * bytes);
+    if (lane < mine) copy_in(s.ring[slot] + row * kPitch, now.row(row), bytes, &s.full[slot]);
+    now.advance();
   }
-}
+};
 
 // Keys, then values, of this block's runs, 16 of them a copy: a page's are neighbours.
 DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range& runs) {
@@ -195,15 +243,13 @@ DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range&
 }
 
 DEVICE void fetch(const Params& p, Shared& s, int program, int number, int lane) {
-  Fetcher f{s, number, lane};
+  Fetcher f(p, s, program, number, lane);
   const Range runs = runs_of(p, program);
 #pragma unroll 1
-  for (int layer = 0; layer < p.num_layers; ++layer)
-#pragma unroll 1
-    for (int stage = kQkv; stage <= kDown; ++stage) {
-      if (stage == kO) fetch_runs(p, f, p.layers[layer], runs);
-      fetch_product(p, f, program, product_of(p, layer, Stage(stage)));
-    }
+  while (f.now.there()) {
+    if (f.now.stage == kO && f.now.at_start()) fetch_runs(p, f, p.layers[f.now.layer], runs);
+    f.weights();
+  }
 }
 
 // ---- products ----
@@ -403,8 +449,16 @@ DEVICE void begin_residual(Reader& r) {
 
 // ---- attention ----
 
-// A row's queries before the projection's end, of one kv head; or one head of its new keys. Two pairs a lane and head.
-struct Turned {
+// What turns a row's heads: this lane's two pairs of cosines and sines, and of a norm's weights.
+struct Rotation {
+  float c[2], s[2];
+  DEVICE Rotation(const Reader& r, int row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) c[i] = r.p.cosines[row * 64 + r.lane + 32 * i], s[i] = r.p.sines[row * 64 + r.lane + 32 * i];
+  }
+};
+
+struct Pairs {  // columns lane, lane + 32 and what they are turned with, of one head
   float first[2], second[2];
   DEVICE void load(const Reader& r, const uint16_t* from) {
 #pragma unroll
@@ -412,9 +466,9 @@ struct Turned {
       first[i] = wide(load_fresh(from + r.lane + 32 * i)), second[i] = wide(load_fresh(from + r.lane + 32 * i + 64));
   }
   // Normed if the model does that, and rotated.
-  DEVICE void turn(const Reader& r, int row, const uint16_t* norm, uint16_t* to) const {
+  DEVICE void turn(const Reader& r, const Rotation& by, bool normed, const Pairs& norm, uint16_t* to) const {
     float a[2] = {first[0], first[1]}, b[2] = {second[0], second[1]};
-    if (norm != nullptr) {
+    if (normed) {
       float squares = 0.f;
 #pragma unroll
       for (int i = 0; i < 2; ++i) squares += a[i] * a[i] + b[i] * b[i];
@@ -422,42 +476,43 @@ struct Turned {
       const float scale = reciprocal_root(squares / kHead + r.p.eps);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // rounded between, as the model rounds
-        a[i] = wide(narrow(a[i] * scale * wide(norm[r.lane + 32 * i])));
-        b[i] = wide(narrow(b[i] * scale * wide(norm[r.lane + 32 * i + 64])));
+        a[i] = wide(narrow(a[i] * scale * norm.first[i]));
+        b[i] = wide(narrow(b[i] * scale * norm.second[i]));
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int pair = r.lane + 32 * i;
-      const float c = r.p.cosines[row * 64 + pair], s = r.p.sines[row * 64 + pair];
-      to[pair] = narrow(a[i] * c - b[i] * s);
-      to[pair + 64] = narrow(b[i] * c + a[i] * s);
+      to[r.lane + 32 * i] = narrow(a[i] * by.c[i] - b[i] * by.s[i]);
+      to[r.lane + 32 * i + 64] = narrow(b[i] * by.c[i] + a[i] * by.s[i]);
     }
   }
 };
 
-// This row's new key and value: to their page, and to the slot, whose copy may be older than they are.
-DEVICE void enter(const Reader& r, const Layer& l, const Unit& unit, uint16_t* keys, uint16_t* values) {
-  const Params& p = r.p;
-  const int at = unit.length - 1, place = at % kSplit * kHead;
-  const uint16_t* row = p.work.qkv + int64_t(unit.row) * (p.heads + 2 * p.kv_heads) * kHead;
-  const uint16_t* value = row + (p.heads + p.kv_heads + unit.head) * kHead;
-  uint16_t *key_page = page_row(p, l.k_pages, unit, at), *value_page = page_row(p, l.v_pages, unit, at);
-  Turned key;
-  key.load(r, row + (p.heads + unit.head) * kHead);
-  uint16_t held[4];
+// A row's new key and value: to their page, and to the slot, whose copy may be older than they are.
+struct New {
+  Pairs key;
+  uint16_t value[4];
+  DEVICE void load(const Reader& r, const Unit& unit, const uint16_t* row) {
+    key.load(r, row + (r.p.heads + unit.head) * kHead);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) held[i] = load_fresh(value + r.lane + 32 * i);
-  key.turn(r, unit.row, l.qk_norms == nullptr ? nullptr : l.qk_norms + kHead, keys + place);
-  sync_warp();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int column = r.lane + 32 * i;
-    values[place + column] = value_page[column] = held[i];
-    key_page[column] = keys[place + column];
+    for (int i = 0; i < 4; ++i)
+      value[i] = load_fresh(row + (r.p.heads + r.p.kv_heads + unit.head) * kHead + r.lane + 32 * i);
   }
-  sync_warp();
-}
+  DEVICE void enter(const Reader& r, const Layer& l, const Unit& unit, const Rotation& by, const Pairs& norm, uint16_t* keys,
+                    uint16_t* values) const {
+    const int at = unit.length - 1, place = at % kSplit * kHead;
+    uint16_t *key_page = page_row(r.p, l.k_pages, unit, at), *value_page = page_row(r.p, l.v_pages, unit, at);
+    key.turn(r, by, l.qk_norms != nullptr, norm, keys + place);
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = r.lane + 32 * i;
+      values[place + column] = value_page[column] = value[i];
+      key_page[column] = keys[place + column];
+    }
+    sync_warp();
+  }
+};
 
 struct Place {  // where a run's result goes until the row's other runs are there
   float *out, *stats;  // [group][H]; [group][2]: maximum, total
@@ -480,13 +535,19 @@ DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int slot, 
   uint16_t* queries = reinterpret_cast<uint16_t*>(own);                     // [8][H], until they are in registers
   float(*probabilities)[kRows] = reinterpret_cast<float(*)[kRows]>(own);  // [64 keys][8 heads]
   const uint16_t* row = p.work.qkv + int64_t(unit.row) * (p.heads + 2 * p.kv_heads) * kHead;
-  Turned heads[kGroup];
+  const bool last = unit.split == (unit.length - 1) / kSplit;
+  // All that comes from device memory, at one time.
+  const Rotation by(r, unit.row);
+  Pairs heads[kGroup], query_norm, key_norm;
+  New added;
 #pragma unroll
   for (int h = 0; h < kGroup; ++h)
     if (h < group) heads[h].load(r, row + (unit.head * group + h) * kHead);
+  if (last) added.load(r, unit, row);
+  if (l.qk_norms != nullptr) query_norm.load(r, l.qk_norms), key_norm.load(r, l.qk_norms + kHead);
 #pragma unroll
   for (int h = 0; h < kGroup; ++h)
-    if (h < group) heads[h].turn(r, unit.row, l.qk_norms, queries + h * kHead);
+    if (h < group) heads[h].turn(r, by, l.qk_norms != nullptr, query_norm, queries + h * kHead);
   sync_warp();
   uint4 query[4];
 #pragma unroll
@@ -497,7 +558,7 @@ DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int slot, 
   uint16_t* keys = reinterpret_cast<uint16_t*>(r.s.ring[slot]);
   uint16_t* values = keys + kSplit * kHead;
   wait_for(&r.s.full[slot], phase);
-  if (unit.split == (unit.length - 1) / kSplit) enter(r, l, unit, keys, values);
+  if (last) added.enter(r, l, unit, by, key_norm, keys, values);
   float scores[kSplit / kUnit][4] = {};
 #pragma unroll
   for (int i = 0; i < kSplit / kUnit; ++i)
@@ -552,24 +613,50 @@ DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int slot, 
       *reinterpret_cast<Four*>(place.out + h * kHead + r.lane * 4) = Four{out[h][0], out[h][1], out[h][2], out[h][3]};
 }
 
-// All runs of a row and head, in order: attention's output.
+// All runs of a row and head, in order: attention's output. A warp has 64 columns of one query head, a lane the numbers of
+// one run in each 32.
 DEVICE void merge(const Reader& r, const Unit& unit, int group) {
   const Params& p = r.p;
-  const int thread = r.warp * 32 + r.lane;
-  for (int at = thread; at < group * kHead; at += kThreads) {
-    const int head = at / kHead;
-    float most = -INFINITY, total = 0.f, out = 0.f;
-#pragma unroll 4
-    for (int split = 0; split < unit.splits; ++split)
-      most = larger(most, load_fresh(&place_of(p, unit, split).stats[head * 2]));
-#pragma unroll 4
-    for (int split = 0; split < unit.splits; ++split) {
-      const Place place = place_of(p, unit, split);
-      const float factor = exp2_(load_fresh(&place.stats[head * 2]) - most);
-      total += load_fresh(&place.stats[head * 2 + 1]) * factor;
-      out += load_fresh(&place.out[at]) * factor;
+  const int column = r.warp % 2 * 64 + r.lane * 2;
+  const Place place = place_of(p, unit, 0);
+  const int pitch = group * kHead;  // floats from run to run
+  constexpr int kEarly = 16;        // runs whose results are asked for before their weights are known
+  for (int head = r.warp / 2; head < group; head += kWarps / 2) {
+    const float *parts = place.out + head * kHead + column, *stats = place.stats + head * 2;
+    Pair early[kEarly], mine;
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) early[i] = i < unit.splits ? load_pair(parts + i * pitch) : Pair{0.f, 0.f};
+    float most = -INFINITY, total = 0.f, out[2] = {};
+#pragma unroll 1
+    for (int base = 0; base < unit.splits; base += 32) {
+      mine = base + r.lane < unit.splits ? load_pair(stats + (base + r.lane) * group * 2) : Pair{-INFINITY, 0.f};
+      most = larger(most, mine.a);
     }
-    p.work.mixed[int64_t(unit.row) * p.heads * kHead + unit.head * group * kHead + at] = narrow(out / total);
+    for (int mask = 16; mask; mask >>= 1) most = larger(most, shuffle_xor(most, mask));
+#pragma unroll 1
+    for (int base = 0; base < unit.splits; base += 32) {
+      if (unit.splits > 32)
+        mine = base + r.lane < unit.splits ? load_pair(stats + (base + r.lane) * group * 2) : Pair{-INFINITY, 0.f};
+      const float factor = exp2_(mine.a - most);
+      float sum = mine.b * factor;
+      for (int mask = 16; mask; mask >>= 1) sum += shuffle_xor(sum, mask);
+      total += sum;
+      const int runs = unit.splits - base < 32 ? unit.splits - base : 32;
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) {
+        const float weight = from_lane(factor, i);
+        const Pair part = base == 0 ? early[i] : i < runs ? load_pair(parts + (base + i) * pitch) : Pair{0.f, 0.f};
+        out[0] += part.a * weight, out[1] += part.b * weight;
+      }
+#pragma unroll 4
+      for (int i = kEarly; i < runs; ++i) {
+        const float weight = from_lane(factor, i);
+        const Pair part = load_pair(parts + (base + i) * pitch);
+        out[0] += part.a * weight, out[1] += part.b * weight;
+      }
+    }
+    uint16_t* to = p.work.mixed + int64_t(unit.row) * p.heads * kHead + (unit.head * group + head) * kHead + column;
+    to[0] = narrow(out[0] / total), to[1] = narrow(out[1] / total);
   }
 }
 
@@ -637,11 +724,11 @@ DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   }
   sync_all();
   if (warp >= kWarps) {
-    if (kFetchers == 4) give_registers<40>();  // four warps give and take them together
+    if (kFetchers == 4) give_registers<72>();  // four warps give and take them together
     fetch(p, s, program, warp - kWarps, lane);
     return;
   }
-  if (kFetchers == 4) take_registers<232>();
+  if (kFetchers == 4) take_registers<216>();
   Reader r{p, s, program, warp, lane, lane / 4, lane % 4};
   uint32_t merges = 0;
   for (int row = 0; row < p.rows; ++row) merges += p.lens[row] > 0 ? p.kv_heads : 0;
