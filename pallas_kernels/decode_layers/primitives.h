@@ -20,10 +20,27 @@ DEVICE float exp2_(float x) { return exp2f(x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 
-// From the second-level cache: written by other blocks of this launch.
-template <typename T>
-DEVICE T load_fresh(const T* from) {
-  return __ldcg(from);
+// From the second-level cache: written by other blocks of this launch. Volatile, since CUDA's own __ldcg may be moved over
+// a barrier and out of a loop.
+DEVICE uint16_t load_fresh(const uint16_t* from) {
+  uint16_t value;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(value) : "l"(from) : "memory");
+  return value;
+}
+
+DEVICE float load_fresh(const float* from) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
+
+DEVICE uint4 load_fresh(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from)
+               : "memory");
+  return value;
 }
 
 struct Pair {
@@ -31,8 +48,9 @@ struct Pair {
 };
 
 DEVICE Pair load_pair(const float* from) {
-  const float2 both = __ldcg(reinterpret_cast<const float2*>(from));
-  return {both.x, both.y};
+  Pair both;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(both.a), "=f"(both.b) : "l"(from) : "memory");
+  return both;
 }
 
 DEVICE bool in_all_lanes(bool value) { return __all_sync(~0u, value); }
