@@ -128,8 +128,8 @@ def refuse(
         raise NotImplementedError(f"does not take {', '.join(asked)}")
     if scale <= 0:
         raise NotImplementedError(f"the running maximum assumes a positive scale, got {scale}")
-    if HEAD != H or page_size % TILE:
-        raise NotImplementedError(f"heads of {HEAD} and pages of multiples of {TILE} tokens, got {H} and {page_size}")
+    if HEAD != H or page_size < TILE or page_size & (page_size - 1):
+        raise NotImplementedError(f"heads of {HEAD}, pages of {TILE} tokens or a power of two more; got {H}, {page_size}")
     if q.shape[1] // K > MAX_GROUP:
         raise NotImplementedError(f"{q.shape[1]} heads over {K}: at most {MAX_GROUP} queries a key")
     if rows * K > MAX_SEGMENTS:

@@ -40,7 +40,7 @@ struct Params {
   const int *table, *lens;               // [rows][width], [rows]
   float *parts, *part_stats;             // [workers][slots][group][H]; the same with [group][2]: maximum, total
   float *runs, *run_stats;               // [rows][kv_heads][most_runs][group][H]; likewise
-  int rows, programs, heads, kv_heads, page_size, width, addends, slots, most_runs;
+  int rows, programs, heads, kv_heads, page_shift, width, addends, slots, most_runs;  // pages have kTile << page_shift keys
   float eps, scale;                      // scale: times log2 e
 };
 
@@ -76,15 +76,17 @@ DEVICE int split_of(int length) {
 // ---- dealing ----
 
 struct Deal {
-  int total, workers, slack;  // tiles; a boundary this near to the end of a segment moves there
-  bool whole;                 // segments are not cut
+  int total, workers, each, rest;  // tiles: total = workers * each + rest
+  int slack;                       // a boundary this near to the end of a segment moves there
+  bool whole;                      // segments are not cut
 };
 
 struct Segment {  // the keys of one row and head of keys and values
   int row, head, length, tiles, split, base;  // split, base: in tiles; base: where it begins among all
 };
 
-DEVICE int boundary(const Deal& d, int worker) { return int(int64_t(worker) * d.total / d.workers); }
+// worker * total / workers.
+DEVICE int boundary(const Deal& d, int worker) { return worker * d.each + worker * d.rest / d.workers; }
 
 // The beginning of a split at or after `at`, a boundary inside the segment; or the segment's own, if that is near.
 DEVICE int snapped(const Deal& d, const Segment& s, int at) {
@@ -142,7 +144,7 @@ DEVICE bool find_share(const Params& p, int worker, int lane, Deal& deal, Share&
   const int segments = live * p.kv_heads, rounds = (segments + deal.workers - 1) / deal.workers;
   const bool alike = int64_t(most) * segments * 20 <= int64_t(deal.total) * 21;
   deal.whole = alike && segments * 16 >= rounds * deal.workers * 15;
-  deal.slack = deal.total / deal.workers / 8;
+  deal.each = deal.total / deal.workers, deal.rest = deal.total % deal.workers, deal.slack = deal.each / 8;
   const int ends[2] = {boundary(deal, worker), boundary(deal, worker + 1)};
   int found[2] = {-1, -1}, at[2] = {}, base = until - mine;
   for (int row = first; row < last; ++row) {
@@ -198,12 +200,16 @@ DEVICE void advance(const Params& p, Cursor& c, int tiles) {
 
 // ---- the ring ----
 
-struct Worker {
+struct Lane {
+  Scratch& scratch;  // of its warp
+  int lane, g, t, group;
+};
+
+struct Worker : Lane {
   const Params& p;
   unsigned char (*ring)[kSlotBytes];
-  Scratch& scratch;
   uint64_t* full;
-  int number, lane, g, t;
+  int number;
   Deal deal;
   Cursor ahead;            // what is fetched next
   int64_t place = 0;       // of a tile whose keys are on their way and whose values are next
@@ -220,14 +226,13 @@ DEVICE void fetch(Worker& w, int slot) {
   Cursor& c = w.ahead;
   if (c.left == 0) return;
   if (!w.values) {
-    const int tiles_a_page = p.page_size / kTile;
     if (c.row != w.window_row || c.tile < w.window || c.tile >= w.window + 32) {
       w.window_row = c.row, w.window = c.tile;
       const int tile = c.tile + w.lane;
-      w.pages = tile < c.tiles ? p.table[int64_t(c.row) * p.width + tile / tiles_a_page] : 0;
+      w.pages = tile < c.tiles ? p.table[int64_t(c.row) * p.width + (tile >> p.page_shift)] : 0;
     }
-    const int page = shuffle(w.pages, c.tile - w.window), tile = c.tile % tiles_a_page;
-    w.place = ((int64_t(page) * p.kv_heads + c.head) * p.page_size + tile * kTile) * kHead;
+    const int64_t tile = (int64_t(shuffle(w.pages, c.tile - w.window)) * p.kv_heads + c.head) << p.page_shift;
+    w.place = (tile + (c.tile & ((1 << p.page_shift) - 1))) * kTile * kHead;
   }
   if (w.lane == 0) {
     expect_bytes(&w.full[slot], kSlotBytes);
@@ -257,13 +262,18 @@ DEVICE float projected(const Params& p, int row, int column) {
   if (p.addends == 0) return wide(static_cast<const uint16_t*>(p.qkv)[at]);
   const float* sums = static_cast<const float*>(p.qkv);
   float total = sums[at];
+#pragma unroll 1
   for (int i = 1; i < p.addends; ++i) total += sums[i * p.rows * wide_ + at];
   if (p.bias != nullptr) total += wide(p.bias[column]);
   return wide(narrow(total));
 }
 
-// A head of the row's queries or keys, normed if the model does that, and rotated. Two pairs a lane, halves apart.
-DEVICE void rotated(const Params& p, int lane, int row, int head, const uint16_t* norm, uint16_t (&first)[2], uint16_t (&second)[2]) {
+struct Pairs {  // a lane's columns of a head: lane, lane + 32; and the same of its second half
+  uint16_t first[2], second[2];
+};
+
+// A head of the row's queries or keys, normed if the model does that, and rotated.
+SELDOM Pairs rotated(const Params& p, int lane, int row, int head, const uint16_t* norm) {
   float a[2], b[2], squares = 0.f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -279,31 +289,31 @@ DEVICE void rotated(const Params& p, int lane, int row, int head, const uint16_t
       b[i] = wide(narrow(b[i] * scale * wide(norm[lane + 32 * i + 64])));
     }
   }
+  Pairs pairs;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float c = p.cosines[int64_t(row) * 64 + lane + 32 * i], s = p.sines[int64_t(row) * 64 + lane + 32 * i];
-    first[i] = narrow(a[i] * c - b[i] * s);
-    second[i] = narrow(b[i] * c + a[i] * s);
+    pairs.first[i] = narrow(a[i] * c - b[i] * s);
+    pairs.second[i] = narrow(b[i] * c + a[i] * s);
   }
+  return pairs;
+}
+
+DEVICE void put(const Pairs& pairs, int lane, uint16_t* to) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) to[lane + 32 * i] = pairs.first[i], to[lane + 32 * i + 64] = pairs.second[i];
 }
 
 // This lane's part of the group's queries as the tensor core's second operand: columns 32c + 8t .. of query g.
 DEVICE void load_queries(Worker& w, const Segment& s, uint4 (&queries)[4]) {
   const Params& p = w.p;
-  const int group = p.heads / p.kv_heads;
+  const int group = w.group;
   const uint16_t* from;
   if (p.q != nullptr) {
     const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
     from = p.q + (int64_t(token) * p.heads + s.head * group + w.g) * kHead;
   } else {
-    for (int i = 0; i < group; ++i) {
-      uint16_t first[2], second[2];
-      rotated(p, w.lane, s.row, s.head * group + i, p.norms, first, second);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        w.scratch.queries[i][w.lane + 32 * k] = first[k], w.scratch.queries[i][w.lane + 32 * k + 64] = second[k];
-      }
-    }
+    for (int i = 0; i < group; ++i) put(rotated(p, w.lane, s.row, s.head * group + i, p.norms), w.lane, w.scratch.queries[i]);
     sync_warp();
     from = w.scratch.queries[w.g];
   }
@@ -315,33 +325,22 @@ DEVICE void load_queries(Worker& w, const Segment& s, uint4 (&queries)[4]) {
 
 DEVICE int64_t last_place(const Params& p, const Segment& s) {  // where the row's last key and value go
   const int at = s.length - 1;
-  const int64_t page = p.table[int64_t(s.row) * p.width + at / p.page_size];
-  return ((page * p.kv_heads + s.head) * p.page_size + at % p.page_size) * kHead;
+  const int64_t page = p.table[int64_t(s.row) * p.width + (at / kTile >> p.page_shift)], page_size = kTile << p.page_shift;
+  return ((page * p.kv_heads + s.head) * page_size + at % page_size) * kHead;
 }
 
-// The row's new key to its page, and to the slot: the copy may have brought what was in the page before.
-DEVICE void enter_key(Worker& w, const Segment& s, unsigned char* slot) {
-  const Params& p = w.p;
-  uint16_t first[2], second[2], *own = reinterpret_cast<uint16_t*>(slot + (s.length - 1) % kTile * kRowBytes);
-  uint16_t* page = p.k_pages + last_place(p, s);
-  rotated(p, w.lane, s.row, p.heads + s.head, p.norms == nullptr ? nullptr : p.norms + kHead, first, second);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int at = w.lane + 32 * i;
-    own[at] = first[i], own[at + 64] = second[i];
-    page[at] = first[i], page[at + 64] = second[i];
-  }
-  before_copy_in();
-  sync_warp();
-}
-
-DEVICE void enter_value(Worker& w, const Segment& s, unsigned char* slot) {
-  const Params& p = w.p;
+// The row's new key, or value, to its page and to the slot: the copy may have brought what was in the page before.
+SELDOM void enter(const Params& p, const Segment& s, int lane, unsigned char* slot, bool value) {
   uint16_t* own = reinterpret_cast<uint16_t*>(slot + (s.length - 1) % kTile * kRowBytes);
-  uint16_t* page = p.v_pages + last_place(p, s);
-  for (int at = w.lane; at < kHead; at += 32) {
-    const uint16_t value = narrow(projected(p, s.row, (p.heads + p.kv_heads + s.head) * kHead + at));
-    own[at] = value, page[at] = value;
+  uint16_t* page = (value ? p.v_pages : p.k_pages) + last_place(p, s);
+  if (value) {
+#pragma unroll
+    for (int at = lane; at < kHead; at += 32)
+      own[at] = page[at] = narrow(projected(p, s.row, (p.heads + p.kv_heads + s.head) * kHead + at));
+  } else {
+    const Pairs pairs = rotated(p, lane, s.row, p.heads + s.head, p.norms == nullptr ? nullptr : p.norms + kHead);
+    put(pairs, lane, own);
+    put(pairs, lane, page);
   }
   before_copy_in();
   sync_warp();
@@ -365,7 +364,7 @@ DEVICE void load_factors(const float* from, float (&to)[G]) {
 
 // Sums of what came before and of what comes next as one. All folds are this.
 template <int G>
-DEVICE void fold(Worker& w, Sums<G>& sums, const Sums<G>& next) {
+DEVICE void fold(const Lane& w, Sums<G>& sums, const Sums<G>& next) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float most = larger(sums.most[h], next.most[h]);
@@ -407,7 +406,7 @@ DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
 template <int G>
 DEVICE void attend(Worker& w, const Segment& s, const uint4 (&queries)[4], int live, bool enters, Sums<G>& sums) {
   unsigned char* keys = take(w);
-  if (enters) enter_key(w, s, keys);
+  if (enters) enter(w.p, s, w.lane, keys, false);
   float scores[2][4] = {};
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
@@ -429,7 +428,7 @@ DEVICE void attend(Worker& w, const Segment& s, const uint4 (&queries)[4], int l
     if (w.g == 0) w.scratch.old_factors[2 * w.t + h] = shrink;
   }
   unsigned char* values = take(w);
-  if (enters) enter_value(w, s, values);
+  if (enters) enter(w.p, s, w.lane, values, true);
   sync_warp();  // probabilities are there
   float shrink[G];
   load_factors<G>(w.scratch.old_factors, shrink);
@@ -438,9 +437,10 @@ DEVICE void attend(Worker& w, const Segment& s, const uint4 (&queries)[4], int l
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums.out[h][i] = times(sums.out[h][i], shrink[h]);
   if (live == kTile) {
-#pragma unroll
+#pragma unroll(kWarps <= 8 ? 8 : 4)
     for (int key = 0; key < kTile; ++key) add_value(w, sums, values, key);
   } else {
+#pragma unroll 1
     for (int key = 0; key < live; ++key) add_value(w, sums, values, key);
   }
   give_back(w);
@@ -461,8 +461,8 @@ DEVICE void attend_split(Worker& w, const Segment& s, const uint4 (&queries)[4],
 // ---- runs ----
 
 template <int G>
-DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Sums<G>& sums) {
-  const int group = w.p.heads / w.p.kv_heads;
+DEVICE void store(const Lane& w, float* to, float* stats, int64_t at, const Sums<G>& sums) {
+  const int group = w.group;
   to += at * group * kHead + w.lane * 4, stats += at * group * 2;
 #pragma unroll
   for (int h = 0; h < G; ++h)
@@ -475,8 +475,8 @@ DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Su
 }
 
 template <int G>
-DEVICE void load(const Worker& w, const float* from, const float* stats, int64_t at, Sums<G>& sums) {
-  const int group = w.p.heads / w.p.kv_heads;
+DEVICE void load(const Lane& w, const float* from, const float* stats, int64_t at, Sums<G>& sums) {
+  const int group = w.group;
   from += at * group * kHead + w.lane * 4, stats += at * group * 2;
 #pragma unroll
   for (int h = 0; h < G; ++h) {
@@ -492,8 +492,9 @@ DEVICE void load(const Worker& w, const float* from, const float* stats, int64_t
 
 // Stored results first .. last - 1, folded in order; some of them are on their way at a time.
 template <int G>
-DEVICE void fold_stored(Worker& w, const float* from, const float* stats, int64_t base, int first, int last, Sums<G>& sums) {
-  constexpr int kBatch = (kWarps <= 8 ? 24 : 16) / G;
+SELDOM void fold_stored(const Lane w, const float* from, const float* stats, int64_t base, int first, int last, Sums<G>& start) {
+  constexpr int kBatch = kWarps > 8 ? 1 : G <= 4 ? 6 : 2;
+  Sums<G> sums = start;  // in registers
   for (int at = first; at < last; at += kBatch) {
     Sums<G> next[kBatch];
 #pragma unroll
@@ -503,6 +504,7 @@ DEVICE void fold_stored(Worker& w, const float* from, const float* stats, int64_
     for (int i = 0; i < kBatch; ++i)
       if (at + i < last) fold(w, sums, next[i]);
   }
+  start = sums;
 }
 
 // Everything this warp stored is there for whoever counts up last; true: that is this one, and all counts are there.
@@ -519,13 +521,13 @@ DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
 template <int G>
 DEVICE void write_out(Worker& w, const Segment& s, const Sums<G>& sums) {
   const Params& p = w.p;
-  const int group = p.heads / p.kv_heads, token = p.tokens == nullptr ? s.row : p.tokens[s.row];
+  const int group = w.group, token = p.tokens == nullptr ? s.row : p.tokens[s.row];
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    if (w.g == 0) w.scratch.new_factors[2 * w.t + h] = sums.total[h];
+    if (w.g == 0) w.scratch.new_factors[2 * w.t + h] = 1.f / sums.total[h];
   sync_warp();
-  float total[G];
-  load_factors<G>(w.scratch.new_factors, total);
+  float share[G];
+  load_factors<G>(w.scratch.new_factors, share);
   uint16_t* to = p.out + (int64_t(token) * p.heads + s.head * group) * kHead + w.lane * 4;
 #pragma unroll
   for (int h = 0; h < G; ++h)
@@ -533,7 +535,7 @@ DEVICE void write_out(Worker& w, const Segment& s, const Sums<G>& sums) {
       uint32_t pair[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t low = narrow(sums.out[h][2 * i] / total[h]), high = narrow(sums.out[h][2 * i + 1] / total[h]);
+        const uint32_t low = narrow(sums.out[h][2 * i] * share[h]), high = narrow(sums.out[h][2 * i + 1] * share[h]);
         pair[i] = low | high << 16;
       }
       *reinterpret_cast<uint2*>(to + h * kHead) = uint2{pair[0], pair[1]};
@@ -561,8 +563,9 @@ DEVICE void finish_run(Worker& w, const Segment& s, const Run& run, Sums<G>& sum
     const int64_t base = int64_t(segment) * p.most_runs;
     store(w, p.runs, p.run_stats, base + run.number, sums);
     if (!last_to_arrive(w, kMaxWorkers + segment, 1, run.runs)) return;
-    sums = Sums<G>();
-    fold_stored(w, p.runs, p.run_stats, base, 0, run.runs, sums);
+    Sums<G> all;
+    fold_stored<G>(w, p.runs, p.run_stats, base, 0, run.runs, all);
+    sums = all;
   }
   write_out(w, s, sums);
 }
@@ -589,8 +592,10 @@ DEVICE void work_on(Worker& w, const Segment& s, const Run& run, const uint4 (&q
     if (!last_to_arrive(w, owner, last - first, run.last - run.first)) return;
     // How far the one that begins the run came: where the next worker begins.
     const int next = snapped(w.deal, s, boundary(w.deal, owner + 1)), done = (next - at) / s.split;
-    if (!begins) load(w, p.parts, p.part_stats, base, sums);
-    fold_stored(w, p.parts, p.part_stats, base, done, run.last - run.first, sums);
+    Sums<G> all;
+    load(w, p.parts, p.part_stats, base, all);
+    fold_stored<G>(w, p.parts, p.part_stats, base, done, run.last - run.first, all);
+    sums = all;
   }
   finish_run(w, s, run, sums);
 }
@@ -608,7 +613,7 @@ DEVICE void clear_empty_rows(const Params& p, int worker, int lane) {
 template <int G>
 DEVICE void run(const Params& p, Shared& shared, int program, int thread) {
   const int warp = thread / 32, lane = thread % 32, number = program * kWarps + warp;
-  Worker w{p, shared.ring[warp], shared.scratch[warp], shared.full[warp], number, lane, lane / 4, lane % 4};
+  Worker w{{shared.scratch[warp], lane, lane / 4, lane % 4, p.heads / p.kv_heads}, p, shared.ring[warp], shared.full[warp], number};
   if (lane == 0) {
     for (int slot = 0; slot < kSlots; ++slot) init_barrier(&w.full[slot], 1);
     publish_barriers();
@@ -619,6 +624,7 @@ DEVICE void run(const Params& p, Shared& shared, int program, int thread) {
   Cursor c = {};
   if (any) {
     c = w.ahead = cursor_of(p, share);
+#pragma unroll 1
     for (int slot = 0; slot < kSlots; ++slot) fetch(w, slot);
   }
   clear_empty_rows(p, number, lane);

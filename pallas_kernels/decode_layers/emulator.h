@@ -18,6 +18,7 @@
 #include <vector>
 
 #define DEVICE inline
+#define SELDOM inline
 #define RESIDENT
 
 namespace {

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #define DEVICE __device__ __forceinline__
+#define SELDOM __device__ __noinline__  // kept out of the way of what runs often
 #define RESIDENT __device__  // memory that starts as zeros and outlives launches
 
 namespace {
