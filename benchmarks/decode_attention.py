@@ -97,18 +97,22 @@ def best(run: Callable[..., Any], state: Any, repeat: int = 10) -> float:
 Attend = Callable[..., Any]
 
 
-def report(what: str, shape: str, page: int, names: dict[str, Attend], step: Callable[[Attend], Any], **more: Any) -> None:
+def report(
+    what: str, names: dict[str, Attend], step: Callable[[Attend], Any], state: Any, size: int, calls: int, **more: Any
+) -> None:
     """Compiles all of `names` side by side, then times one after the other."""
-    run, state, size, calls = step, more.pop("state"), more.pop("size"), more.pop("calls")
+
+    def compiled(attend: Attend) -> Any:
+        return step(attend).lower(state).compile()
+
     with ThreadPoolExecutor(8) as pool:
-        waiting = {name: pool.submit(lambda attend=attend: run(attend).lower(state).compile()) for name, attend in names.items()}
-    for name, compiled in waiting.items():
+        waiting = {name: pool.submit(compiled, attend) for name, attend in names.items()}
+    for name, ready in waiting.items():
         try:
-            copied = jax.tree.map(jnp.copy, state)
-            seconds = best(compiled.result(), copied) / calls
-            say(what=what, shape=shape, page=page, kernel=name, us=seconds * 1e6, TBps=size / seconds / 1e12, **more)
+            seconds = best(ready.result(), jax.tree.map(jnp.copy, state)) / calls
+            say(what=what, kernel=name, us=seconds * 1e6, TBps=size / seconds / 1e12, **more)
         except Exception as error:
-            say(what=what, shape=shape, page=page, kernel=name, failed=str(error)[-600:])
+            say(what=what, kernel=name, failed=str(error)[-600:], **more)
 
 
 def plain(names: dict[str, Attend], what: str, shapes: dict[str, float], pages: tuple[int, ...]) -> None:
@@ -120,11 +124,13 @@ def plain(names: dict[str, Attend], what: str, shapes: dict[str, float], pages: 
             q = normal(jax.random.key(1), (B, N, H))
 
             def step(attend: Attend, pools: Any = pools, rows: Any = rows) -> Any:
-                jitted = jax.jit(lambda q, pools: functools.reduce(lambda q, own: attend(q, *own, *rows, scale=H**-0.5), pools, q))
+                jitted = jax.jit(
+                    lambda x, pools: functools.reduce(lambda x, own: attend(x, *own, *rows, scale=H**-0.5), pools, x)
+                )
                 return _Bound(jitted, pools)
 
             size = bytes_of(B, S)
-            report(what, shape, page, names, step, state=q, size=size, calls=calls, bar=bar, predicted=PREDICTED[shape])
+            report(what, names, step, q, size, calls, shape=shape, page=page, bar=bar, predicted=PREDICTED[shape])
             del pools, step
 
 
@@ -181,8 +187,8 @@ def heads() -> None:
         made = Heads(qkv, jnp.cos(angles), jnp.sin(angles), K=K, dtype=jnp.bfloat16)
 
         def step(attend: Attend, made: Any = made, rows: Any = rows) -> Any:
-            def layers(state: Any) -> Any:
-                out, pools = state
+            def layers(before: Any) -> Any:
+                out, pools = before
                 for i, own in enumerate(pools):
                     new, *own = attend(made, *own, *rows, scale=H**-0.5)
                     out, pools = out + new, [*pools[:i], tuple(own), *pools[i + 1 :]]
@@ -192,7 +198,7 @@ def heads() -> None:
 
         state = jnp.zeros((B, N, H), jnp.bfloat16), pools
         names: dict[str, Attend] = {"8x6": cuda.decode_heads, "triton": triton.decode_heads}
-        report("heads", shape, page, names, step, state=state, size=bytes_of(B, S), calls=calls, predicted=predicted)
+        report("heads", names, step, state, bytes_of(B, S), calls, shape=shape, page=page, predicted=predicted)
         del pools, state
 
 
@@ -225,11 +231,15 @@ def _check(spec: DecodeAttentionSpec) -> None:
     for row in live[:4]:
         part = slice(row, row + 1)
         qkv = given.qkv[:, part] if given.parts else given.qkv[part]
-        own = Heads(qkv, given.cos[part], given.sin[part], given.norms, given.bias, K=spec.K, eps=given.eps, dtype=given.dtype)
+        own = Heads(
+            qkv, given.cos[part], given.sin[part], given.norms, given.bias, K=spec.K, eps=given.eps, dtype=given.dtype
+        )
         alone.append(np.array_equal(bits(ours(own, *pools, table[part], lengths[part])[0])[0], bits(got[0])[row]))
     zeros = not out[np.asarray(lengths) == 0].any()
     row = dict(zeros=zeros, pages_right=near, repeats_equal=again, alone_equal=alone)
-    say(what="check", spec=spec.name, error=error, **row, good=bool(error < 1e-2 and all((*near, zeros, again, *alone))))
+    say(
+        what="check", spec=spec.name, error=error, **row, good=bool(error < 1e-2 and all((*near, zeros, again, *alone)))
+    )
 
 
 SECTIONS = {"check": check, "time": timed, "heads": heads, "splits": splits}

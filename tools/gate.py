@@ -154,7 +154,7 @@ def compile_source(source: Path) -> list[Report]:
     if ran.returncode:
         raise RuntimeError(ran.stderr[-500:])
     # Functions that are not inlined have no registers of their own.
-    line = r"Function properties for (\S+)\n[^\n]*?(\d+) bytes spill stores[^\n]*\n(?:ptxas info\s*: Used (\d+) registers)?"
+    line = r"Function properties for (\S+)\n.*?(\d+) bytes spill stores.*\n(?:ptxas info\s*: Used (\d+) registers)?"
     found = re.findall(line, ran.stderr)
     return [Report(name, int(registers or 0), int(spilled), False, {}) for name, spilled, registers in found]
 

@@ -34,7 +34,10 @@ SUFFIX = ".stablehlo"
 ROOT = Path(__file__).parents[2]
 READ_BY_TRACING = ("jaxllm/core.py", "jaxllm/graph", "pallas_kernels", "sharding")
 # Kernels as custom calls. JAX promises nothing of them between its versions, but the one that wrote a file reads it.
-LIBRARIES = (decode_attention, decode_layers)  # CUDA sources: built, or found built, when a step that calls them is read
+LIBRARIES = (
+    decode_attention,
+    decode_layers,
+)  # CUDA sources: built, or found built, when a step that calls them is read
 OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", *(each.TARGET for each in LIBRARIES))
 
 for kind in (Stepped, Sampled):

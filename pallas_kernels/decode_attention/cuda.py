@@ -129,7 +129,9 @@ def refuse(
     if scale <= 0:
         raise NotImplementedError(f"the running maximum assumes a positive scale, got {scale}")
     if HEAD != H or page_size < TILE or page_size & (page_size - 1):
-        raise NotImplementedError(f"heads of {HEAD}, pages of {TILE} tokens or a power of two more; got {H}, {page_size}")
+        raise NotImplementedError(
+            f"heads of {HEAD}, pages of {TILE} tokens or a power of two more; got {H}, {page_size}"
+        )
     if q.shape[1] // K > MAX_GROUP:
         raise NotImplementedError(f"{q.shape[1]} heads over {K}: at most {MAX_GROUP} queries a key")
     if rows * K > MAX_SEGMENTS:

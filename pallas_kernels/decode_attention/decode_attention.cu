@@ -293,8 +293,8 @@ SELDOM Pairs rotated(const Params& p, int lane, int row, int head, const uint16_
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float c = p.cosines[int64_t(row) * 64 + lane + 32 * i], s = p.sines[int64_t(row) * 64 + lane + 32 * i];
-    pairs.first[i] = narrow(a[i] * c - b[i] * s);
-    pairs.second[i] = narrow(b[i] * c + a[i] * s);
+    pairs.first[i] = narrow(times(a[i], c) - times(b[i], s));  // not fused: rope_page_write rounds so
+    pairs.second[i] = narrow(times(b[i], c) + times(a[i], s));
   }
   return pairs;
 }

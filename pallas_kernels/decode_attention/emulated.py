@@ -1,6 +1,6 @@
-"""decode_attention.cu on a CPU: the same source, its threads as fibers run in random turns (decode_layers/emulator.h).
+"""decode_attention.cu on a CPU: the same source, its threads as fibers run in random turns (see emulator.h).
 
-For tests: slow, but indices, copies, barriers and folds are the kernel's own. Copies land late, memory that nobody wrote
+For tests: slow, but indices, copies, barriers and folds are the kernel's own. Copies land late, memory nobody wrote
 is NaN, and a wait that nobody will end is an error. `machine` plays other numbers of multiprocessors and warps.
 """
 
