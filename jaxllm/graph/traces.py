@@ -25,6 +25,7 @@ import jax
 from jax import export
 
 from jaxllm.graph.steps import Graph, Sampled, Stepped
+from pallas_kernels.decode_attention import cuda as decode_attention
 from pallas_kernels.decode_layers import cuda as decode_layers
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,11 @@ SUFFIX = ".stablehlo"
 ROOT = Path(__file__).parents[2]
 READ_BY_TRACING = ("jaxllm/core.py", "jaxllm/graph", "pallas_kernels", "sharding")
 # Kernels as custom calls. JAX promises nothing of them between its versions, but the one that wrote a file reads it.
-OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", decode_layers.TARGET)
+LIBRARIES = (
+    decode_attention,
+    decode_layers,
+)  # CUDA sources: built, or found built, when a step that calls them is read
+OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", *(each.TARGET for each in LIBRARIES))
 
 for kind in (Stepped, Sampled):
     export.register_namedtuple_serialization(kind, serialized_name=f"jaxllm.{kind.__name__}")
@@ -129,8 +134,9 @@ def _provide(data: bytes) -> None:
     """What tracing the kernels in this module would have brought into the process."""
     if b"mosaic_gpu" in data:
         importlib.import_module("jax.experimental.mosaic.gpu")  # tells the runtime where its library lies
-    if decode_layers.TARGET.encode() in data:
-        decode_layers.register(decode_layers.library())
+    for each in LIBRARIES:
+        if each.TARGET.encode() in data:
+            each.register(each.library())
 
 
 def _device(sharding: jax.sharding.Sharding) -> Any:
@@ -153,6 +159,6 @@ def _source() -> str:
         place = ROOT / part
         files = [place] if place.is_file() else sorted(place.rglob("*"))
         for path in files:
-            if path.suffix in (".py", ".json", ".cu"):
+            if path.suffix in (".py", ".json", ".cu", ".h"):
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

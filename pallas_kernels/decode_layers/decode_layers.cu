@@ -604,7 +604,7 @@ DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int slot, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[h][i] += probabilities[j][h] * v[i];
   }
-  order_before_copies();
+  before_copy_in();
   sync_warp();
   if (r.lane < kWarps) arrive(&r.s.empty[slot]);
 #pragma unroll
@@ -623,36 +623,36 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
   constexpr int kEarly = 16;        // runs whose results are asked for before their weights are known
   for (int head = r.warp / 2; head < group; head += kWarps / 2) {
     const float *parts = place.out + head * kHead + column, *stats = place.stats + head * 2;
-    Pair early[kEarly], mine;
+    float2 early[kEarly], mine;
 #pragma unroll
-    for (int i = 0; i < kEarly; ++i) early[i] = i < unit.splits ? load_pair(parts + i * pitch) : Pair{0.f, 0.f};
+    for (int i = 0; i < kEarly; ++i) early[i] = i < unit.splits ? load_fresh(reinterpret_cast<const float2*>(parts + i * pitch)) : float2{0.f, 0.f};
     float most = -INFINITY, total = 0.f, out[2] = {};
 #pragma unroll 1
     for (int base = 0; base < unit.splits; base += 32) {
-      mine = base + r.lane < unit.splits ? load_pair(stats + (base + r.lane) * group * 2) : Pair{-INFINITY, 0.f};
-      most = larger(most, mine.a);
+      mine = base + r.lane < unit.splits ? load_fresh(reinterpret_cast<const float2*>(stats + (base + r.lane) * group * 2)) : float2{-INFINITY, 0.f};
+      most = larger(most, mine.x);
     }
     for (int mask = 16; mask; mask >>= 1) most = larger(most, shuffle_xor(most, mask));
 #pragma unroll 1
     for (int base = 0; base < unit.splits; base += 32) {
       if (unit.splits > 32)
-        mine = base + r.lane < unit.splits ? load_pair(stats + (base + r.lane) * group * 2) : Pair{-INFINITY, 0.f};
-      const float factor = exp2_(mine.a - most);
-      float sum = mine.b * factor;
+        mine = base + r.lane < unit.splits ? load_fresh(reinterpret_cast<const float2*>(stats + (base + r.lane) * group * 2)) : float2{-INFINITY, 0.f};
+      const float factor = exp2_(mine.x - most);
+      float sum = mine.y * factor;
       for (int mask = 16; mask; mask >>= 1) sum += shuffle_xor(sum, mask);
       total += sum;
       const int runs = unit.splits - base < 32 ? unit.splits - base : 32;
 #pragma unroll
       for (int i = 0; i < kEarly; ++i) {
         const float weight = from_lane(factor, i);
-        const Pair part = base == 0 ? early[i] : i < runs ? load_pair(parts + (base + i) * pitch) : Pair{0.f, 0.f};
-        out[0] += part.a * weight, out[1] += part.b * weight;
+        const float2 part = base == 0 ? early[i] : i < runs ? load_fresh(reinterpret_cast<const float2*>(parts + (base + i) * pitch)) : float2{0.f, 0.f};
+        out[0] += part.x * weight, out[1] += part.y * weight;
       }
 #pragma unroll 4
       for (int i = kEarly; i < runs; ++i) {
         const float weight = from_lane(factor, i);
-        const Pair part = load_pair(parts + (base + i) * pitch);
-        out[0] += part.a * weight, out[1] += part.b * weight;
+        const float2 part = load_fresh(reinterpret_cast<const float2*>(parts + (base + i) * pitch));
+        out[0] += part.x * weight, out[1] += part.y * weight;
       }
     }
     uint16_t* to = p.work.mixed + int64_t(unit.row) * p.heads * kHead + (unit.head * group + head) * kHead + column;

@@ -4,11 +4,13 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -16,6 +18,8 @@
 #include <vector>
 
 #define DEVICE inline
+#define SELDOM inline
+#define RESIDENT
 
 namespace {
 
@@ -24,6 +28,12 @@ struct uint2 {
 };
 struct uint4 {
   uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 
 constexpr int kWarpLanes = 32;
@@ -37,6 +47,7 @@ struct Meeting {  // a barrier of `size` fibers
 struct WarpState {
   Meeting meeting;
   float value[kWarpLanes];
+  int word[kWarpLanes];
   uint32_t a[kWarpLanes][4], b[kWarpLanes][2];
 };
 
@@ -104,6 +115,8 @@ inline float exp_(float x) { return std::exp(x); }
 inline float exp2_(float x) { return std::exp2(x); }
 inline float reciprocal_root(float x) { return 1.f / std::sqrt(x); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float times(float a, float b) { return a * b; }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 
 template <typename T>
 inline T load_fresh(const T* from) {
@@ -133,10 +146,6 @@ inline bool in_all_lanes(bool value) {
   return all;
 }
 
-struct Pair {
-  float a, b;
-};
-inline Pair load_pair(const float* from) { return {from[0], from[1]}; }
 inline uint32_t clock_() { return uint32_t(machine->random()) % 4096; }
 
 template <int count>
@@ -151,6 +160,29 @@ inline float shuffle_xor(float value, int mask) {
   const float other = warp.value[machine->current->lane ^ mask];
   sync_warp();
   return other;
+}
+
+// What every lane had, for one to choose from.
+template <typename Choose>
+inline int chosen(int value, Choose choose) {
+  WarpState& warp = my_warp();
+  warp.word[machine->current->lane] = value;
+  sync_warp();
+  const int got = choose(warp.word, machine->current->lane);
+  sync_warp();
+  return got;
+}
+inline int shuffle(int value, int lane) {
+  return chosen(value, [=](const int* all, int) { return all[lane % kWarpLanes]; });
+}
+inline int shuffle_up(int value, int delta) {
+  return chosen(value, [=](const int* all, int lane) { return all[lane < delta ? lane : lane - delta]; });
+}
+inline int sum_of_warp(int value) {
+  return chosen(value, [](const int* all, int) { return std::accumulate(all, all + kWarpLanes, 0); });
+}
+inline int most_of_warp(int value) {
+  return chosen(value, [](const int* all, int) { return *std::max_element(all, all + kWarpLanes); });
 }
 
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -188,6 +220,7 @@ inline void settle(Bar& b) {
 }
 inline void init_barrier(uint64_t* at, uint32_t arrivals) { bar(at) = {0, uint8_t(arrivals), uint8_t(arrivals), 0, 0}; }
 inline void publish_barriers() {}
+inline void before_copy_in() {}
 inline void expect_bytes(uint64_t* at, uint32_t bytes) {
   bar(at).bytes += int32_t(bytes);
   --bar(at).pending;
@@ -223,11 +256,10 @@ inline void signal(uint32_t* counter, uint32_t amount) {
 inline void await(const uint32_t* counter, uint32_t count) {
   while (*reinterpret_cast<const volatile uint32_t*>(counter) < count) yield();
 }
-inline uint32_t count_up(uint32_t* counter, uint32_t amount) {
+inline uint32_t count_up(uint32_t* counter, uint32_t by = 1) {
   machine->moved = true;
-  return std::exchange(*counter, *counter + amount);
+  return std::exchange(*counter, *counter + by);
 }
-inline void order_before_copies() {}
 
 inline void mark(int, int, int, int) {}
 

@@ -1,4 +1,4 @@
-// What decode_layers.cu asks of the machine, on sm_90a. emulator.h has the same names for a CPU.
+// What decode_layers.cu and decode_attention.cu ask of the machine, on sm_90a. emulator.h has the same names for a CPU.
 #pragma once
 #ifdef JAXLLM_EMULATED
 #include "emulator.h"
@@ -10,6 +10,8 @@
 #include <cstdint>
 
 #define DEVICE __device__ __forceinline__
+#define SELDOM __device__ __noinline__  // kept out of the way of what runs often
+#define RESIDENT __device__  // memory that starts as zeros and outlives launches
 
 namespace {
 
@@ -19,6 +21,9 @@ DEVICE float exp_(float x) { return __expf(x); }
 DEVICE float exp2_(float x) { return exp2f(x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+// Rounded as written, so that no two copies of one line differ in what the compiler made of it.
+DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // From the second-level cache: written by other blocks of this launch. Volatile, since CUDA's own __ldcg may be moved over
 // a barrier and out of a loop.
@@ -43,20 +48,29 @@ DEVICE uint4 load_fresh(const uint4* from) {
   return value;
 }
 
-struct Pair {
-  float a, b;
-};
+DEVICE float4 load_fresh(const float4* from) {
+  float4 value;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(from)
+               : "memory");
+  return value;
+}
 
-DEVICE Pair load_pair(const float* from) {
-  Pair both;
-  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(both.a), "=f"(both.b) : "l"(from) : "memory");
-  return both;
+DEVICE float2 load_fresh(const float2* from) {
+  float2 value;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(from) : "memory");
+  return value;
 }
 
 DEVICE bool in_all_lanes(bool value) { return __all_sync(~0u, value); }
 DEVICE uint32_t clock_() { return uint32_t(clock64()); }
 DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE int shuffle(int value, int lane) { return __shfl_sync(~0u, value, lane); }
+DEVICE int shuffle_up(int value, int delta) { return __shfl_up_sync(~0u, value, delta); }
+DEVICE int sum_of_warp(int value) { return __reduce_add_sync(~0u, value); }
+DEVICE int most_of_warp(int value) { return __reduce_max_sync(~0u, value); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_all() { __syncthreads(); }
 DEVICE void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
@@ -127,6 +141,9 @@ DEVICE void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrie
       : "memory");
 }
 
+// Between ordinary stores to shared memory and a copy that goes to the same place.
+DEVICE void before_copy_in() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Everything this block wrote before the block-wide barrier above is seen by who awaits the count.
 DEVICE void signal(uint32_t* counter, uint32_t amount) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
@@ -138,14 +155,12 @@ DEVICE void await(const uint32_t* counter, uint32_t count) {
   while (seen < count);
 }
 
-DEVICE uint32_t count_up(uint32_t* counter, uint32_t amount) {
+DEVICE uint32_t count_up(uint32_t* counter, uint32_t by = 1) {
   uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(amount) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(by) : "memory");
   return before;
 }
 
-// This thread's writes to shared memory come before copies that are issued after the next barrier.
-DEVICE void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #ifdef JAXLLM_TIMELINE  // when a block's first thread came to which point: benchmarks/decode_layers.py
 constexpr int kMarks = 4096;

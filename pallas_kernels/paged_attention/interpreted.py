@@ -73,6 +73,11 @@ def triton_decode(*arrays: jax.Array, **options: Any) -> Any:
     return triton.paged_attention_decode(*arrays, interpret=True, **options)
 
 
+def triton_among(*arrays: jax.Array, **options: Any) -> jax.Array:
+    """triton.decode_among, interpreted."""
+    return triton.decode_among(*arrays, interpret=True, **options)
+
+
 def triton_decode_heads(*arrays: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """triton.decode_heads, interpreted."""
     return triton.decode_heads(*arrays, interpret=True, **options)

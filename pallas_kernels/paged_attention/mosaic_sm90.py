@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.paged_attention import ragged_warps, triton
 from pallas_kernels.paged_attention.ragged_warps import COMPUTE, LOWEST, MEMORY, ROWS, WIDEN, Blocks, Refs, Shape
 from pallas_kernels.paged_attention.tiles import ALIGN, TILE, tile_list
@@ -85,10 +86,12 @@ def paged_attention(
     first = query_starts[:-1]
     single = query_starts[1:] - first == 1
     lens = jnp.where(single, kv_lens, 0)
-    options |= {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale, "interpret": interpret is not None}
+    options |= {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
     if not return_lse:
-        return triton.decode_among(q, found, first, *pages, lens, **options)
-    decoded = triton.paged_attention_decode(q.at[first].get(mode="clip"), *pages, lens, **options, return_lse=True)
+        among = dispatch("paged_attention.among", platform="gpu" if interpret is None else "interpret")
+        return among(q, found, first, *pages, lens, **options)
+    options |= {"interpret": interpret is not None, "return_lse": True}
+    decoded = triton.paged_attention_decode(q.at[first].get(mode="clip"), *pages, lens, **options)
     place = jnp.where(single, first, q.shape[0])
     return jax.tree.map(lambda all_, own: all_.at[place].set(own, mode="drop"), found, decoded)
 

@@ -1,0 +1,154 @@
+// The call through XLA's FFI: buffers to Params, one launch. Included by decode_attention.cu.
+#pragma once
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// What queries are made from, and which buffers come: in this order, before the pages, the table and the lengths.
+enum Has { kHeads = 1, kNorms = 2, kBias = 4, kAmong = 8 };
+
+struct Sizes {  // attributes, as they come
+  int64_t rows, programs, heads, kv_heads, page_size, width, addends, has;
+};
+
+ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "decode_attention: " + what); }
+
+int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Lays the work buffer out; returns its size.
+int64_t lay_out(Params& p, unsigned char* base) {
+  int64_t at = 0;
+  auto take = [&](int64_t floats) { return reinterpret_cast<float*>(base + std::exchange(at, at + up(floats * 4))); };
+  const int keys = p.width * (kTile << p.page_shift), group = p.heads / p.kv_heads;
+  const int splits = (keys + kSplit - 1) / kSplit;  // of the longest row that the table holds, and no more than kSplits
+  p.slots = splits < kWhole ? splits : kWhole;
+  p.most_runs = splits <= kWhole ? 0 : (splits < kSplits ? splits + kRun - 1 : kSplits) / kRun;
+  const int64_t parts = int64_t(p.programs) * kWarps * p.slots, runs = int64_t(p.rows) * p.kv_heads * p.most_runs;
+  p.parts = take(parts * group * kHead), p.part_stats = take(parts * group * 2);
+  p.runs = take(runs * group * kHead), p.run_stats = take(runs * group * 2);
+  return at;
+}
+
+void size(Params& p, const Sizes& z) {
+  p.rows = int(z.rows), p.programs = int(z.programs), p.heads = int(z.heads), p.kv_heads = int(z.kv_heads);
+  p.width = int(z.width), p.addends = int(z.addends), p.page_shift = 0;
+  while (kTile << p.page_shift < z.page_size) ++p.page_shift;
+}
+
+std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  size(p, z);
+  if (p.programs * kWarps > kMaxWorkers || p.rows * p.kv_heads > kMaxSegments) return "too many workers or rows";
+  size_t at = 0;
+  bool good = true;
+  auto next = [&]() -> void* {
+    auto got = args.get<ffi::AnyBuffer>(at++);
+    good = good && got.has_value();
+    return got.has_value() ? got->untyped_data() : nullptr;
+  };
+  auto bits = [&] { return static_cast<uint16_t*>(next()); };
+  auto floats = [&] { return static_cast<const float*>(next()); };
+  auto ints = [&] { return static_cast<const int*>(next()); };
+  if (z.has & kHeads) {
+    p.qkv = next(), p.cosines = floats(), p.sines = floats();
+    p.norms = z.has & kNorms ? bits() : nullptr;
+    p.bias = z.has & kBias ? bits() : nullptr;
+  } else {
+    p.q = bits();
+  }
+  if (z.has & kAmong) p.tokens = ints(), next();  // the outputs that come in are the same memory
+  p.k_pages = bits(), p.v_pages = bits();         // where results, the same memory
+  p.table = ints(), p.lens = ints();
+  auto out = rets.get<ffi::AnyBuffer>(0), work = rets.get<ffi::AnyBuffer>(1);
+  if (!good || at != args.size() || !out.has_value() || !work.has_value()) return "unexpected number of buffers";
+  p.out = static_cast<uint16_t*>((*out)->untyped_data());
+  if (lay_out(p, static_cast<unsigned char*>((*work)->untyped_data())) > int64_t((*work)->size_bytes()))
+    return "the work buffer is too small";
+  return "";
+}
+
+#define JAXLLM_SIZES                                                                                                   \
+  .Attr<int64_t>("rows").Attr<int64_t>("programs").Attr<int64_t>("heads").Attr<int64_t>("kv_heads")                       \
+      .Attr<int64_t>("page_size").Attr<int64_t>("width").Attr<int64_t>("addends").Attr<int64_t>("has")                   \
+      .Attr<float>("eps").Attr<float>("scale")
+#define JAXLLM_SIZE_ARGUMENTS                                                                                          \
+  int64_t rows, int64_t programs, int64_t heads, int64_t kv_heads, int64_t page_size, int64_t width, int64_t addends,   \
+      int64_t has, float eps, float scale
+#define JAXLLM_SIZE_VALUES {rows, programs, heads, kv_heads, page_size, width, addends, has}
+
+#ifdef JAXLLM_EMULATED
+
+template <int G>
+std::string emulate(const Params& p) {
+  std::vector<std::unique_ptr<Shared>> shared(p.programs);
+  for (auto& each : shared) {
+    each = std::make_unique<Shared>();
+    std::memset(static_cast<void*>(each.get()), 0xff, sizeof(Shared));
+  }
+  return run_grid(p.programs, kThreads, kThreads, unsigned(p.rows),
+                  [&](int program, int thread) { run<G>(p, *shared[program], program, thread); });
+}
+
+ffi::Error decode_attention_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
+  Params p{};
+  p.eps = eps, p.scale = scale * kLog2e;
+  const std::string why = fill(p, JAXLLM_SIZE_VALUES, args, rets);
+  if (!why.empty()) return failure(why);
+  const auto out = *rets.get<ffi::AnyBuffer>(0), work = *rets.get<ffi::AnyBuffer>(1);
+  std::memset(work->untyped_data(), 0xff, work->size_bytes());  // NaN, as memory may hold
+  if (p.tokens == nullptr) std::memset(out->untyped_data(), 0xff, out->size_bytes());
+  const std::string fault = heads <= 4 * kv_heads ? emulate<4>(p) : emulate<8>(p);
+  for (uint32_t left : arrivals)
+    if (fault.empty() && left) return failure("a counter is not zero after the call");
+  return fault.empty() ? ffi::Error::Success() : failure(fault);
+}
+
+XLA_FFI_DEFINE_HANDLER(decode_attention_handler, decode_attention_impl,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets() JAXLLM_SIZES);
+
+#else
+
+static_assert(sizeof(Shared) <= 232448, "shared memory of a multiprocessor");
+
+template <int G>
+__global__ void __launch_bounds__(kThreads, 1) decode_attention(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) unsigned char raw[];
+  run<G>(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
+}
+
+ffi::Error decode_attention_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
+  Params p{};
+  p.eps = eps, p.scale = scale * kLog2e;
+  const std::string why = fill(p, JAXLLM_SIZE_VALUES, args, rets);
+  if (!why.empty()) return failure(why);
+  const auto kernel = heads <= 4 * kv_heads ? decode_attention<4> : decode_attention<8>;
+  // Of each device by itself, so at each call; only recordings of the step's graph come here.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  if (error == cudaSuccess) {
+    kernel<<<p.programs, kThreads, sizeof(Shared), stream>>>(p);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? ffi::Error::Success() : failure(cudaGetErrorString(error));
+}
+
+XLA_FFI_DEFINE_HANDLER(decode_attention_handler, decode_attention_impl,
+                       ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets() JAXLLM_SIZES,
+                       {ffi::Traits::kCmdBufferCompatible});
+
+#endif
+
+}  // namespace
+
+extern "C" XLA_FFI_Error* jaxllm_decode_attention(XLA_FFI_CallFrame* frame) { return decode_attention_handler(frame); }
+
+extern "C" int64_t jaxllm_decode_attention_work(int64_t rows, int64_t programs, int64_t heads, int64_t kv_heads,
+                                                int64_t page_size, int64_t width) {
+  Params p{};
+  size(p, {rows, programs, heads, kv_heads, page_size, width, 0, 0});
+  return lay_out(p, nullptr);
+}
