@@ -155,12 +155,17 @@ struct Cursor {
   uint32_t number = 0;
   Product w;
   DEVICE Cursor(const Params& p, int program) : p(p), program(program), layer(0), stage(kQkv) { enter(); }
-  DEVICE void enter() {
-    w = product_of(p, layer, Stage(stage));
-    unit = first_unit(p, w.units, program), last = first_unit(p, w.units, program + 1), column = 0;
+  DEVICE void enter() {  // the stage, or the first behind it in which this block has a share
+    for (; there(); next_stage()) {
+      w = product_of(p, layer, Stage(stage));
+      unit = first_unit(p, w.units, program), last = first_unit(p, w.units, program + 1), column = 0;
+      if (unit < last) return;
+    }
+  }
+  DEVICE void next_stage() {
+    if (++stage > kDown) stage = kQkv, ++layer;
   }
   DEVICE bool there() const { return layer < p.num_layers; }
-  DEVICE bool at_start() const { return column == 0 && unit == first_unit(p, w.units, program); }
   DEVICE int rows() const { return last - unit < 2 ? kUnit : 2 * kUnit; }
   DEVICE int bytes() const { return 2 * (w.depth - column < kDepth ? w.depth - column : kDepth); }
   DEVICE const uint16_t* row(int at) const { return w.weights + weight_row(w, unit + at / kUnit, at % kUnit) * w.depth + column; }
@@ -170,8 +175,8 @@ struct Cursor {
     if (column < w.depth) return;
     column = 0, unit += 2;
     if (unit < last) return;
-    if (++stage > kDown) stage = kQkv, ++layer;
-    if (there()) enter();
+    next_stage();
+    enter();
   }
 };
 
@@ -246,9 +251,10 @@ DEVICE void fetch(const Params& p, Shared& s, int program, int number, int lane)
   Fetcher f(p, s, program, number, lane);
   const Range runs = runs_of(p, program);
 #pragma unroll 1
-  while (f.now.there()) {
-    if (f.now.stage == kO && f.now.at_start()) fetch_runs(p, f, p.layers[f.now.layer], runs);
-    f.weights();
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    while (f.now.layer == layer && f.now.stage == kQkv) f.weights();
+    fetch_runs(p, f, p.layers[layer], runs);
+    while (f.now.layer == layer) f.weights();
   }
 }
 

@@ -1,13 +1,18 @@
 """All layers in one kernel agree with the layers' parts one by one; a row's bits are its own."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
-from helpers.kernel_backends import pairs
+from helpers.kernel_backends import ON_GPU, pairs
 
+from pallas_kernels.decode_layers import emulated
 from pallas_kernels.decode_layers.api import decode_layers
 from pallas_kernels.decode_layers.cuda import programs_for
 from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS
+
+cpu_only = pytest.mark.skipif(ON_GPU, reason="the emulator is for machines without a GPU")
 
 
 def kernels(specs):
@@ -66,6 +71,16 @@ def test_a_row_has_the_same_bits_in_company_and_alone(name, spec):
         for got, want in zip(own, pages, strict=True):
             np.testing.assert_array_equal(got[0][page, :, offset], want[0][page, :, offset])
             np.testing.assert_array_equal(got[1][page, :, offset], want[1][page, :, offset])
+
+
+@cpu_only
+def test_blocks_without_a_share_in_some_stage_take_part_in_the_others(monkeypatch):
+    spec = replace(LAYERS_SPECS[0], name="narrow", lengths=(70, 0, 5), D=64, N=1, K=1, F=64, L=2)
+    monkeypatch.setattr(emulated, "PROGRAMS", 8)
+    assert programs_for(64, 384, 128, 64, 8) == 8  # and D has four units
+    given = spec.inputs()
+    x, expected = run("cuda_emulated", spec, given)[0], run("reference", spec, given)[0]
+    assert error(x[[0, 2]], expected[[0, 2]]) < 1.5e-2
 
 
 def test_the_8b_shape_is_dealt_out_evenly_to_128_of_132_multiprocessors():
