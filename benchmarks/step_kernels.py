@@ -11,11 +11,13 @@ jax[cuda13] and flax; no driver, no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import re
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,38 @@ LAYERS, PAGES, PAGE_SIZE, WIDTH, MOST_ROWS = 3, 4096, 16, 512, 256
 SHAPES = Path(__file__).parent.parent / "configs" / "models"
 
 
+def model_of(shape: str, **changes: Any) -> Any:
+    from jaxllm.graph.models.config import ModelConfig
+
+    return ModelConfig.from_hf(tomllib.loads((SHAPES / f"{shape}.toml").read_text()) | changes, file=shape)
+
+
+@contextlib.contextmanager
+def abstract_h200() -> Iterator[None]:
+    """What is lowered inside is lowered for that card, with its kernels."""
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+    from pallas_kernels import dispatch
+
+    dispatch.current_platform = lambda: "gpu"  # of the machine that this is compiled for
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    ):
+        yield
+
+
 def compile_step(shape: str, kind: str, size: int, *, parts: bool) -> None:
     """Leaves XLA's dump where the flags say."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
     from jaxllm.graph import steps
     from jaxllm.graph.inputs import StepShape
-    from jaxllm.graph.models.config import ModelConfig
     from jaxllm.graph.models.decoder import abstract
-    from pallas_kernels import dispatch
 
-    dispatch.current_platform = lambda: "gpu"  # of the machine that this is compiled for
-    raw = tomllib.loads((SHAPES / f"{shape}.toml").read_text()) | {"num_hidden_layers": LAYERS}
-    config = ModelConfig.from_hf(raw, file=shape)
+    config = model_of(shape, num_hidden_layers=LAYERS)
     graphdef, params = abstract(config)
     graph = steps.Graph(graphdef, config, PAGE_SIZE, PAGES, parts=parts)
     decode = kind == "decode"
@@ -50,19 +69,15 @@ def compile_step(shape: str, kind: str, size: int, *, parts: bool) -> None:
     last_tokens, packed = integers
     arguments: Any = params, [(pages, pages)] * config.num_layers, last_tokens, logits, packed
     arguments = jax.tree.map(functools.partial(gate.placed, gate.sharding()), arguments)
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     function = functools.partial(steps.step, graph, step)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with abstract_h200():
         jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True).lower(*arguments).compile()
 
 
 def kernels(dump: Path) -> list[str]:
     """Names in the order of launches."""
     found = max(dump.glob("*jit_step.thunk_sequence.txt"), key=lambda path: path.stat().st_size)
-    lines = (
-        re.match(r"\s*\d+: (\w+)\s*\[[^\]]*\](?:.*?\]| )\s*(\S*)", line) for line in found.read_text().splitlines()
-    )
+    lines = (re.match(r"\s*\d+: (\w+)\s*\[[^\]]*\]\s*(\S*)", line) for line in found.read_text().splitlines())
     return [match.group(2) or match.group(1) for match in lines if match]
 
 

@@ -272,6 +272,12 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def tokens_left(self) -> int:
+        """Still to compute or to sample, at most."""
+        most = self.request.params.max_tokens or 0
+        return 0 if self.finished else len(self.tokens) - self.num_computed + most - self.num_output
+
+    @property
     def output_token_ids(self) -> list[int]:
         return self.tokens[self.num_prompt :]
 

@@ -7,11 +7,21 @@ from helpers import vocabularies
 
 from jaxllm.tokenizer import Tokenizer
 
+# What CUDA says when a kernel has broken its context: every later call of the process says it too.
+BROKEN = ("CUDA_ERROR_", "misaligned address", "illegal memory access", "illegal instruction")
+
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # Threads of XLA's CPU pool. Interpreted warpgroups wait for each other on them: two cores' worth would deadlock.
 os.environ.setdefault("NPROC", "16")
 # Devices to spread a model over; everything else runs on the first.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Later failures of a broken GPU say nothing of their tests: end here, with the name of the one that broke it."""
+    if report.failed and "gpu" in report.keywords and any(word in report.longreprtext for word in BROKEN):
+        pytest.exit(f"{report.nodeid} broke the GPU's context: nothing after it in this process was run", returncode=1)
 
 
 @pytest.fixture(scope="session")

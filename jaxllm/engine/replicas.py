@@ -194,15 +194,7 @@ class ReplicatedEngine:
 
     def load_tokens(self, number: int) -> int:
         """Tokens an engine has still to compute or to sample, at most, for the sequences it has."""
-        return sum(
-            len(sequence.tokens)
-            - sequence.num_computed
-            + (sequence.request.params.max_tokens or 0)
-            - sequence.num_output
-            for sequences in self._requests[number].values()
-            for sequence in sequences
-            if not sequence.finished
-        )
+        return sum(one.tokens_left for sequences in self._requests[number].values() for one in sequences)
 
     def abort(self, request_id: str) -> None:
         number = self._home(request_id)

@@ -73,10 +73,7 @@ class ShardedScheduler:
     def load_tokens(self, shard: int) -> int:
         """Tokens a shard has still to compute or to sample, at most, for the sequences it has."""
         return sum(
-            len(one.tokens) - one.num_computed + (one.request.params.max_tokens or 0) - one.num_output
-            for name, sequences in self._live.items()
-            for one in sequences
-            if self._home[name] == shard and not one.finished
+            one.tokens_left for name, sequences in self._live.items() if self._home[name] == shard for one in sequences
         )
 
     def abort(self, request_id: str) -> list[Sequence]:

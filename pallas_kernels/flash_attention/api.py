@@ -8,12 +8,12 @@ one with another source of keys. This module does not know pages, layers or posi
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_heads, check_scores
 from pallas_kernels.dispatch import Kernel, dispatch, imported, register
 
 
@@ -56,27 +56,12 @@ def flash_attention(
     paged_attention. `aligned` promises that every row's keys start at a multiple of 8: then they are read where they
     lie, else a copy of them is.
     """
-    if q.ndim != 3 or k.ndim != 3 or 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"need q[T, N, H] and k[S, K, H], none empty; got {q.shape}, {k.shape}")
-    if k.shape != v.shape or k.dtype != v.dtype:
-        raise ValueError(f"k {k.dtype}{list(k.shape)} and v {v.dtype}{list(v.shape)} must agree")
-    if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q[T, N, H] {q.shape} does not fit k[S, K, H] {k.shape}: H = H, K | N")
-    for name, array in (("q", q), ("k", k)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating, got {array.dtype}")
+    check_heads("q[T, N, H]", q, "k[S, K, H]", k, v)
+    check_scores(q.shape[1], scale, window, soft_cap, sinks)
     key_starts = query_starts if key_starts is None else key_starts
     for name, starts in (("query_starts", query_starts), ("key_starts", key_starts)):
         if starts.ndim != 1 or starts.shape[0] < 2 or starts.shape != query_starts.shape or starts.dtype != jnp.int32:
             raise ValueError(f"{name} must be i32[R + 1], R at least 1, got {starts.dtype}{list(starts.shape)}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be None or at least 1 (it counts the query itself), got {window}")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be None or positive, got {soft_cap}")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
-        raise ValueError(f"sinks must be f32[N] = f32[{q.shape[1]}], got {sinks.dtype}{list(sinks.shape)}")
     run = dispatch(_OP, implementation=implementation, platform=platform)
     options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     return run(q, k, v, query_starts, key_starts, return_lse=return_lse, aligned=aligned, **options)

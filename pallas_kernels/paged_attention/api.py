@@ -12,12 +12,12 @@ already be in the pages.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_heads, check_scores
 from pallas_kernels.dispatch import Kernel, dispatch, imported, register
 from pallas_kernels.page_write.api import check_scales, page_write
 
@@ -217,8 +217,7 @@ def _options(
     """What every implementation is given, and what only some calls ask for."""
     options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if sinks is not None:
-        if sinks.shape != (q.shape[-2],) or sinks.dtype != jnp.float32:
-            raise ValueError(f"sinks must be f32[N] = f32[{q.shape[-2]}], got {sinks.dtype}{list(sinks.shape)}")
+        check_scores(q.shape[-2], scale, sinks=sinks)
         options["sinks"] = sinks
     if k_scale is not None:
         options |= {"k_scale": k_scale, "v_scale": v_scale}
@@ -236,17 +235,7 @@ def _check(
     window: int | None,
     soft_cap: float | None,
 ) -> None:
-    if q.ndim != 3 or k_pages.ndim != 4 or 0 in q.shape or 0 in k_pages.shape:
-        raise ValueError(f"need {form} and k_pages[P, K, page_size, H], none empty; got {q.shape}, {k_pages.shape}")
-    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
-        raise ValueError(
-            f"k_pages {k_pages.dtype}{list(k_pages.shape)} and v_pages {v_pages.dtype}{list(v_pages.shape)} must agree"
-        )
-    if q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[1]:
-        raise ValueError(f"{form} {q.shape} does not fit k_pages[P, K, page_size, H] {k_pages.shape}: H = H, K | N")
-    for name, array in (("q", q), ("k_pages", k_pages)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating, got {array.dtype}")
+    check_heads(form, q, "k_pages[P, K, page_size, H]", k_pages, v_pages)
     if page_table.ndim != 2 or 0 in page_table.shape or page_table.dtype != jnp.int32:
         raise ValueError(f"page_table must be i32[rows, W], got {page_table.dtype}{list(page_table.shape)}")
     if kv_lens.shape != page_table.shape[:1] or kv_lens.dtype != jnp.int32:
@@ -254,9 +243,4 @@ def _check(
             f"kv_lens must be i32[{page_table.shape[0]}] for page_table {page_table.shape}, "
             f"got {kv_lens.dtype}{list(kv_lens.shape)}"
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be None or at least 1 (it counts the query itself), got {window}")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be None or positive, got {soft_cap}")
+    check_scores(q.shape[1], scale, window, soft_cap)

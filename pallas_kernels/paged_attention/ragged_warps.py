@@ -25,6 +25,7 @@ ROWS = 64  # queries a compute warpgroup
 WARPS = 4  # a warpgroup
 COMPUTE, MEMORY, WIDEN = 2, 2, 3  # compute warpgroups are 0 and 1; the memory warpgroup is number 2
 LANES = 8  # columns that four threads share: partial totals of a row
+COLUMNS = 64  # of a row-wise store at once, 128 bytes: the copy engine reads shared memory at multiples of that only
 WIDENED = 32  # rows of a block that become wide at once
 LOWEST = -1e30  # the log-sum-exp of nothing
 _MASKED, _FLOOR = -1e30, -1e20  # a masked score, scaled, lies far under the floor of the running maximum: weight 0
@@ -77,11 +78,6 @@ class Shape:
         """Bytes of a row that lie together in shared memory: a row is a whole number of them, without padding."""
         return next(size for size in (128, 64, 32) if 2 * self.H % size == 0)
 
-    @property
-    def chunk(self) -> int:
-        """Columns of an output that go through the row-wise store at once."""
-        return math.gcd(self.H, 64)
-
 
 @dataclass(frozen=True)
 class Refs:
@@ -103,7 +99,7 @@ class Refs:
     k_smem: Any  # [stages, block_keys, H]
     v_smem: Any
     out_smem: Any  # [2, 64, H], or q_smem
-    rows_smem: Any  # [2, 64, chunk], plain
+    rows_smem: Any  # [2, 64, COLUMNS], plain, the last part of a row's columns in the first of them
     raw_k: Any  # e4m3[block_keys, H], if narrow
     raw_v: Any
     q_full: Any  # one a compute warpgroup
@@ -141,7 +137,7 @@ def scratch(shape: Shape) -> tuple[Any, ...]:
 
     keys = smem(shape.blocks.stages, shape.blocks.block_keys, shape.H)
     queries = smem(COMPUTE, ROWS, shape.H)
-    rows = plgpu.SMEM((COMPUTE, ROWS, shape.chunk), shape.dtype)
+    rows = plgpu.SMEM((COMPUTE, ROWS, COLUMNS), shape.dtype)
     raw = None
     if shape.narrow:
         raw = smem(shape.blocks.block_keys, shape.H, dtype=jnp.float8_e4m3fn, bytes_=shape.swizzle // 2)
@@ -654,13 +650,14 @@ def _store(shape: Shape, refs: Refs, half: _Half, tile: Tile, out: jax.Array) ->
     @pl.when((live > 0) & ((live < ROWS) | (half.skip > 0)))
     def _() -> None:
         staged = refs.rows_smem.at[half.wg]
-        for column in range(0, shape.H, shape.chunk):
-            staged[...] = out[:, column : column + shape.chunk]
+        for column in range(0, shape.H, COLUMNS):
+            width = min(COLUMNS, shape.H - column)
+            staged.at[:, pl.ds(0, width)][...] = out[:, column : column + width]
             plgpu.commit_smem()
 
             @pl.loop(half.skip, half.skip + live)
-            def _(row: jax.Array, column: int = column) -> None:
-                target = refs.out.at[pl.ds(half.token + row, 1), tile.head, pl.ds(column, shape.chunk)]
-                plgpu.copy_smem_to_gmem(staged.at[pl.ds(row, 1)], target)
+            def _(row: jax.Array, column: int = column, width: int = width) -> None:
+                target = refs.out.at[pl.ds(half.token + row, 1), tile.head, pl.ds(column, width)]
+                plgpu.copy_smem_to_gmem(staged.at[pl.ds(row, 1), pl.ds(0, width)], target)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

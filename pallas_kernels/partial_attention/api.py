@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_heads, check_scores
 from pallas_kernels.dispatch import dispatch, imported, register
 from pallas_kernels.page_write.api import check_scales
 
@@ -41,13 +42,8 @@ def partial_attention(
     A query that sees none gives zeros and the lowest finite log-sum. Table entries past the visible keys may hold
     anything, and so may the memory of keys no query sees.
     """
-    if q.ndim != 3 or k_pages.ndim != 4 or k_pages.shape != v_pages.shape or q.shape[2] != k_pages.shape[3]:
-        raise ValueError(
-            f"q must be [T, N, H] for pages [P, K, page_size, H]; got {list(q.shape)}, {list(k_pages.shape)} "
-            f"and {list(v_pages.shape)}"
-        )
-    if q.shape[1] % k_pages.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k_pages.shape[1]} kv heads")
+    check_heads("q[T, N, H]", q, "k_pages[P, K, page_size, H]", k_pages, v_pages)
+    check_scores(q.shape[1], scale)
     for name, array in (("rows", rows), ("visible", visible)):
         if array.shape != q.shape[:1] or array.dtype != jnp.int32:
             raise ValueError(f"{name} must be i32[T] = i32[{q.shape[0]}], got {array.dtype}{list(array.shape)}")

@@ -87,14 +87,17 @@ def kernel(**options):
     return lambda *arrays: np.asarray(run(*arrays)).view(np.uint16)
 
 
-def test_a_token_has_the_same_bits_alone_in_a_shared_tile_and_in_sorted_tiles():
-    x, gate_up, down, ids, weights = RoutedSpec("bits", T=11, D=128, F=64, E=8, k=2).inputs()
+@pytest.mark.parametrize(
+    ("T", "E", "widths", "singles"), [(4, 4, [8], 1), pytest.param(11, 8, [16, 8], 3, marks=pytest.mark.kernels)]
+)
+def test_a_token_has_the_same_bits_alone_in_a_shared_tile_and_in_sorted_tiles(T, E, widths, singles):
+    x, gate_up, down, ids, weights = RoutedSpec("bits", T=T, D=128, F=64, E=E, k=2).inputs()
     whole = kernel()(x, gate_up, down, ids, weights)
-    in_tiles = kernel(shared_tokens=0, width=16)(x, gate_up, down, ids, weights)
-    in_narrow_tiles = kernel(shared_tokens=0, width=8)(x, gate_up, down, ids, weights)
-    alone = [kernel()(x[t : t + 1], gate_up, down, ids[t : t + 1], weights[t : t + 1])[0] for t in range(3)]
+    in_tiles = [kernel(shared_tokens=0, width=width)(x, gate_up, down, ids, weights) for width in widths]
+    one = kernel()
+    alone = [one(x[t : t + 1], gate_up, down, ids[t : t + 1], weights[t : t + 1])[0] for t in range(singles)]
     # The interpreter's products are the CPU's, whose last bit may depend on a token's place in its tile.
-    for other in (in_tiles, in_narrow_tiles, np.stack([*alone, *whole[3:]])):
+    for other in (*in_tiles, np.stack([*alone, *whole[singles:]])):
         apart = np.abs(other.astype(np.int32) - whole.astype(np.int32))
         assert apart.max() <= (0 if ON_GPU else 1)
 
@@ -106,13 +109,14 @@ def test_the_kernels_have_no_races(options):
     assert not get_races().races_found
 
 
-def test_tokens_of_nan_stay_with_themselves():
+@pytest.mark.parametrize("options", [{}, {"shared_tokens": 0, "width": 8}], ids=["shared tile", "sorted tiles"])
+def test_tokens_of_nan_stay_with_themselves(options):
     x, *rest = RoutedSpec("nan", T=20, D=128, F=64, E=8, k=2).inputs()
     poisoned = x.copy()
     poisoned[7] = np.nan
-    for options in ({}, {"shared_tokens": 0, "width": 8}):
-        clean, other = kernel(**options)(x, *rest), kernel(**options)(poisoned, *rest)
-        np.testing.assert_array_equal(np.delete(other, 7, axis=0), np.delete(clean, 7, axis=0))
+    run = kernel(**options)
+    clean, other = run(x, *rest), run(poisoned, *rest)
+    np.testing.assert_array_equal(np.delete(other, 7, axis=0), np.delete(clean, 7, axis=0))
 
 
 ROUTINGS = [(1, 8, 4, "random"), (7, 8, 2, "random"), (30, 4, 2, "one_expert_hot"), (30, 16, 2, "half_elsewhere")]

@@ -3,6 +3,7 @@
 import functools
 import json
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -241,20 +242,25 @@ def test_the_ragged_kernel_has_no_races():
     assert not get_races().races_found
 
 
-def test_a_ragged_row_has_the_same_bits_in_chunks_and_at_any_place_in_the_batch():
-    q, k, v, table, lengths, starts = RAGGED.inputs()
+@pytest.mark.parametrize(
+    ("spec", "cut"),
+    [(replace(RAGGED, rows=((6, 30), (3, 60))), 3), pytest.param(RAGGED, 50, marks=pytest.mark.kernels)],
+    ids=["small", "several tiles"],
+)
+def test_a_ragged_row_has_the_same_bits_in_chunks_and_at_any_place_in_the_batch(spec, cut):
+    q, k, v, table, lengths, starts = spec.inputs()
     ragged = mosaic_sm90.paged_attention if ON_GPU else interpreted.ragged
-    attend = jax.jit(functools.partial(ragged, **RAGGED.options))
+    attend = jax.jit(functools.partial(ragged, **spec.options))
     whole = bits(attend(q, k, v, table, lengths, starts))
-    own = slice(starts[1], starts[2])  # starts at token 130, where tiles cannot be copied whole
-    alone = bits(attend(q[own], k, v, table[[1]], lengths[[1]], np.array([0, 20], np.int32)))
+    own, count = slice(starts[1], starts[2]), starts[1]  # starts at no multiple of 8: its tile cannot be copied whole
+    alone = bits(attend(q[own], k, v, table[[1]], lengths[[1]], starts[1:] - count))
     np.testing.assert_array_equal(alone, whole[own])
-    begun = lengths[0] - 130
-    first = bits(attend(q[:50], k, v, table[[0]], begun[None] + np.int32(50), np.array([0, 50], np.int32)))
-    rest = bits(attend(q[50:130], k, v, table[[0]], lengths[[0]], np.array([0, 80], np.int32)))
+    begun = lengths[:1] - count + np.int32(cut)
+    first = bits(attend(q[:cut], k, v, table[[0]], begun, np.array([0, cut], np.int32)))
+    rest = bits(attend(q[cut:count], k, v, table[[0]], lengths[[0]], np.array([0, count - cut], np.int32)))
     chunks = np.concatenate([first, rest])
     # The interpreter's products are the CPU's, whose last bit may depend on a row's place in its tile.
-    apart = np.abs(chunks.astype(np.int32) - whole[:130].astype(np.int32))
+    apart = np.abs(chunks.astype(np.int32) - whole[:count].astype(np.int32))
     assert apart.max() <= (0 if ON_GPU else 1)
 
 

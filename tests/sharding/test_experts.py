@@ -99,8 +99,14 @@ def observe(engine):
 
 
 @pytest.fixture(scope="module")
-def alone(directory):
-    return functools.cache(lambda name: observe(start(load(model=directory(name), **SHAPE))[0]))
+def lone(directory):
+    """A model's name -> its engine on one device."""
+    return functools.cache(lambda name: start(load(model=directory(name), **SHAPE))[0])
+
+
+@pytest.fixture(scope="module")
+def alone(lone):
+    return functools.cache(lambda name: observe(lone(name)))
 
 
 def assert_same(seen, expected):
@@ -198,10 +204,9 @@ def test_over_the_threshold_experts_move_by_themselves(directory, alone):
 SHARED = dict(attention_data=True, ep=2, num_pages=32)
 
 
-def test_shards_of_attention_have_rows_and_pages_of_their_own_and_share_the_experts(directory):
+def test_shards_of_attention_have_rows_and_pages_of_their_own_and_share_the_experts(directory, lone, alone):
     """Penalties, biases, masks, seeds and embeddings too: each finds its own shard."""
-    lone = start(load(model=directory("qwen2-moe"), **SHAPE))[0]
-    expected, wanted = observe(lone), observe_sampling(lone)
+    expected, wanted = alone("qwen2-moe"), observe_sampling(lone("qwen2-moe"))
     engine, _ = start(load(model=directory("qwen2-moe"), **SHAPE | SHARED, expert_exchange="sum", redundant_experts=2))
     leaf = engine.runner.kv[0][0]
     assert leaf.shape[:2] == (64, 2), "pages are dealt, heads are whole"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve.launch.supervise import Supervisor
+from serve.launch.tied import tied
 
 ROOT = Path(__file__).parents[3]
 
@@ -112,3 +113,15 @@ def test_children_do_not_outlive_a_killed_launcher(tmp_path):
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_child_whose_launcher_ended_before_it_could_be_tied_runs_nothing(tmp_path):
+    """The death it wished to be told of has been: who starts it here is not who the command names."""
+    ran = tmp_path / "ran"
+    touch = [sys.executable, "-c", f"open({str(ran)!r}, 'w')"]
+    assert subprocess.run(tied(touch), check=False).returncode == 0
+    ran.unlink()
+    somebody_else = [part if part != str(os.getpid()) else str(os.getppid()) for part in tied(touch)]
+    done = subprocess.run(somebody_else, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "the process that started this one has ended\n")
+    assert not ran.exists()
