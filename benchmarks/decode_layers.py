@@ -36,10 +36,8 @@ MODELS = {
 CONSTANTS = ("AHEAD", "FLIGHT", "LEAD")
 VARIANTS = {  # slots of activations in registers, slots on their way, slots prefetched to the second-level cache
     "4 ahead, flight 2, lead 0": (4, 2, 0),
-    "2 ahead, flight 2, lead 0": (2, 2, 0),
     "4 ahead, flight 2, lead 3": (4, 2, 3),
-    "4 ahead, flight 2, lead 5": (4, 2, 5),
-    "4 ahead, flight 2, lead 8": (4, 2, 8),
+    "4 ahead, flight 2, lead 6": (4, 2, 6),
 }
 
 
