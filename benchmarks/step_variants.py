@@ -72,8 +72,7 @@ def change(variant: str) -> None:
         steps._add_norm = jax.jit(reference, static_argnames=("which", "eps"))
     if variant == "before":
         steps.Graph.onward = lambda self, exchange: plainly
-        for name in ("adjusted", "sample"):
-            setattr(sampling.api, name, functools.partial(getattr(sampling.api, name), implementation="reference"))
+        sampling.api.draw = functools.partial(sampling.api.draw, implementation="reference")
         collectives.greedy = functools.partial(collectives.greedy, implementation="reference")
     if variant == "parts":
         startup.Graph = functools.partial(startup.Graph, parts=True)

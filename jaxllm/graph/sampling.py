@@ -70,18 +70,10 @@ def sample(
     """
     penalties = inputs.repetition, inputs.frequency, inputs.presence
     asked = inputs.row, inputs.mask, inputs.bias_ids, inputs.bias, *penalties
-    adjusted, best, bad = api.adjusted(logits, counts, *asked)
-    bad |= ~jnp.isfinite(best)
-    token = api.sample(
-        adjusted,
-        position_keys(inputs.keys, inputs.position),
-        inputs.temperature,
-        inputs.top_k,
-        inputs.top_p,
-        inputs.min_p,
-        best,
-        truncates=truncates,
-        implementation=implementation,
+    limits = inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p
+    keys = position_keys(inputs.keys, inputs.position)
+    token, bad = api.draw(
+        logits, counts, *asked, keys, *limits, truncates=truncates, implementation=implementation
     )
     logprob, rank, top_ids, top_logprobs = token_logprobs(logits, token, num_logprobs)
     return Sampled(token, logprob, rank, top_ids, top_logprobs, _add(counts, inputs.row, token, bad), bad)

@@ -48,6 +48,7 @@ struct WarpState {
   Meeting meeting;
   float value[kWarpLanes];
   int word[kWarpLanes];
+  uint64_t shuffled[kWarpLanes];  // of any type, by its bytes
   uint32_t a[kWarpLanes][4], b[kWarpLanes][2];
 };
 
@@ -76,6 +77,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Copy> copies;
   Fiber* current = nullptr;
+  Meeting everyone;  // all fibers, where the grid is one cluster
   std::function<void(int, int)> body;  // program, thread
   std::mt19937 random;
   bool moved = false;  // something happened in this turn that a wait may end by
@@ -153,11 +155,13 @@ inline void give_registers() {}
 template <int count>
 inline void take_registers() {}
 
-inline float shuffle_xor(float value, int mask) {
+template <typename T>
+inline T shuffle_xor(T value, int mask) {
   WarpState& warp = my_warp();
-  warp.value[machine->current->lane] = value;
+  std::memcpy(&warp.shuffled[machine->current->lane], &value, sizeof value);
   sync_warp();
-  const float other = warp.value[machine->current->lane ^ mask];
+  T other;
+  std::memcpy(&other, &warp.shuffled[machine->current->lane ^ mask], sizeof other);
   sync_warp();
   return other;
 }
@@ -289,6 +293,7 @@ inline std::string run_grid(int programs, int threads, int computing, unsigned s
   machine = &m;
   m.body = std::move(body);
   m.random.seed(seed);
+  m.everyone.size = programs * threads;
   std::vector<BlockState> blocks(programs);
   m.fibers.resize(size_t(programs) * threads);
   for (size_t i = 0; i < m.fibers.size(); ++i) {

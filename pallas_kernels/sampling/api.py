@@ -1,8 +1,8 @@
 """One token a row from logits: argument checks, then the best implementation that accepts.
 
-In: logits, and what rows ask for. Out: tokens. Three ops: the greedy choice; what requests change about logits (masks,
-biases, penalties); the draw, for which a token that must not be chosen has the logit -inf. The same row gives the same
-token whatever its batch. This module does not know logprobs, nor requests.
+In: logits, and what rows ask for. Out: tokens. The greedy choice; what requests change about logits (masks, biases,
+penalties); a token from changed logits, in which one that must not be chosen is -inf; and `draw`, the last two in one.
+The same row gives the same token whatever its batch. This module does not know logprobs, nor requests.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ register("sampling.adjusted", "reference", imported(f"{_ROOM}.reference:adjusted
 register("sampling", "triton", imported(f"{_ROOM}.triton:sample"), platforms=("gpu",))
 register("sampling", "triton_interpret", imported(f"{_ROOM}.interpreted:sample"), ("interpret",))
 register("sampling", "reference", imported(f"{_ROOM}.reference:sample"))
+register("sampling.draw", "cuda", imported(f"{_ROOM}.cuda:draw"), platforms=("gpu",))
+register("sampling.draw", "cuda_emulated", imported(f"{_ROOM}.interpreted:draw"), platforms=("interpret",))
+register("sampling.draw", "apart", imported(f"{_ROOM}.api:draw_apart"), platforms=("gpu",))
+register("sampling.draw", "reference", imported(f"{_ROOM}.reference:draw"))
 
 
 def greedy(
@@ -56,6 +60,22 @@ def adjusted(
     generated, its high bit whether it is in the prompt) is not 0, positive logits are divided by `repetition` and
     others multiplied; `frequency` times the generations and `presence`, once if there are any, are taken off.
     """
+    _check_asked(logits, counts, row, mask, bias_ids, bias, repetition, frequency, presence)
+    run = dispatch("sampling.adjusted", implementation=implementation, platform=platform)
+    return run(logits, counts, row, mask, bias_ids, bias, repetition, frequency, presence)
+
+
+def _check_asked(
+    logits: jax.Array,
+    counts: jax.Array,
+    row: jax.Array,
+    mask: jax.Array,
+    bias_ids: jax.Array,
+    bias: jax.Array,
+    repetition: jax.Array,
+    frequency: jax.Array,
+    presence: jax.Array,
+) -> None:
     _check_logits(logits)
     B, V = logits.shape
     if counts.ndim != 2 or counts.shape[1] != V or counts.dtype != jnp.uint16:
@@ -68,8 +88,6 @@ def adjusted(
     for name, array, dtype in (("row", row, jnp.int32), *((name, of, jnp.float32) for name, of in penalties.items())):
         if array.shape != (B,) or array.dtype != dtype:
             raise ValueError(f"{name} must be {jnp.dtype(dtype).name}[{B}], got {array.dtype}{list(array.shape)}")
-    run = dispatch("sampling.adjusted", implementation=implementation, platform=platform)
-    return run(logits, counts, row, mask, bias_ids, bias, repetition, frequency, presence)
 
 
 def _check_logits(logits: jax.Array) -> None:
@@ -98,13 +116,21 @@ def sample(
     temperature 0 takes the largest logit, the lowest index among ties, and ignores the rest.
 
     The draw is argmax of logits / temperature + Gumbel noise over the kept tokens. Token v's noise is
-    -log(-log(1 - u)), u = (b + 1/2) / 2^32, where b xors the two words of Threefry-2x32 of the block (0, v) under the
-    row's key, as jax.random.bits does: every implementation draws the same token, up to rounding.
+    -log(-log(1 - u)), u = (b + 1/2) / 2^32, where b is word v % 2 of Threefry-2x32 of the block (0, v // 2) under the
+    row's key: every implementation draws the same token, up to rounding.
     `best` is each row's largest logit, for callers that know it; `truncates` false: top_k, top_p and min_p are off in
     every row. A row needs one finite logit, and neither NaN nor +inf; else its token is in range and means nothing.
     """
     _check_logits(logits)
-    B = logits.shape[0]
+    _check_drawn(logits.shape[0], keys, temperature, top_k, top_p, min_p)
+    run = dispatch("sampling", implementation=implementation, platform=platform)
+    best = logits.max(axis=1) if best is None else best
+    return run(logits, keys, temperature, top_k, top_p, min_p, best, truncates=truncates)
+
+
+def _check_drawn(
+    B: int, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> None:
     if keys.shape != (B, 2) or keys.dtype != jnp.uint32:
         raise ValueError(f"keys must be u32[B, 2] = u32[{B}, 2], got {keys.dtype}{list(keys.shape)}")
     for name, array, dtype in (
@@ -116,6 +142,41 @@ def sample(
         if array.shape != (B,) or array.dtype != dtype:
             wanted = f"{jnp.dtype(dtype).name}[B] = {jnp.dtype(dtype).name}[{B}]"
             raise ValueError(f"{name} must be {wanted}, got {array.dtype}{list(array.shape)}")
-    run = dispatch("sampling", implementation=implementation, platform=platform)
-    best = logits.max(axis=1) if best is None else best
-    return run(logits, keys, temperature, top_k, top_p, min_p, best, truncates=truncates)
+
+
+def draw(
+    logits: jax.Array,  # f32[B, V]
+    counts: jax.Array,  # u16[S1, V]
+    row: jax.Array,  # i32[B]
+    mask: jax.Array,  # u32[B, ceil(V / 32)]
+    bias_ids: jax.Array,  # i32[B, Nb]
+    bias: jax.Array,  # f32[B, Nb]
+    repetition: jax.Array,  # f32[B]
+    frequency: jax.Array,  # f32[B]
+    presence: jax.Array,  # f32[B]
+    keys: jax.Array,  # u32[B, 2]
+    temperature: jax.Array,  # f32[B]
+    top_k: jax.Array,  # i32[B]
+    top_p: jax.Array,  # f32[B]
+    min_p: jax.Array,  # f32[B]
+    *,
+    truncates: bool = True,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-> (i32[B], bool[B]): `sample` of what `adjusted` makes of the logits, and which rows are bad.
+
+    A row is bad if it holds a logit that is not finite, or if no token is allowed; its token is in range.
+    """
+    asked = logits, counts, row, mask, bias_ids, bias, repetition, frequency, presence
+    drawn = keys, temperature, top_k, top_p, min_p
+    _check_asked(*asked)
+    _check_drawn(logits.shape[0], *drawn)
+    run = dispatch("sampling.draw", implementation=implementation, platform=platform)
+    return run(*asked, *drawn, truncates=truncates)
+
+
+def draw_apart(*arrays: jax.Array, truncates: bool = True) -> tuple[jax.Array, jax.Array]:
+    """`draw` as two ops, each by the best that accepts it: on machines without a compiler."""
+    changed, best, bad = dispatch("sampling.adjusted")(*arrays[:9])
+    return dispatch("sampling")(changed, *arrays[9:], best, truncates=truncates), bad | ~jnp.isfinite(best)

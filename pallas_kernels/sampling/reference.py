@@ -86,6 +86,12 @@ def adjusted(
     return logits, logits.max(axis=1), bad
 
 
+def draw(*arrays: jax.Array, truncates: bool = True) -> tuple[jax.Array, jax.Array]:
+    """See api.draw."""
+    changed, best, bad = adjusted(*arrays[:9])
+    return sample(changed, *arrays[9:], best, truncates=truncates), bad | ~jnp.isfinite(best)
+
+
 def _noisy(logits: jax.Array, scaled: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
     noise = jnp.where(greedy[:, None], 0.0, gumbel(keys, logits.shape[1]))
     return jnp.where(greedy[:, None], logits, scaled) + noise
@@ -105,8 +111,9 @@ def first_argmax(x: jax.Array) -> jax.Array:
 
 def gumbel(keys: jax.Array, V: int) -> jax.Array:
     """u32[B, 2] -> f32[B, V] standard Gumbel noise; token v's depends on (key, v) only."""
-    counter = lax.broadcasted_iota(jnp.uint32, (keys.shape[0], V), 1)
-    return gumbel_of(threefry(keys[:, :1], keys[:, 1:], counter))
+    counter = lax.broadcasted_iota(jnp.uint32, (keys.shape[0], (V + 1) // 2), 1)
+    words = jnp.stack(threefry(keys[:, :1], keys[:, 1:], counter), axis=2)
+    return gumbel_of(words.reshape(keys.shape[0], -1)[:, :V])
 
 
 def gumbel_of(bits: jax.Array) -> jax.Array:
@@ -115,8 +122,8 @@ def gumbel_of(bits: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log1p(-u))
 
 
-def threefry(key0: jax.Array, key1: jax.Array, counter: jax.Array) -> jax.Array:
-    """Threefry-2x32, 20 rounds, of the block (0, counter), its two words xored: jax.random.bits of the same key."""
+def threefry(key0: jax.Array, key1: jax.Array, counter: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32, 20 rounds, of the block (0, counter): the words of tokens 2 * counter and 2 * counter + 1."""
     schedule = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
     x0, x1 = jnp.zeros_like(counter) + key0, counter + key1
     for group in range(5):
@@ -125,7 +132,7 @@ def threefry(key0: jax.Array, key1: jax.Array, counter: jax.Array) -> jax.Array:
             x1 = (x1 << rotation | x1 >> (32 - rotation)) ^ x0
         x0 = x0 + schedule[(group + 1) % 3]
         x1 = x1 + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
-    return x0 ^ x1
+    return x0, x1
 
 
 def _kth_largest(order: jax.Array, k: jax.Array) -> jax.Array:

@@ -74,7 +74,8 @@ class _Row:
         return (logits - self.best) / jnp.where(self.greedy, 1.0, self.temperature)
 
     def noise(self, token: jax.Array) -> jax.Array:
-        return gumbel_of(threefry(*self.key, token.astype(jnp.uint32)))
+        even, odd = threefry(*self.key, (token // 2).astype(jnp.uint32))
+        return gumbel_of(jnp.where(token % 2 == 0, even, odd))
 
     def passed[Carry](
         self, visit: Callable[[Carry, jax.Array, jax.Array], Carry], start: Carry, ahead: int = AHEAD

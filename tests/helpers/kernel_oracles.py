@@ -51,8 +51,8 @@ def threefry(key, x0, x1):
 
 
 def threefry_bits(key, V):
-    a, b = threefry(key, np.zeros(V), np.arange(V))
-    return a ^ b
+    words = threefry(key, np.zeros((V + 1) // 2), np.arange((V + 1) // 2))
+    return np.stack(words, axis=1).ravel()[:V]
 
 
 def kept(logits, temperature, top_k, top_p, min_p):
