@@ -99,7 +99,7 @@ def _noisy(logits: jax.Array, scaled: jax.Array, keys: jax.Array, greedy: jax.Ar
 
 def ordered_bits(x: jax.Array) -> jax.Array:
     """f32 -> u32 that compares as the floats do (-0 equals 0); no number maps to 0, which is less than all."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # XLA would leave out an addition of 0
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

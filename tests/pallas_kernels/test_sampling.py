@@ -7,8 +7,8 @@ import pytest
 from helpers import kernel_oracles as oracles
 from helpers.kernel_backends import jitted, pairs
 
-from pallas_kernels.sampling import reference
-from pallas_kernels.sampling.api import adjusted, greedy, sample
+from pallas_kernels.sampling import cuda, reference
+from pallas_kernels.sampling.api import adjusted, draw, greedy, sample
 from pallas_kernels.sampling.specs import ADJUST_SPECS, SAMPLING_SPECS, AdjustSpec, SamplingSpec
 
 QUICK = tuple(spec for spec in SAMPLING_SPECS if spec.name == "ties")
@@ -60,14 +60,99 @@ def test_a_row_of_the_interpreted_kernel_draws_alone_what_it_draws_in_a_batch_an
 
 @pytest.mark.kernels
 def test_rows_that_keep_more_than_the_candidates_find_their_thresholds_in_passes_over_the_row():
-    flat = SamplingSpec(
-        "flat", B=3, V=9000, spread=0.2, parameters=((1.0, 5000, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 6000, 0.8, 0.0))
-    )
-    inputs = flat.inputs()
+    inputs = FLAT.inputs()
     expected, certain = oracles.sample(*inputs)
     tokens = np.asarray(jax.jit(functools.partial(sample, implementation="triton_interpret"))(*inputs))
     np.testing.assert_array_equal(tokens[certain], expected[certain])
     assert certain.sum() >= 2
+
+
+def unasked(B, V):
+    """Of a row that asks for nothing to be changed: counts, row, mask, bias_ids, bias, repetition, frequency, presence."""
+    entries, zero = (B, 2), np.zeros(B, np.float32)
+    masks = np.full((B, -(-V // 32)), 2**32 - 1, np.uint32)
+    biases = np.full(entries, V, np.int32), np.zeros(entries, np.float32)
+    return np.zeros((B, V), np.uint16), np.arange(B, dtype=np.int32), masks, *biases, zero + 1, zero, zero
+
+
+def masking(logits):
+    """The same rows, but with a mask where logits are -inf."""
+    B, V = logits.shape
+    allowed = np.zeros((B, -(-V // 32) * 32), bool)
+    allowed[:, :V] = np.isfinite(logits)
+    counts, row, _, *others = unasked(B, V)
+    words = np.packbits(allowed, axis=1, bitorder="little").view("<u4")
+    return np.where(np.isfinite(logits), logits, np.float32(50)), counts, row, words, *others
+
+
+EVEN = SamplingSpec(  # more ties with the best than there are candidates
+    "even", B=5, V=5000, spread=0.0, parameters=((1.0, 1, 1.0, 0.0), (1.0, 0, 1e-9, 0.0), (0.5, 7, 0.5, 1.0))
+)
+FLAT = SamplingSpec(
+    "flat", B=3, V=9000, spread=0.2, parameters=((1.0, 5000, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 6000, 0.8, 0.0))
+)
+BROAD = SamplingSpec(  # about as many candidates as fit
+    "broad", B=6, V=30001, spread=1.0, parameters=((1.0, 2048, 1.0, 0.0), (1.0, 2040, 0.9, 0.0), (0.5, 0, 0.8, 0.001))
+)
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("sampling.draw", (*SAMPLING_SPECS, EVEN, FLAT, BROAD)))
+def test_a_draw_takes_the_oracles_token_where_masks_hide_the_others(name, spec):
+    logits, *drawn = spec.inputs()
+    tokens, bad = (np.asarray(each) for each in jitted(draw, name)(*masking(logits), *drawn))
+    expected, certain = oracles.sample(logits, *drawn)
+    np.testing.assert_array_equal(tokens[certain], expected[certain])
+    assert certain.mean() > 0.7
+    assert not bad.any()
+
+
+def together(spec, seed):
+    """Everything that rows may ask for at once: adjustments of `spec`, parameters of a SamplingSpec."""
+    _, *drawn = SamplingSpec(spec.name, B=spec.B, V=spec.V).inputs(seed)
+    return spec.inputs(seed), drawn
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("sampling.draw", ADJUST_SPECS))
+def test_a_draw_is_from_logits_as_masks_biases_and_penalties_leave_them(name, spec):
+    for seed in range(3):
+        asked, drawn = together(spec, seed)
+        new = adjusted_by_hand(spec, *asked)
+        good = np.isfinite(new.max(axis=1))
+        tokens, bad = (np.asarray(each) for each in jitted(draw, name)(*asked, *drawn))
+        np.testing.assert_array_equal(bad, ~good)
+        expected, certain = oracles.sample(new[good], *(each[good] for each in drawn))
+        np.testing.assert_array_equal(tokens[good][certain], expected[certain])
+        assert certain.mean() > 0.7
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("sampling.draw", ADJUST_SPECS[1:2]))
+def test_a_drawn_row_is_bad_alone_where_a_logit_is_not_finite_or_no_token_allowed(name, spec):
+    asked, drawn = together(spec, 0)
+    run = jitted(draw, name)
+    clean = np.asarray(run(*asked, *drawn)[0])
+    asked[0][1, 3], asked[0][2, -1], asked[0][5, 9] = np.nan, np.inf, -np.inf
+    asked[3][6] = 0
+    asked[4][6] = spec.V
+    tokens, bad = (np.asarray(each) for each in run(*asked, *drawn))
+    assert np.flatnonzero(bad).tolist() == [1, 2, 5, 6]
+    np.testing.assert_array_equal(tokens[~bad], clean[~bad])
+    assert ((tokens >= 0) & (tokens < spec.V)).all()
+
+
+@pytest.mark.parametrize(("name", "spec"), pairs("sampling.draw", (SAMPLING_SPECS[2], FLAT)))
+def test_a_drawn_token_does_not_depend_on_the_batch(name, spec):
+    logits, *drawn = spec.inputs()
+    run = jitted(draw, name)
+    whole = np.asarray(run(logits, *unasked(*logits.shape), *drawn)[0])
+    for rows in ([0], [2, 1], list(range(spec.B))[::-1]):
+        alone = logits[rows]
+        tokens = run(alone, *unasked(*alone.shape), *(each[rows] for each in drawn))[0]
+        np.testing.assert_array_equal(np.asarray(tokens), whole[rows])
+
+
+def test_a_vocabulary_longer_than_a_cluster_holds_is_declined():
+    with pytest.raises(NotImplementedError, match="at most 393216"):
+        cuda.refuse(jax.ShapeDtypeStruct((1, 400_000), jnp.float32))
 
 
 DRAWS = [
