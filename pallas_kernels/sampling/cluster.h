@@ -10,7 +10,8 @@ namespace {
 constexpr int kThreads = 64;
 inline void* const* emulated_blocks = nullptr;  // shared memory of each block of the cluster
 
-DEVICE void sync_cluster() { meet(machine->everyone); }
+DEVICE void meet_cluster() { meet(machine->everyone); }
+DEVICE void publish() {}
 template <typename T>
 DEVICE const T& peer(const T&, int rank) {
   return *static_cast<const T*>(emulated_blocks[rank]);
@@ -31,16 +32,23 @@ template <typename T>
 DEVICE T load_once(const T* from) {
   return *from;
 }
+inline float exp_fast(float x) { return std::exp(x); }
 inline float log_(float x) { return std::log(x); }
 inline float log1p_(float x) { return std::log1p(x); }
 
 #else
 
-constexpr int kThreads = 512;
+#ifndef JAXLLM_THREADS
+#define JAXLLM_THREADS 512
+#endif
+constexpr int kThreads = JAXLLM_THREADS;
 
-DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// All threads of the cluster arrive; what one of them wrote is seen by the others if it was published before.
+DEVICE void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// What this thread wrote, and others of its block before they met it at a barrier of the block.
+DEVICE void publish() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 template <typename T>
 DEVICE const T& peer(const T& mine, int rank) {
   const T* other;
@@ -59,6 +67,11 @@ DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // not to be
 template <typename T>
 DEVICE T load_once(const T* from) {
   return __ldcs(from);
+}
+DEVICE float exp_fast(float x) {  // 0 below 2^-126
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+  return power;
 }
 DEVICE float log_(float x) { return logf(x); }
 DEVICE float log1p_(float x) { return log1pf(x); }
@@ -109,28 +122,33 @@ struct Exchange {
   uint64_t of_warps[kWarps], of_block[2];  // of_block in turns: a block may be one exchange ahead of who reads it
 };
 
-// What the threads of a block hold, joined in one order; the same bits in every thread.
 template <typename T, typename Join>
-DEVICE T over_block(Exchange& room, int thread, T value, Join join) {
-  for (int mask = 16; mask; mask /= 2) value = join(value, shuffle_xor(value, mask));
-  sync_all();
-  if (thread % 32 == 0) room.of_warps[thread / 32] = packed(value);
-  sync_all();
-  value = unpacked<T>(room.of_warps[0]);
-  for (int warp = 1; warp < kWarps; ++warp) value = join(value, unpacked<T>(room.of_warps[warp]));
+DEVICE T over_lanes(T value, int lanes, Join join) {
+  for (int mask = 1; mask < lanes; mask *= 2) value = join(value, shuffle_xor(value, mask));
   return value;
 }
 
-// The same of all blocks of a cluster; what a block wrote to its shared memory before is seen by all after.
+// What the threads of a block hold, joined in one order; the same bits in every thread.
+template <typename T, typename Join>
+DEVICE T over_block(Exchange& room, int thread, T value, Join join) {
+  value = over_lanes(value, 32, join);
+  sync_all();
+  if (thread % 32 == 0) room.of_warps[thread / 32] = packed(value);
+  sync_all();
+  return over_lanes(unpacked<T>(room.of_warps[thread % kWarps]), kWarps, join);
+}
+
+// The same of all blocks of a cluster, a power of two; what a block wrote to its shared memory before is seen by all after.
 template <typename T, typename Join>
 DEVICE T over_cluster(Exchange& room, int& turn, int blocks, int thread, T value, Join join) {
   value = over_block(room, thread, value, join);
   turn ^= 1;
-  if (thread == 0) room.of_block[turn] = packed(value);
-  sync_cluster();
-  value = unpacked<T>(peer(room, 0).of_block[turn]);
-  for (int rank = 1; rank < blocks; ++rank) value = join(value, unpacked<T>(peer(room, rank).of_block[turn]));
-  return value;
+  if (thread == 0) {
+    room.of_block[turn] = packed(value);
+    publish();
+  }
+  meet_cluster();
+  return over_lanes(unpacked<T>(peer(room, thread % blocks).of_block[turn]), blocks, join);
 }
 
 // The sum over threads before this one, in one order.

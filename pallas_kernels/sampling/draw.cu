@@ -1,10 +1,11 @@
 // One token a row from logits and all that its request asks for, in one pass over device memory (ADR 0029).
 //
 // A cluster of blocks takes a row; each block holds its part of the row in shared memory, as masks, biases and penalties
-// leave it. Thresholds: one histogram of distances below the best token says how far down the kept tokens can reach;
-// those within reach are gathered and sorted in one block, which finds the exact thresholds among them and draws. A row
-// that keeps more than kCandidates tokens finds its thresholds bit by bit over the whole row. Every sum runs in one order
-// and every list is sorted before it is summed, so a row's token does not depend on its batch.
+// leave it. Thresholds: a histogram of distances below the best token, first of the threads' best ones or of tokens that
+// can matter, says how far down the kept tokens can reach; those within reach are gathered and sorted in one block, which
+// finds the exact thresholds among them and draws. A row that keeps more than kCandidates tokens finds its thresholds bit
+// by bit over the whole row. Every sum runs in one order and every list is sorted before it is summed, so a row's token
+// does not depend on its batch.
 #include <algorithm>
 #include <string>
 #include <utility>
@@ -19,7 +20,8 @@ constexpr float kFarthest = 26.f;           // below the best: noise is above -2
 constexpr float kSteps = 32.f;              // bins of the histogram a unit of distance
 constexpr int kBins = 1024;                 // more than kFarthest * kSteps
 constexpr float kMassUnits = 4096.f;        // a token's mass relative to its bin's, as an integer
-constexpr float kMargin = 5e-4f;            // of a mass, for that
+constexpr float kMargin = 2e-4f;            // of a mass, for that
+constexpr float kMagic = 0x1p23f;           // added to a float below it: its low bits are the nearest integer
 constexpr int kCandidates = 2048;           // a power of two
 constexpr int kPartUnit = 128;              // a block's part of a row is a multiple of this
 constexpr float kTiny = 1.17549435e-38f;
@@ -95,17 +97,20 @@ DEVICE float gumbel(uint32_t bits) {
 // One row's parameters, and which of its tokens this block has.
 struct Row {
   uint32_t key0, key1;
-  float temperature, inverse, top_p, min_p, best;
+  float inverse, top_p, best;
+  float floor;  // the distance that min_p allows
   uint32_t k;  // 0: any number
   bool greedy, limits_mass;
   int begin, size;
 
   DEVICE Row(const Params& p, int row, int rank) {
     key0 = p.keys[2 * row], key1 = p.keys[2 * row + 1];
-    temperature = p.temperature[row], top_p = p.top_p[row], min_p = p.min_p[row];
+    const float temperature = p.temperature[row];
+    top_p = p.top_p[row];
+    floor = larger(-kFarthest, log_(p.min_p[row]));
     greedy = temperature == 0.f;
     inverse = 1.f / temperature;
-    inverse = inverse < 3e38f ? inverse : 3e38f;
+    inverse = inverse < 3e38f ? inverse : 3e38f;  // times 0 it is 0
     const int top_k = p.top_k[row];
     k = top_k > 0 && top_k < p.V && !greedy ? uint32_t(top_k) : 0;
     limits_mass = top_p < 1.f && !greedy;
@@ -113,12 +118,9 @@ struct Row {
     size = p.V - begin < p.part ? p.V - begin : p.part;
   }
 
-  DEVICE float scaled(float x) const { return x == best ? 0.f : (x - best) * inverse; }
-  DEVICE float weight(float distance) const { return exp_(distance); }
-  DEVICE bool keeps(float distance, float weight) const { return distance >= -kFarthest && weight >= min_p; }
+  DEVICE float scaled(float x) const { return (x - best) * inverse; }
+  DEVICE float mass(float x) const { return exp_fast(scaled(x)); }
 };
-
-DEVICE int bin_of(float distance) { return int(as_bits(distance * -kSteps + 0x1p23f) & 0x7fffff); }
 
 // What a request asks to be changed about its logits.
 struct Asked {
@@ -257,9 +259,9 @@ DEVICE uint64_t drawn_from_all(Place& m, const Row& row, uint32_t threshold) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float value = x[2 * pair + i], scaled = row.scaled(value);
-        const float bound = as_float(0x3f800000u | noise.of[i] >> 9) - 1.f;
-        if (!(bound <= 1.001f * exp_(scaled - bar))) continue;
-        if (!row.keeps(scaled, row.weight(scaled)) || ordered_bits(value) < threshold) continue;
+        const float bound = as_float(0x3f800000u | noise.of[i] >> 9);  // 1 + u
+        if (!(bound <= 1.f + 1.001f * exp_fast(scaled - bar))) continue;
+        if (!(scaled >= row.floor) || ordered_bits(value) < threshold) continue;
         const float score = scaled + gumbel(noise.of[i]);
         const uint64_t one = contender(score, token + uint32_t(i));
         winner = winner > one ? winner : one;
@@ -270,13 +272,29 @@ DEVICE uint64_t drawn_from_all(Place& m, const Row& row, uint32_t threshold) {
   return winner;
 }
 
-// The bin down to which candidates are taken: within it lies all that the row keeps.
-DEVICE uint32_t last_bin(Place& m, const Row& row, float whole) {
+// Counts a token at this distance where rows limit their number, else its mass in units of its bin's.
+DEVICE void tally(Shared& my, const Row& row, float distance, bool counted) {
+  const float steps = distance * -kSteps + kMagic;
+  const float off = distance * -kSteps - (steps - kMagic);  // within half a bin: three terms of exp(-off / kSteps)
+  constexpr float kLinear = kMassUnits / kSteps, kSquare = kLinear / kSteps / 2;
+  const float units = off * (off * kSquare - kLinear) + (kMagic + kMassUnits);
+  const uint32_t bin = as_bits(steps) - as_bits(kMagic), all = as_bits(units) - as_bits(kMagic);
+  if (counted) add_to(&my.histogram[bin], row.k ? 1u : all);
+}
+
+DEVICE void clear(Shared& my, int thread) {
+  for (int bin = thread; bin < kBins; bin += kThreads) my.histogram[bin] = 0;
+  if (thread == 0) my.listed = 0;
+}
+
+// A distance within which all lies that the row keeps: where the histograms of all blocks hold enough, or `lowest`.
+DEVICE float reach_of(Place& m, const Row& row, float whole, float lowest) {
   constexpr int kEach = kBins / kThreads;
   float own[kEach], sum = 0.f;
   for (int i = 0; i < kEach; ++i) {
     const int bin = m.thread * kEach + i;
     uint32_t units = 0;
+#pragma unroll 8
     for (int rank = 0; rank < m.p.blocks; ++rank) units += peer(m.my, rank).histogram[bin];
     own[i] = row.k ? float(units) : float(units) * (1.f / kMassUnits) * exp_(float(bin) * (-1.f / kSteps));
     sum += own[i];
@@ -288,7 +306,20 @@ DEVICE uint32_t last_bin(Place& m, const Row& row, float whole) {
     reached += own[i];
     if (reached >= wanted && last == kBins) last = uint32_t(m.thread * kEach + i);
   }
-  return m.block(last, Smaller());
+  last = m.block(last, Smaller());
+  return larger(lowest, (float(last) + .5f) * (-1.f / kSteps));
+}
+
+// The tokens down to this distance go to the blocks' lists; how many there are in the row.
+DEVICE uint32_t gather(Place& m, const Row& row, float reach) {
+  Shared& my = m.my;
+  each(row, m.thread, my.values, [&](int at, float x) {
+    if (!(row.scaled(x) >= reach)) return;
+    const uint32_t place = add_to(&my.listed, 1);
+    if (place < kCandidates) my.list[place] = contender(x, uint32_t(row.begin + at));
+  });
+  sync_all();
+  return m.cluster(m.thread == 0 ? my.listed : 0u, Sum());
 }
 
 // Largest first, in place; `size` is a power of two.
@@ -319,7 +350,7 @@ DEVICE uint64_t drawn_from_candidates(Place& m, const Row& row, uint64_t* keys, 
     for (int i = 0; i < kEach; ++i) {
       const uint32_t at = uint32_t(m.thread * kEach + i);
       const uint32_t order = at < size ? uint32_t(keys[at] >> 32) : 0;
-      own[i] = order >= lowest ? row.weight(row.scaled(from_ordered(order))) : 0.f;
+      own[i] = order >= lowest ? row.mass(from_ordered(order)) : 0.f;
       sum += own[i];
     }
     if (row.k) whole = m.block(sum, Sum());
@@ -350,16 +381,14 @@ DEVICE uint32_t threshold_of_all(Place& m, const Row& row, float whole) {
   auto count_above = [&](uint32_t lowest) {
     uint32_t sum = 0;
     each(row, m.thread, m.my.values, [&](int, float x) {
-      const float scaled = row.scaled(x);
-      sum += ordered_bits(x) >= lowest && row.keeps(scaled, row.weight(scaled));
+      sum += ordered_bits(x) >= lowest && row.scaled(x) >= row.floor;
     });
     return m.cluster(sum, Sum());
   };
   auto mass_above = [&](uint32_t lowest) {
     float sum = 0.f;
     each(row, m.thread, m.my.values, [&](int, float x) {
-      const float scaled = row.scaled(x), weight = row.weight(scaled);
-      if (ordered_bits(x) >= lowest && row.keeps(scaled, weight)) sum += weight;
+      if (ordered_bits(x) >= lowest && row.scaled(x) >= row.floor) sum += row.mass(x);
     });
     return m.cluster(sum, Sum());
   };
@@ -381,46 +410,49 @@ DEVICE uint32_t threshold_of_all(Place& m, const Row& row, float whole) {
   return found > lowest ? found : lowest;
 }
 
-// Of a row that limits how many tokens or how much mass it keeps. The winner is known in the first block at least.
-DEVICE uint64_t drawn_within_limits(Place& m, const Row& row) {
+// Gathers the candidates of a row that limits how many tokens or how much mass it keeps; more than kCandidates are too
+// many. `best` is this thread's, `whole` becomes the mass of all tokens if only mass is limited.
+DEVICE uint32_t find_candidates(Place& m, const Row& row, float best, float& whole) {
   Shared& my = m.my;
-  float mass = 0.f;
-  each(row, m.thread, my.values, [&](int, float x) {
-    const float scaled = row.scaled(x), weight = row.weight(scaled);
-    if (!row.keeps(scaled, weight)) return;
-    mass += weight;
-    const int bin = bin_of(scaled);
-    const float off = -scaled - float(bin) * (1.f / kSteps);  // within half a bin: three terms of exp(-off)
-    const float units = kMassUnits * (1.f + off * (.5f * off - 1.f));
-    add_to(&my.histogram[bin], row.k ? 1u : as_bits(units + 0x1p23f) & 0x7fffff);
-  });
-  const float whole = m.cluster(mass, Sum());
-  const uint32_t last = last_bin(m, row, whole);
-  each(row, m.thread, my.values, [&](int at, float x) {
-    const float scaled = row.scaled(x);
-    if (!row.keeps(scaled, row.weight(scaled)) || uint32_t(bin_of(scaled)) > last) return;
-    const uint32_t place = add_to(&my.listed, 1);
-    if (place < kCandidates) my.list[place] = contender(x, uint32_t(row.begin + at));
-  });
-  sync_all();
-  const uint32_t size = m.cluster(m.thread == 0 ? my.listed : 0u, Sum());
-  if (size > kCandidates) {
-    const uint64_t winner = m.cluster(drawn_from_all(m, row, threshold_of_all(m, row, whole)), Larger());
-    sync_cluster();  // nobody leaves whose shared memory is still read
-    return winner;
+  float lowest = row.floor;
+  whole = 0.f;
+  uint32_t size = kCandidates + 1;
+  if (row.k) {  // no more than one token of each thread: if these are enough, so are all that are as near
+    tally(my, row, row.scaled(best), row.scaled(best) >= row.floor);
+    m.cluster(0u, Sum());
+    size = gather(m, row, reach_of(m, row, whole, lowest));
+  } else {
+    each(row, m.thread, my.values, [&](int, float x) {
+      const float mass = row.mass(x);
+      whole += row.scaled(x) >= row.floor ? mass : 0.f;
+    });
+    whole = m.cluster(whole, Sum());
+    // All tokens that each hold less than this hold less than what is left out: 1 - top_p.
+    lowest = larger(lowest, log_(.99f * (1.f - row.top_p) * whole / float(m.p.V)));
   }
-  uint64_t* keys = reinterpret_cast<uint64_t*>(my.values);
+  if (size > kCandidates) {
+    clear(my, m.thread);
+    sync_all();
+    each(row, m.thread, my.values, [&](int, float x) { tally(my, row, row.scaled(x), row.scaled(x) >= lowest); });
+    m.cluster(0u, Sum());
+    size = gather(m, row, reach_of(m, row, whole, lowest));
+  }
+  return size;
+}
+
+// In the first block: all candidates in one list, where its values were.
+DEVICE uint64_t* collect(Place& m) {
+  uint64_t* keys = reinterpret_cast<uint64_t*>(m.my.values);
   if (m.rank == 0) {
     uint32_t first = 0;
     for (int rank = 0; rank < m.p.blocks; ++rank) {
-      const Shared& other = peer(my, rank);
+      const Shared& other = peer(m.my, rank);
       const uint32_t count = other.listed;
       for (uint32_t i = uint32_t(m.thread); i < count; i += kThreads) keys[first + i] = other.list[i];
       first += count;
     }
   }
-  sync_cluster();  // the others may go
-  return m.rank == 0 ? drawn_from_candidates(m, row, keys, size, whole) : 0;
+  return keys;
 }
 
 DEVICE void draw(const Params& p, Shared& my, int number, int rank, int thread) {
@@ -428,8 +460,8 @@ DEVICE void draw(const Params& p, Shared& my, int number, int rank, int thread) 
   Row row(p, number, rank);
   const Asked asked(p, number);
   const float* logits = p.logits + int64_t(number) * p.V + row.begin;
-  for (int bin = thread; bin < kBins; bin += kThreads) my.histogram[bin] = 0;
-  if (thread == 0) my.listed = 0, my.bar = ordered_bits(-kInfinity);
+  clear(my, thread);
+  if (thread == 0) my.bar = ordered_bits(-kInfinity);
   if (thread < 4 && row.size % 4 && row.size / 4 * 4 + thread >= row.size) my.values[row.size / 4 * 4 + thread] = -kInfinity;
   bool sound = true;
   float best = p.V % 4 ? fetch<1>(p, row, asked, logits, thread, my.values, sound)
@@ -443,20 +475,24 @@ DEVICE void draw(const Params& p, Shared& my, int number, int rank, int thread) 
   row.best = from_ordered(uint32_t(top));
   const bool bad = top >> 32 || !(fabsf(row.best) < kInfinity);
   uint64_t winner = 0;
-  if (bad) {
-    sync_cluster();  // as above
-  } else if (row.greedy) {
-    each(row, thread, my.values, [&](int at, float x) {
-      const uint64_t one = contender(x, uint32_t(row.begin + at));
-      winner = at < row.size && one > winner ? one : winner;
-    });
-    winner = m.cluster(winner, Larger());
-    sync_cluster();
-  } else if (!row.k && !row.limits_mass) {
-    winner = m.cluster(drawn_from_all(m, row, 1), Larger());
-    sync_cluster();
+  float whole;
+  uint32_t size = kCandidates + 1;
+  if (!bad && (row.k || row.limits_mass)) size = find_candidates(m, row, best, whole);
+  if (size <= kCandidates) {
+    uint64_t* keys = collect(m);
+    meet_cluster();  // the others may go
+    if (rank == 0) winner = drawn_from_candidates(m, row, keys, size, whole);
   } else {
-    winner = drawn_within_limits(m, row);
+    if (row.greedy) {
+      each(row, thread, my.values, [&](int at, float x) {
+        const uint64_t one = contender(x, uint32_t(row.begin + at));
+        winner = at < row.size && one > winner ? one : winner;
+      });
+    } else if (!bad) {
+      winner = drawn_from_all(m, row, row.k || row.limits_mass ? threshold_of_all(m, row, whole) : 1);
+    }
+    winner = m.cluster(winner, Larger());
+    meet_cluster();  // nobody leaves whose shared memory is still read
   }
   if (rank == 0 && thread == 0) {
     const uint32_t token = ~uint32_t(winner);

@@ -48,7 +48,7 @@ XLA_FFI_DEFINE_HANDLER(draw_handler, draw_impl, ffi::Ffi::Bind() JAXLLM_BINDING)
 
 #else
 
-__global__ void __launch_bounds__(kThreads, 2) sampling_draw(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) sampling_draw(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) unsigned char raw[];
   draw(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x) / p.blocks, int(blockIdx.x) % p.blocks, int(threadIdx.x));
 }
