@@ -4,11 +4,12 @@ In: nothing but a GPU. Out: lines on the terminal, one JSON object each. Times a
 function, so that launches of the host do not count; every call reads memory that the one before did not leave in L2
 where the sizes allow it.
 
-    python -m benchmarks.small_kernels [greedy adjusted sample rope norm]
+    python -m benchmarks.small_kernels [greedy adjusted draw rope norm]
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import sys
@@ -20,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.compiled import NVCC, built
 from pallas_kernels.norm.api import add_norm
 from pallas_kernels.rope_page_write.api import rope_page_write
 from pallas_kernels.rope_page_write.heads import Heads
-from pallas_kernels.sampling import api
+from pallas_kernels.sampling import api, cuda
 
 B, V, CHAIN = 256, 151936, 4
 BF, F32 = jnp.bfloat16, jnp.float32
@@ -94,34 +96,50 @@ def adjusted() -> None:
         )
 
 
-def sample() -> None:
+def shaped(name: str, threads: int, blocks: int) -> Callable[..., Any]:
+    """The draw in CUDA with other numbers of threads and blocks."""
+    target = f"{cuda.TARGET}_{name}"
+    command = (*NVCC, f"-DJAXLLM_THREADS={threads}")
+    loaded = ctypes.cdll.LoadLibrary(str(built(cuda.SOURCE, cuda.INCLUDES, command)))
+    cuda.register(loaded, target)
+    return lambda *arrays, truncates: cuda.call(target, blocks, *arrays)
+
+
+def draw() -> None:
     wanted = asked()
     keys = jax.random.bits(jax.random.key(1), (B, 2), jnp.uint32)
-    rows: dict[str, tuple[float, int, float, float, bool]] = {
-        "everything on": (0.8, 50, 0.95, 0.02, True),
-        "top_p alone": (0.8, 0, 0.9, 0.0, True),
-        "temperature alone": (0.8, 0, 1.0, 0.0, False),
-        "flat, top_p alone: all rows slow": (8.0, 0, 0.9, 0.0, True),
+    ways: dict[str, Callable[..., Any]] = {
+        "cuda": functools.partial(api.draw, implementation="cuda"),
+        "cuda, 4 blocks of 1024": shaped("4x1024", 1024, 4),
+        "triton": functools.partial(api.draw, implementation="apart"),
+        "reference": functools.partial(api.draw, implementation="reference"),
     }
-    predicted = {"everything on": 240, "top_p alone": 240, "temperature alone": 330}
-    for name, (temperature, top_k, top_p, min_p, truncates) in rows.items():
-        of_row = [jnp.full((B,), value, dtype) for value, dtype in ((temperature, F32), (top_k, jnp.int32))]
-        of_row += [jnp.full((B,), value, F32) for value in (top_p, min_p)]
+    rows: dict[str, tuple[tuple[float, int, float, float, bool], int, int]] = {  # what is asked, rows, predicted
+        "everything on": ((0.8, 50, 0.95, 0.02, True), 256, 140),
+        "top_p alone": ((0.8, 0, 0.9, 0.0, True), 256, 165),
+        "temperature alone": ((0.8, 0, 1.0, 0.0, False), 256, 150),
+        "temperature 0": ((0.0, 0, 1.0, 0.0, True), 256, 100),
+        "flat, top_p alone: all rows slow": ((8.0, 0, 0.9, 0.0, True), 256, 700),
+        "everything on, 32 rows": ((0.8, 50, 0.95, 0.02, True), 32, 22),
+        "everything on, 1 row": ((0.8, 50, 0.95, 0.02, True), 1, 15),
+    }
+    whole = logits()
+    for name, ((temperature, top_k, top_p, min_p, truncates), number, guess) in rows.items():
+        found = whole[:number]
+        of_row = [jnp.full((number,), value, dtype) for value, dtype in ((temperature, F32), (top_k, jnp.int32))]
+        of_row += [jnp.full((number,), value, F32) for value in (top_p, min_p)]
+        given = (wanted[0], *(each[:number] for each in wanted[1:]), keys[:number], *of_row)
         tokens = {}
-        for way in WAYS:
-
-            def call(
-                x: jax.Array, way: str = way, of_row: Any = tuple(of_row), truncates: bool = truncates
-            ) -> jax.Array:
-                new, best, _ = api.adjusted(x, *wanted, implementation=way)
-                return api.sample(new, keys, *of_row, best=best, truncates=truncates, implementation=way)
-
-            found = logits()
-            tokens[way] = np.asarray(jax.jit(call)(found))
-            run = chained(call, after, found)
-            guess = predicted.get(name) if way == "triton" else None
-            say(what=f"sample, {name}", way=way, us=us(run, found), predicted=guess)
-        say(what=f"sample, {name}", rows_that_differ=int((tokens["triton"] != tokens["reference"]).sum()))
+        for way, run in ways.items():
+            if way == "reference" and number < B:
+                continue
+            call = functools.partial(lambda x, run, given, how: run(x, *given, truncates=how), run=run, given=given)
+            call = functools.partial(call, how=truncates)
+            tokens[way] = np.asarray(jax.jit(call)(found)[0])
+            predicted = guess if way == "cuda" else None
+            say(what=f"draw, {name}", way=way, us=us(chained(call, after, found), found), predicted=predicted)
+        differ = {way: int((each != tokens["cuda"]).sum()) for way, each in tokens.items() if way != "cuda"}
+        say(what=f"draw, {name}", rows_that_differ_from_cuda=differ)
 
 
 def rope() -> None:
@@ -164,5 +182,5 @@ def norm() -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("greedy", "adjusted", "sample", "rope", "norm"):
+    for name in sys.argv[1:] or ("greedy", "adjusted", "draw", "rope", "norm"):
         globals()[name]()

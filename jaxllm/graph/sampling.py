@@ -72,9 +72,7 @@ def sample(
     asked = inputs.row, inputs.mask, inputs.bias_ids, inputs.bias, *penalties
     limits = inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p
     keys = position_keys(inputs.keys, inputs.position)
-    token, bad = api.draw(
-        logits, counts, *asked, keys, *limits, truncates=truncates, implementation=implementation
-    )
+    token, bad = api.draw(logits, counts, *asked, keys, *limits, truncates=truncates, implementation=implementation)
     logprob, rank, top_ids, top_logprobs = token_logprobs(logits, token, num_logprobs)
     return Sampled(token, logprob, rank, top_ids, top_logprobs, _add(counts, inputs.row, token, bad), bad)
 

@@ -1,8 +1,8 @@
 """From logits to tokens as one CUDA kernel (draw.cu), called through XLA's FFI and captured in the step's CUDA graph.
 
-In: arrays that api.py has checked. Out: tokens, and which rows are bad. Built by nvcc on first use; declines without it.
-A row lies in the shared memory of a cluster of BLOCKS multiprocessors, which is how long a vocabulary may be. ADR 0029
-says why this is no Pallas kernel. How many blocks there are is part of the bits.
+In: arrays that api.py has checked. Out: tokens, and which rows are bad. Built by nvcc on first use; declines without
+it. A row lies in the shared memory of a cluster of BLOCKS multiprocessors, which is how long a vocabulary may be.
+ADR 0029 says why this is no Pallas kernel. How many blocks there are is part of the bits.
 """
 
 from __future__ import annotations

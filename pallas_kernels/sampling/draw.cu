@@ -147,57 +147,55 @@ struct Asked {
   }
 };
 
+// W logits, counts and bits of the mask as they lie in memory: to be looked at once all loads are under way.
 template <int W>
-struct Tokens {  // W logits and counts as they lie in memory
-  float x[W];
-  uint16_t count[W];
-};
+struct Tokens {
+  uint4 x;
+  uint2 count = {0, 0};
+  uint32_t word;
 
-template <int W>
-DEVICE void load(Tokens<W>& to, const float* logits, const uint16_t* counts) {
-  if constexpr (W == 4) {
-    const uint4 bits = load_once(reinterpret_cast<const uint4*>(logits));
-    to.x[0] = as_float(bits.x), to.x[1] = as_float(bits.y), to.x[2] = as_float(bits.z), to.x[3] = as_float(bits.w);
-    uint2 two = {0, 0};
-    if (counts) two = load_once(reinterpret_cast<const uint2*>(counts));
-    to.count[0] = uint16_t(two.x), to.count[1] = uint16_t(two.x >> 16);
-    to.count[2] = uint16_t(two.y), to.count[3] = uint16_t(two.y >> 16);
-  } else {
-    to.x[0] = load_once(logits);
-    to.count[0] = counts ? load_once(counts) : uint16_t(0);
+  DEVICE void load(const float* logits, const uint16_t* counts, const uint32_t* mask, int at) {
+    if constexpr (W == 4) {
+      x = load_once(reinterpret_cast<const uint4*>(logits + at));
+      if (counts) count = load_once(reinterpret_cast<const uint2*>(counts + at));
+    } else {
+      x.x = as_bits(load_once(logits + at));
+      if (counts) count.x = load_once(counts + at);
+    }
+    word = mask[uint32_t(at) / 32];
   }
-}
+  DEVICE float logit(int i) const { return as_float(i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w); }
+  DEVICE uint32_t times(int i) const { return (i < 2 ? count.x : count.y) >> i % 2 * 16 & 0xffff; }
+};
 
 // This block's part of the row to shared memory, without biases. The largest of it, and whether all was finite before.
 template <int W>
-DEVICE float fetch(const Params& p, const Row& row, const Asked& asked, const float* logits, int thread, float* values,
-                   bool& sound) {
-  constexpr int kAhead = W == 4 ? 4 : 8;
+DEVICE float fetch(const Row& row, const Asked& asked, const float* logits, int thread, float* values, bool& sound) {
+  constexpr int kAhead = 4;
   const uint16_t* counts = asked.penalises() ? asked.counts + row.begin : nullptr;
+  const uint32_t* mask = asked.mask + row.begin / 32;
   float best = -kInfinity;
   for (int base = thread * W; base < row.size; base += kThreads * W * kAhead) {
     Tokens<W> found[kAhead];
-    uint32_t words[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int at = base + i * kThreads * W;
-      if (at >= row.size) break;
-      load(found[i], logits + at, counts ? counts + at : nullptr);
-      words[i] = asked.mask[(row.begin + at) / 32] >> (row.begin + at) % 32;
+    for (int i = 0; i < kAhead; ++i) {  // behind the end: the last ones once more
+      const int at = base + i * kThreads * W, last = row.size - W;
+      found[i].load(logits, counts, mask, at < last ? at : last);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int at = base + i * kThreads * W;
       if (at >= row.size) break;
+      float x[W];
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const float x = found[i].x[j];
-        sound = sound && fabsf(x) < kInfinity;
-        found[i].x[j] = asked.applied(x, words[i] >> j & 1, 0.f, found[i].count[j]);
-        best = larger(best, found[i].x[j]);
+        sound = sound && fabsf(found[i].logit(j)) < kInfinity;
+        const bool allowed = found[i].word >> (uint32_t(at + j) % 32) & 1;
+        x[j] = asked.applied(found[i].logit(j), allowed, 0.f, found[i].times(j));
+        best = larger(best, x[j]);
       }
 #pragma unroll
-      for (int j = 0; j < W; ++j) values[at + j] = found[i].x[j];
+      for (int j = 0; j < W; ++j) values[at + j] = x[j];
     }
   }
   return best;
@@ -464,8 +462,8 @@ DEVICE void draw(const Params& p, Shared& my, int number, int rank, int thread) 
   if (thread == 0) my.bar = ordered_bits(-kInfinity);
   if (thread < 4 && row.size % 4 && row.size / 4 * 4 + thread >= row.size) my.values[row.size / 4 * 4 + thread] = -kInfinity;
   bool sound = true;
-  float best = p.V % 4 ? fetch<1>(p, row, asked, logits, thread, my.values, sound)
-                       : fetch<4>(p, row, asked, logits, thread, my.values, sound);
+  float best = p.V % 4 ? fetch<1>(row, asked, logits, thread, my.values, sound)
+                       : fetch<4>(row, asked, logits, thread, my.values, sound);
   sync_all();  // a biased token's place has been written
   if (m.block(uint32_t(add_biases(p, row, asked, logits, number, thread, my.values)), Larger())) {
     best = -kInfinity;

@@ -89,7 +89,7 @@ def adjusted(
 def draw(*arrays: jax.Array, truncates: bool = True) -> tuple[jax.Array, jax.Array]:
     """See api.draw."""
     changed, best, bad = adjusted(*arrays[:9])
-    return sample(changed, *arrays[9:], best, truncates=truncates), bad | ~jnp.isfinite(best)
+    return sample(changed, *arrays[9:], best=best, truncates=truncates), bad | ~jnp.isfinite(best)
 
 
 def _noisy(logits: jax.Array, scaled: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
