@@ -45,6 +45,7 @@ constexpr int kThreads = JAXLLM_THREADS;
 
 // All threads of the cluster arrive; what one of them wrote is seen by the others if it was published before.
 DEVICE void meet_cluster() {
+  sync_warp();  // .aligned: a warp arrives as one
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // What this thread wrote, and others of its block before they met it at a barrier of the block.
