@@ -23,6 +23,7 @@ constexpr float kMassUnits = 4096.f;        // a token's mass relative to its bi
 constexpr float kMargin = 2e-4f;            // of a mass, for that
 constexpr float kMagic = 0x1p23f;           // added to a float below it: its low bits are the nearest integer
 constexpr int kCandidates = 2048;           // a power of two
+constexpr int kMostBlocks = 8;              // of a cluster
 constexpr int kPartUnit = 128;              // a block's part of a row is a multiple of this
 constexpr float kTiny = 1.17549435e-38f;
 constexpr float kInfinity = INFINITY;
@@ -48,10 +49,11 @@ struct Params {
 struct Shared {
   Exchange room;
   uint32_t histogram[kBins];
-  uint64_t list[kCandidates];  // candidates of this block
-  uint32_t listed;             // how many there would be
-  uint32_t bar;                // ordered_bits of a score that a token of this block has reached
-  alignas(16) float values[4];  // [part]: shared memory goes on
+  uint64_t list[kCandidates];    // candidates of this block
+  uint32_t listed;               // how many there would be
+  uint32_t counts[kMostBlocks];  // in the first block: how many the others have
+  uint32_t bar;                  // ordered_bits of a score that a token of this block has reached
+  alignas(16) float values[4];   // [part]: shared memory goes on
 };
 
 int64_t shared_bytes(int part) {  // the first block sorts all candidates where its values were
@@ -320,7 +322,7 @@ DEVICE uint32_t gather(Place& m, const Row& row, float reach) {
   return m.cluster(m.thread == 0 ? my.listed : 0u, Sum());
 }
 
-// Largest first, in place; `size` is a power of two.
+// Largest first, in place; `size` is a power of two. Neighbours up to 32 apart are of one warp, stage after stage.
 DEVICE void sort(uint64_t* keys, uint32_t size, int thread) {
   for (uint32_t run = 2; run <= size; run *= 2) {
     for (uint32_t reach = run / 2; reach; reach /= 2) {
@@ -329,9 +331,12 @@ DEVICE void sort(uint64_t* keys, uint32_t size, int thread) {
         const uint64_t a = keys[at], b = keys[at + reach];
         if ((a < b) == !(at & run)) keys[at] = b, keys[at + reach] = a;
       }
-      sync_all();
+      const uint32_t next = reach > 1 ? reach / 2 : run;
+      if (reach > 32 || next > 32) sync_all();
+      else sync_warp();
     }
   }
+  sync_all();
 }
 
 // In one block: the token drawn from `keys`, the `size` candidates of the row. `whole` is the mass of all its tokens.
@@ -442,12 +447,15 @@ DEVICE uint32_t find_candidates(Place& m, const Row& row, float best, float& who
 DEVICE uint64_t* collect(Place& m) {
   uint64_t* keys = reinterpret_cast<uint64_t*>(m.my.values);
   if (m.rank == 0) {
-    uint32_t first = 0;
-    for (int rank = 0; rank < m.p.blocks; ++rank) {
+    if (m.thread < m.p.blocks) m.my.counts[m.thread] = peer(m.my, m.thread).listed;
+    sync_all();
+    for (int rank = m.thread / 32; rank < m.p.blocks; rank += kWarps) {  // a warp a block
+      uint32_t first = 0;
+      for (int before = 0; before < rank; ++before) first += m.my.counts[before];
       const Shared& other = peer(m.my, rank);
-      const uint32_t count = other.listed;
-      for (uint32_t i = uint32_t(m.thread); i < count; i += kThreads) keys[first + i] = other.list[i];
-      first += count;
+      const uint32_t count = m.my.counts[rank];
+#pragma unroll 4
+      for (uint32_t i = uint32_t(m.thread % 32); i < count; i += 32) keys[first + i] = other.list[i];
     }
   }
   return keys;
