@@ -54,7 +54,10 @@ def kernel(warps: int = 8, slots: int = 6, split: int = 64) -> cuda.Kernel:
     if (warps, slots, split) == (8, 6, 64):
         return cuda.ours()
     flags = (f"-DJAXLLM_WARPS={warps}", f"-DJAXLLM_SLOTS={slots}", f"-DJAXLLM_SPLIT={split}")
-    loaded, target = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *flags))), f"{cuda.TARGET}_{warps}_{split}"
+    loaded, target = (
+        cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *flags))),
+        f"{cuda.TARGET}_{warps}_{slots}_{split}",
+    )
     cuda.register(loaded, target)
     return cuda.Kernel(target, loaded, jax.devices()[0].core_count)
 

@@ -6,12 +6,14 @@ bytes for this jaxlib. NotImplementedError says why there is none: dispatch then
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -31,6 +33,19 @@ NVCC = (
     "940,2473",
 )
 GXX = ("g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++")
+_LOCK = threading.RLock()
+
+
+def once[**P, R](make: Callable[P, R]) -> Callable[P, R]:
+    """functools.cache that makes each thing once: steps are traced by several threads at one time."""
+    kept = functools.cache(make)
+
+    @functools.wraps(make)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _LOCK:
+            return kept(*args, **kwargs)
+
+    return run
 
 
 def built(

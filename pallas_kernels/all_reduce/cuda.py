@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.all_reduce.shots import RANKS, takes_two_shots
-from pallas_kernels.compiled import built
+from pallas_kernels.compiled import built, once
 
 SOURCE = Path(__file__).with_name("all_reduce.cu")
 TARGET = "jaxllm_all_reduce"
@@ -63,7 +63,7 @@ def _ordinal(device_id: int) -> int:
     raise NotImplementedError(f"device {device_id} is not of this process")
 
 
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     """The compiled kernels, registered with XLA."""
     loaded = ctypes.cdll.LoadLibrary(str(built(SOURCE)))

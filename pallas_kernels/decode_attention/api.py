@@ -16,8 +16,8 @@ from pallas_kernels.rope_page_write.heads import Heads
 _OP = "decode_attention"
 _ROOM = "pallas_kernels.paged_attention"
 _OWN = "pallas_kernels.decode_attention"
-register(_OP, "cuda", imported(f"{_OWN}.cuda:decode_heads"), platforms=("gpu",))
 register(_OP, "triton", imported(f"{_ROOM}.triton:decode_heads"), platforms=("gpu",))
+register(_OP, "cuda", imported(f"{_OWN}.cuda:decode_heads"), platforms=("gpu",))
 register(_OP, "triton_interpret", imported(f"{_ROOM}.interpreted:triton_decode_heads"), platforms=("interpret",))
 register(_OP, "cuda_emulated", imported(f"{_OWN}.emulated:decode_heads"), platforms=("interpret",))
 register(_OP, "apart", imported("pallas_kernels.decode_attention.reference:apart"))

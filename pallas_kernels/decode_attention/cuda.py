@@ -10,7 +10,6 @@ Pallas kernel.
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.compiled import NVCC, built, once
 from pallas_kernels.rope_page_write.heads import Heads
 
 HERE = Path(__file__).parent
@@ -171,7 +170,7 @@ def ours() -> Kernel:
     return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132))
 
 
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     return load(built(SOURCE, INCLUDES, NVCC))
 
@@ -182,6 +181,6 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-@functools.cache
+@once
 def register(loaded: ctypes.CDLL, target: str = TARGET, platform: str = "CUDA") -> None:
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded.jaxllm_decode_attention), platform=platform)

@@ -6,18 +6,17 @@ is NaN, and a wait that nobody will end is an error. `machine` plays other numbe
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 
-from pallas_kernels.compiled import GXX, built
+from pallas_kernels.compiled import GXX, built, once
 from pallas_kernels.decode_attention import cuda
 
 PROGRAMS, WARPS, SLOTS = 3, 2, 5
 
 
-@functools.cache
+@once
 def machine(programs: int = PROGRAMS, warps: int = WARPS, slots: int = SLOTS) -> cuda.Kernel:
     flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_WARPS={warps}", f"-DJAXLLM_SLOTS={slots}")
     loaded, target = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, *flags))), f"{cuda.TARGET}_{warps}x{slots}"

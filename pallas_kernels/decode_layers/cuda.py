@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.compiled import NVCC, built, once
 from pallas_kernels.decode_layers.api import LayerWeights, Pages
 
 HERE = Path(__file__).parent
@@ -113,7 +113,7 @@ def call(
     return out, list(zip(written[::2], written[1::2], strict=True))
 
 
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     return load(built(SOURCE, INCLUDES, NVCC))
 
@@ -124,6 +124,6 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-@functools.cache
+@once
 def register(loaded: ctypes.CDLL, target: str = TARGET, platform: str = "CUDA") -> None:
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded.jaxllm_decode_layers), platform=platform)

@@ -7,12 +7,11 @@ that nobody wrote is NaN, and a wait that nobody will end is an error.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 
 import jax
 
-from pallas_kernels.compiled import GXX, built
+from pallas_kernels.compiled import GXX, built, once
 from pallas_kernels.decode_layers import cuda
 from pallas_kernels.decode_layers.api import LayerWeights, Pages
 
@@ -29,6 +28,6 @@ def decode_layers(
     return cuda.call(TARGET, library(), PROGRAMS, x, layers, pages, *rows, eps=eps, scale=scale)
 
 
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     return cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, "-DJAXLLM_EMULATED")))

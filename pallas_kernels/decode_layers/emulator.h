@@ -311,14 +311,14 @@ inline std::string run_grid(int programs, int threads, int computing, unsigned s
     makecontext(&fiber.context, enter_fiber, 0);
   }
   size_t left = m.fibers.size();
-  for (int quiet = 0; left && quiet < 4 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
+  for (int quiet = 0; left && quiet < 64 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
     m.moved = !m.copies.empty();
     for (size_t i = m.copies.size(); i-- > 0;)
       if (m.random() % 4 == 0 && i < m.copies.size()) land(m, i);
     const size_t start = m.random() % m.fibers.size();
     for (size_t i = 0; i < m.fibers.size(); ++i) {
       Fiber& fiber = m.fibers[(start + i) % m.fibers.size()];
-      if (fiber.done) continue;
+      if (fiber.done || m.random() % 4 == 0) continue;  // a warp may be late: others do not wait for it unasked
       m.current = &fiber;
       swapcontext(&m.scheduler, &fiber.context);
       left -= fiber.done;

@@ -8,14 +8,13 @@ ADR 0029 says why this is no Pallas kernel. How many blocks there are is part of
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.compiled import NVCC, built, once
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "draw.cu"
@@ -51,11 +50,11 @@ def call(target: str, blocks: int, *arrays: jax.Array) -> tuple[jax.Array, jax.A
     return tokens, bad
 
 
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     return ctypes.cdll.LoadLibrary(str(built(SOURCE, INCLUDES, NVCC)))
 
 
-@functools.cache
+@once
 def register(loaded: ctypes.CDLL, target: str = TARGET, platform: str = "CUDA") -> None:
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded.jaxllm_sampling_draw), platform=platform)

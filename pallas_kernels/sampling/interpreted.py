@@ -6,12 +6,11 @@ In and out as the kernels.
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import jax
 
-from pallas_kernels.compiled import GXX, built
+from pallas_kernels.compiled import GXX, built, once
 from pallas_kernels.sampling import adjust, cuda, triton
 
 MOST_ROWS = 24
@@ -46,6 +45,6 @@ def draw(*arrays: jax.Array, truncates: bool = True) -> tuple[jax.Array, jax.Arr
     return cuda.call(target, cuda.BLOCKS, *arrays)
 
 
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     return ctypes.cdll.LoadLibrary(str(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, "-DJAXLLM_EMULATED"))))
