@@ -156,7 +156,7 @@ def call(
     work = jax.ShapeDtypeStruct((kernel.work(*sizes.values()),), jnp.uint8)
     run = jax.ffi.ffi_call(kernel.target, [out, work, *pages], input_output_aliases=aliases)
     attributes = {name: np.int64(value) for name, value in (*sizes.items(), ("addends", addends), ("has", has))}
-    return run(*operands, eps=np.float32(eps), scale=np.float32(scale), **attributes)
+    return list(run(*operands, eps=np.float32(eps), scale=np.float32(scale), **attributes))
 
 
 def _like(array: jax.Array) -> jax.ShapeDtypeStruct:
