@@ -33,11 +33,11 @@ MODELS = {
     "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336),
     "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, qk_norm=True),
 }
-CONSTANTS = ("AHEAD", "FLIGHT", "LEAD")
-VARIANTS = {  # slots of activations in registers, slots on their way, slots prefetched to the second-level cache
-    "4 ahead, flight 2, lead 0": (4, 2, 0),
-    "4 ahead, flight 2, lead 3": (4, 2, 3),
-    "4 ahead, flight 2, lead 6": (4, 2, 6),
+CONSTANTS = ("AHEAD", "FLIGHT")
+VARIANTS = {  # slots of activations in registers, slots on their way
+    "4 ahead, flight 2": (4, 2),
+    "2 ahead, flight 2": (2, 2),
+    "4 ahead, flight 3": (4, 3),
 }
 
 

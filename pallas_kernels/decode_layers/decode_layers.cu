@@ -22,9 +22,6 @@ namespace {
 #ifndef JAXLLM_FLIGHT
 #define JAXLLM_FLIGHT 2
 #endif
-#ifndef JAXLLM_LEAD
-#define JAXLLM_LEAD 0
-#endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
 #endif
@@ -37,8 +34,6 @@ constexpr int kPitch = kDepth * 2 + 64;  // bytes: odd multiples of 64, so that 
 constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRows * kPitch;
 constexpr int kShare = kDepth / kWarps, kHalves = kShare / 32;  // a warp's columns of a slot, 32 at a time
 constexpr int kAhead = JAXLLM_AHEAD;    // slots whose activations are in registers
-constexpr int kLead = JAXLLM_LEAD;      // slots behind the ring that may be in the second-level cache
-constexpr uint32_t kPace = 1700;        // cycles in which memory brings a slot to every multiprocessor
 constexpr int kFlight = JAXLLM_FLIGHT;  // slots whose copies may be on their way at one time
 constexpr int kMaxUnits = 8;          // of the residual stream that one block keeps
 constexpr float kLog2e = 1.4426950408889634f;
@@ -152,7 +147,6 @@ DEVICE int between(int least, int value, int most) { return value < least ? leas
 struct Cursor {
   const Params& p;
   int program, layer, stage, unit, last, column;
-  uint32_t number = 0;
   Product w;
   DEVICE Cursor(const Params& p, int program) : p(p), program(program), layer(0), stage(kQkv) { enter(); }
   DEVICE void enter() {  // the stage, or the first behind it in which this block has a share
@@ -170,7 +164,6 @@ struct Cursor {
   DEVICE int bytes() const { return 2 * (w.depth - column < kDepth ? w.depth - column : kDepth); }
   DEVICE const uint16_t* row(int at) const { return w.weights + weight_row(w, unit + at / kUnit, at % kUnit) * w.depth + column; }
   DEVICE void advance() {
-    ++number;
     column += kDepth;
     if (column < w.depth) return;
     column = 0, unit += 2;
@@ -184,38 +177,18 @@ struct Fetcher {  // one of the warps that fill the ring; together they do what 
   static constexpr int kMine = kSlotRows / kFetchers;
   Shared& s;
   int number, lane;
-  Cursor now, ahead;  // the weights that go to the next slot; those that go to the second-level cache
-  uint32_t filled = 0, due = 0;
+  Cursor now;  // the weights that go to the next slot
+  uint32_t filled = 0;
 
   DEVICE Fetcher(const Params& p, Shared& s, int program, int number, int lane)
-      : s(s), number(number), lane(lane), now(p, program), ahead(p, program) {}
-
-  // While the ring is full, and until the lead is used up, memory has time for the slots after those.
-  DEVICE void prefetch(bool idle) {
-    if (kLead == 0) return;
-    if (ahead.number <= now.number) {
-      if (!idle) return;
-      while (ahead.number <= now.number) ahead.advance();
-    }
-    if (!ahead.there() || ahead.number > now.number + kLead || !in_all_lanes(int32_t(clock_() - due) >= 0)) return;
-    const int mine = between(0, ahead.rows() - number * kMine, kMine);
-    if (lane < mine) prefetch_to_cache(ahead.row(number * kMine + lane), ahead.bytes());
-    sync_warp();
-    ahead.advance();
-    due = clock_() + kPace;
-  }
-
-  DEVICE void wait(uint64_t* barrier, uint32_t parity, bool idle) {
-    if (kLead == 0) return wait_for(barrier, parity);
-    while (!in_all_lanes(has_ended(barrier, parity))) prefetch(idle);
-  }
+      : s(s), number(number), lane(lane), now(p, program) {}
 
   // The next slot, once it is free; told how many bytes this warp will bring.
   DEVICE int next(uint32_t bytes) {
     const int slot = filled % kSlots;
-    if (filled >= kSlots) wait(&s.empty[slot], (filled / kSlots + 1) & 1, true);
+    if (filled >= kSlots) wait_for(&s.empty[slot], (filled / kSlots + 1) & 1);
     // More on their way than it takes would only make others' loads wait in the second-level cache.
-    if (filled >= kFlight) wait(&s.full[(filled - kFlight) % kSlots], (filled - kFlight) / kSlots & 1, false);
+    if (filled >= kFlight) wait_for(&s.full[(filled - kFlight) % kSlots], (filled - kFlight) / kSlots & 1);
     if (lane == 0) expect_bytes(&s.full[slot], bytes);
     sync_warp();
     ++filled;

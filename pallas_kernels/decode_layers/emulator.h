@@ -138,18 +138,6 @@ inline float from_lane(float value, int lane) {
   return other;
 }
 
-inline bool in_all_lanes(bool value) {
-  WarpState& warp = my_warp();
-  warp.value[machine->current->lane] = value;
-  sync_warp();
-  bool all = true;
-  for (float each : warp.value) all &= each != 0.f;
-  sync_warp();
-  return all;
-}
-
-inline uint32_t clock_() { return uint32_t(machine->random()) % 4096; }
-
 template <int count>
 inline void give_registers() {}
 template <int count>
@@ -237,13 +225,6 @@ inline void arrive(uint64_t* at) {
 }
 inline void wait_for(uint64_t* at, uint32_t parity) {
   while (bar(at).phase == (parity & 1)) yield();
-}
-inline bool has_ended(uint64_t* at, uint32_t parity) {
-  yield();
-  return bar(at).phase != (parity & 1);
-}
-inline void prefetch_to_cache(const void*, uint32_t bytes) {
-  if (bytes % 16) throw std::logic_error("the copy engine takes multiples of 16 bytes");
 }
 inline void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)

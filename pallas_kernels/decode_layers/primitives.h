@@ -63,8 +63,6 @@ DEVICE float2 load_fresh(const float2* from) {
   return value;
 }
 
-DEVICE bool in_all_lanes(bool value) { return __all_sync(~0u, value); }
-DEVICE uint32_t clock_() { return uint32_t(clock64()); }
 DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE int shuffle(int value, int lane) { return __shfl_sync(~0u, value, lane); }
@@ -115,20 +113,6 @@ DEVICE void wait_for(uint64_t* barrier, uint32_t parity) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
-}
-
-DEVICE bool has_ended(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done;
-}
-
-DEVICE void prefetch_to_cache(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Device memory to shared memory by the copy engine; the barrier counts the bytes. Read once: first to leave the cache.
