@@ -85,7 +85,7 @@ def kinds():
         SamplingParams(**seeded, logit_bias={5: 8.0, 9: -100.0}),
         SamplingParams(**seeded, allowed_token_ids=[4, 6, 8], min_tokens=4),
         SamplingParams(**seeded, prompt_logprobs=2),
-        SamplingParams(max_tokens=40, seed=5, grammar=grammars.json_schema(NAMES)),
+        SamplingParams(max_tokens=40, seed=6, grammar=grammars.json_schema(NAMES)),
         greedy.replace(max_tokens=1),
         greedy.replace(max_tokens=40, logprobs=None, n=2),
     ]
