@@ -146,6 +146,7 @@ class Pool:
     def __init__(self, url: str, connect_timeout_s: float) -> None:
         self.url, self._timeout_s = url, connect_timeout_s
         self._idle: list[Connection] = []
+        self._closed = False
         parts = urlsplit(url)
         self.host = b"localhost" if url.startswith("unix:") else parts.netloc.encode()
         self._address = parts.hostname or "", parts.port or 80
@@ -166,8 +167,8 @@ class Pool:
             return (await loop.create_connection(make, *self._address))[1]
 
     def keep(self, connection: Connection) -> None:
-        if connection.closed or len(self._idle) >= KEPT:
-            connection.close()
+        if self._closed or connection.closed or len(self._idle) >= KEPT:
+            connection.close()  # an answer may end after its pool did
         else:
             connection.idle_since_s = time.monotonic()
             self._idle.append(connection)
@@ -177,6 +178,7 @@ class Pool:
             self._idle.remove(connection)
 
     def close(self) -> None:
+        self._closed = True
         while self._idle:
             self._idle.pop().close()
 

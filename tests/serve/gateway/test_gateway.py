@@ -7,9 +7,10 @@ import sys
 from collections import Counter
 
 import pytest
-from helpers.fake_worker import DIED, EVENT, STREAM_HEAD, chunk, error, plain, refuse, running, say_hello
+from helpers.fake_worker import DIED, EVENT, STREAM_HEAD, FakeWorker, chunk, error, plain, refuse, running, say_hello
 
 from serve.gateway.probes import watch
+from serve.gateway.upstream import Pool, Whole
 from serve.settings import hash_key
 
 DONE = "[DONE]"
@@ -247,6 +248,22 @@ def test_a_slow_reader_stops_its_worker_and_not_the_gateway():
             assert sent * 10_000 < 50e6
             assert (await it.complete()).status_code == 200
             writer.transport.abort()
+
+    run(body)
+
+
+def test_a_connection_whose_answer_ends_after_its_pool_was_closed_is_not_kept():
+    async def body():
+        worker = FakeWorker("a", say_hello)
+        await worker.start()
+        pool = Pool(worker.url, 5.0)
+        connection = await pool.connection()
+        sink = Whole()
+        connection.send(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n", sink)
+        pool.close()
+        assert b"ready" in await sink.done
+        assert connection.closed
+        await worker.close()
 
     run(body)
 
