@@ -31,15 +31,16 @@ class FakeWorker:
 
     async def die(self):
         """As kill -9 does: every connection is reset, nobody listens."""
+        for listening in self.server.sockets:  # one accepted in this turn would find its server closed, and stay open
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+        for _ in range(3):
+            await asyncio.sleep(0)
         self.server.close()
         for writer in list(self.writers):
             writer.transport.abort()
 
     async def close(self):
-        """At the end of a test: nothing of it is left, nor of a connection that was accepted and not yet served."""
-        await self.die()
-        for _ in range(10):
-            await asyncio.sleep(0)
+        """At the end of a test: nothing of it is left."""
         await self.die()
         for task in self.tasks:
             task.cancel()

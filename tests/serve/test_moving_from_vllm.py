@@ -231,8 +231,9 @@ def test_a_busy_server_says_so_every_ten_seconds_and_an_idle_one_nothing(server,
     paces, real, here = [], asyncio.sleep, threading.get_ident()
 
     async def sleep(seconds):
-        if threading.get_ident() != here:
-            return await real(seconds)  # the server that runs beside
+        if threading.get_ident() != here:  # the server that runs beside
+            await real(seconds)
+            return
         paces.append(seconds)
         if len(paces) > 3:
             raise asyncio.CancelledError
