@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.kernel_backends import ON_GPU, pairs
+from helpers.kernel_backends import ON_GPU, declined, pairs
 from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 
 from pallas_kernels.decode_chain.api import Dense, Following, decode_chain
@@ -25,7 +25,7 @@ def run(name, *args):
     try:
         return chain(*args)
     except NotImplementedError as reason:
-        pytest.skip(f"declined: {reason}")
+        declined(reason)
 
 
 def exact(spec):

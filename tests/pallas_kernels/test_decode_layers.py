@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers.kernel_backends import ON_GPU, pairs
+from helpers.kernel_backends import ON_GPU, declined, pairs
 
 from pallas_kernels.decode_layers import emulated
 from pallas_kernels.decode_layers.api import decode_layers
@@ -25,7 +25,7 @@ def run(name, spec, given):
     try:
         x, pages = step(*spec.arguments(given))
     except NotImplementedError as reason:
-        pytest.skip(f"declined: {reason}")
+        declined(reason)
     return np.asarray(x), [tuple(map(np.asarray, pair)) for pair in pages]
 
 
