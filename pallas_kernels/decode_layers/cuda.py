@@ -20,7 +20,10 @@ from pallas_kernels.compiled import NVCC, built, once
 from pallas_kernels.decode_layers.api import LayerWeights, Pages
 
 HERE = Path(__file__).parent
-SOURCE, INCLUDES = HERE / "decode_layers.cu", tuple(HERE / name for name in ("primitives.h", "emulator.h", "launch.h"))
+SOURCE, INCLUDES = (
+    HERE / "decode_layers.cu",
+    tuple(HERE / name for name in ("primitives.h", "emulator.h", "attention.h", "launch.h")),
+)
 TARGET = "jaxllm_decode_layers"
 ROWS, UNIT, DEPTH, HEAD, MAX_LAYERS, MAX_GROUP, MAX_K, KEPT = 8, 16, 64, 128, 80, 8, 32, 8
 
