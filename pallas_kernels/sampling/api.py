@@ -23,7 +23,7 @@ register("sampling", "triton", imported(f"{_ROOM}.triton:sample"), platforms=("g
 register("sampling", "triton_interpret", imported(f"{_ROOM}.interpreted:sample"), ("interpret",))
 register("sampling", "reference", imported(f"{_ROOM}.reference:sample"))
 register("sampling.draw", "apart", imported(f"{_ROOM}.api:draw_apart"), platforms=("gpu",))
-# Behind them until a GPU has run it: ADR 0029.
+# Behind these two until a GPU has run it: ADR 0029.
 register("sampling.draw", "cuda", imported(f"{_ROOM}.cuda:draw"), platforms=("gpu",))
 register("sampling.draw", "cuda_emulated", imported(f"{_ROOM}.interpreted:draw"), platforms=("interpret",))
 register("sampling.draw", "reference", imported(f"{_ROOM}.reference:draw"))
@@ -178,6 +178,6 @@ def draw(
 
 
 def draw_apart(*arrays: jax.Array, truncates: bool = True) -> tuple[jax.Array, jax.Array]:
-    """`draw` as two ops, each by the best that accepts it: on machines without a compiler."""
+    """`draw` as two ops, each by the best that accepts it."""
     changed, best, bad = dispatch("sampling.adjusted")(*arrays[:9])
     return dispatch("sampling")(changed, *arrays[9:], best, truncates=truncates), bad | ~jnp.isfinite(best)
