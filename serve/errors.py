@@ -21,7 +21,7 @@ ENGINE_STATUS = {
     "queue_timeout": 503,
     "engine_died": 503,
     "shutting_down": 503,
-    "not_supported": 501,
+    "not_supported": 400,
     "invalid_state": 409,
     "asleep": 503,
     "prefill_unavailable": 503,

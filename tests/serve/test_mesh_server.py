@@ -106,7 +106,7 @@ def test_a_client_that_leaves_is_forgotten_by_the_replica_that_had_it():
 def test_replicas_without_a_device_say_that_they_cannot_sleep():
     with Server(replicas=2) as server:
         status, body = admin(server, "/sleep")
-        assert (status, body["error"]["code"]) == (501, "not_supported")
+        assert (status, body["error"]["code"]) == (400, "not_supported")
         server.check_a()
 
 

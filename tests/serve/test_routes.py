@@ -256,10 +256,10 @@ def test_a_request_can_be_aborted_by_its_name(server):
     assert server.post("/abort", {"request_id": "long-one"}).json() == {"aborted": []}
 
 
-def test_what_an_engine_without_a_device_cannot_do_is_a_501(server):
+def test_what_an_engine_without_a_device_cannot_do_is_a_400_that_says_so(server):
     for path in ("/sleep", "/wake_up", "/start_profile", "/stop_profile", "/rebalance_experts"):
         answer = server.http.post(path, headers=HEAD)
-        assert answer.status_code == 501, path
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_supported"), path
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
