@@ -72,7 +72,7 @@ _RAGGED = ((1, 300), (0, 0), (40, 40), (0, 25), (16, 16), (33, 290), (1, 1), (17
 
 _LLAMA = PagedAttentionSpec("llama_3_1_8b", N=32, K=8, H=128, rows=_RAGGED)
 _QWEN = PagedAttentionSpec("qwen3_0_6b", N=16, K=8, H=128, rows=_RAGGED)
-_MQA = PagedAttentionSpec("mqa", N=4, K=1, H=64, rows=_RAGGED)
+_MQA = PagedAttentionSpec("mqa", N=8, K=1, H=64, rows=_RAGGED)
 _PHI_2 = PagedAttentionSpec("phi_2_head_dim_80", N=2, K=2, H=80, rows=((20, 150), (0, 0), (1, 20)))
 _PHI_3 = PagedAttentionSpec("phi_3_head_dim_96", N=2, K=1, H=96, rows=((19, 150),), page_size=64)
 _GPT_OSS = PagedAttentionSpec("gpt_oss_sinks", N=4, K=1, H=64, rows=((70, 250), (1, 5)), with_sinks=True)
@@ -83,9 +83,9 @@ PAGED_ATTENTION_SPECS = (
     replace(_LLAMA, name="llama_3_1_8b_page_64", page_size=64),
     replace(_QWEN, name="qwen3_0_6b_f32", dtype="float32"),
     replace(_MQA, padding_tokens=1),
-    replace(_MQA, name="mha_window", K=4, window=20),
+    replace(_MQA, name="mha_window", N=4, K=4, window=20),
     replace(_LLAMA, name="mistral_7b_window", window=100, rows=((1, 600), (40, 40), (64, 500), (5, 103))),
-    replace(_QWEN, name="gemma_2_soft_cap_window", N=4, K=2, H=256, soft_cap=1.5, window=64, rows=_RAGGED[:5]),
+    replace(_QWEN, name="gemma_2_soft_cap_window", N=8, K=4, H=256, soft_cap=1.5, window=64, rows=_RAGGED[:5]),
     replace(_PHI_2, padding_tokens=3),
     _PHI_3,
     replace(_GPT_OSS, window=128),
@@ -100,9 +100,9 @@ PAGED_ATTENTION_DECODE_SPECS = (
     replace(_LLAMA, name="llama_3_1_8b_page_64", page_size=64, rows=_DECODE),
     replace(_QWEN, name="qwen3_0_6b_f32", dtype="float32", rows=_DECODE),
     replace(_MQA, rows=_DECODE),
-    replace(_MQA, name="mha_window", K=4, window=20, rows=_DECODE),
+    replace(_MQA, name="mha_window", N=4, K=4, window=20, rows=_DECODE),
     replace(_LLAMA, name="mistral_7b_window", window=256, rows=((1, 600), (1, 256), (0, 0), (1, 257))),
-    replace(_QWEN, name="gemma_2_soft_cap_window", N=4, K=2, H=256, soft_cap=1.5, window=64, rows=_DECODE[:5]),
+    replace(_QWEN, name="gemma_2_soft_cap_window", N=8, K=4, H=256, soft_cap=1.5, window=64, rows=_DECODE[:5]),
     replace(_PHI_2, rows=_DECODE[:5]),
     replace(_PHI_3, rows=_DECODE[:3]),
     replace(_GPT_OSS, rows=((1, 600), (0, 0), (1, 70))),
