@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jaxllm.graph.compile_cache import SUM_SUFFIX, open_cache, seal
+from pallas_kernels.compiled import GXX, built
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -77,3 +78,12 @@ def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, caplog):
     report = open_cache(tmp_path / "file" / "cache")
     assert not report.usable
     assert "is not used" in caplog.text
+
+
+def test_a_kernel_library_built_by_another_process_is_kept(tmp_path):
+    source = tmp_path / "one.cc"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    library = built(source, command=GXX, directory=tmp_path / "cache" / "kernels")
+    report = open_cache(tmp_path / "cache")
+    assert (report.entries, report.removed) == (1, 0)
+    assert library.exists()
