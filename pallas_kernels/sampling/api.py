@@ -22,9 +22,8 @@ register("sampling.adjusted", "reference", imported(f"{_ROOM}.reference:adjusted
 register("sampling", "triton", imported(f"{_ROOM}.triton:sample"), platforms=("gpu",))
 register("sampling", "triton_interpret", imported(f"{_ROOM}.interpreted:sample"), ("interpret",))
 register("sampling", "reference", imported(f"{_ROOM}.reference:sample"))
-register("sampling.draw", "apart", imported(f"{_ROOM}.api:draw_apart"), platforms=("gpu",))
-# Behind these two until a GPU has run it: ADR 0029.
 register("sampling.draw", "cuda", imported(f"{_ROOM}.cuda:draw"), platforms=("gpu",))
+register("sampling.draw", "apart", imported(f"{_ROOM}.api:draw_apart"), platforms=("gpu",))
 register("sampling.draw", "cuda_emulated", imported(f"{_ROOM}.interpreted:draw"), platforms=("interpret",))
 register("sampling.draw", "reference", imported(f"{_ROOM}.reference:draw"))
 
