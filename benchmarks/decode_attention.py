@@ -33,7 +33,7 @@ CHAIN_BYTES = 1.2e9  # what a chain of calls reads: many times the L2
 BARS = {"32x8192": 4.2, "128x1024": 4.0, "32x1024": 3.6, "8x1024": 2.6, "1x8192": 2.3, "1x32768": 3.6}  # TB/s
 PREDICTED = {"32x8192": 4.35, "128x1024": 4.2, "32x1024": 3.8, "8x1024": 2.8, "1x8192": 2.6, "1x32768": 3.8}
 HEADS = {"256x1088": 4.1, "32x1088": 3.7, "8x1088": 2.7}  # with new keys and values; predictions
-VARIANTS = {"8x6": (8, 6), "8x4": (8, 4), "8x3": (8, 3), "8x2": (8, 2)}  # warps, slots
+VARIANTS = {"8x2": (8, 2), "8x3": (8, 3), "8x4": (8, 4), "4x4": (4, 4), "4x6": (4, 6)}  # warps, slots
 SPLITS = (32, 128)  # keys of the smallest split, beside the 64 of every other figure
 CHECKED = (
     *(spec for spec in DECODE_ATTENTION_SPECS if spec.H == H and spec.dtype == "bfloat16" and spec.window is None),
@@ -171,7 +171,7 @@ def built_all(wanted: dict[str, dict[str, int]]) -> dict[str, Attend]:
 
 def timed() -> None:
     names = built_all({name: dict(warps=warps, slots=slots) for name, (warps, slots) in VARIANTS.items()})
-    plain({**names, "triton": triton.paged_attention_decode}, "time", BARS, (16, 64))
+    plain({**names, "triton": triton.paged_attention_decode}, "time", BARS, (64,))
 
 
 def splits() -> None:

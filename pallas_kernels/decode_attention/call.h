@@ -83,7 +83,6 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
 
 #ifdef JAXLLM_EMULATED
 
-template <int G>
 std::string emulate(const Params& p) {
   std::vector<std::unique_ptr<Shared>> shared(p.programs);
   for (auto& each : shared) {
@@ -91,7 +90,7 @@ std::string emulate(const Params& p) {
     std::memset(static_cast<void*>(each.get()), 0xff, sizeof(Shared));
   }
   return run_grid(p.programs, kThreads, kThreads, unsigned(p.rows),
-                  [&](int program, int thread) { run<G>(p, *shared[program], program, thread); });
+                  [&](int program, int thread) { run(p, *shared[program], program, thread); });
 }
 
 ffi::Error decode_attention_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
@@ -102,7 +101,7 @@ ffi::Error decode_attention_impl(ffi::RemainingArgs args, ffi::RemainingRets ret
   const auto out = *rets.get<ffi::AnyBuffer>(0), work = *rets.get<ffi::AnyBuffer>(1);
   std::memset(work->untyped_data(), 0xff, work->size_bytes());  // NaN, as memory may hold
   if (p.tokens == nullptr) std::memset(out->untyped_data(), 0xff, out->size_bytes());
-  const std::string fault = heads <= 4 * kv_heads ? emulate<4>(p) : emulate<8>(p);
+  const std::string fault = emulate(p);
   for (uint32_t left : arrivals)
     if (fault.empty() && left) return failure("a counter is not zero after the call");
   return fault.empty() ? ffi::Error::Success() : failure(fault);
@@ -115,10 +114,9 @@ XLA_FFI_DEFINE_HANDLER(decode_attention_handler, decode_attention_impl,
 
 static_assert(sizeof(Shared) <= 232448, "shared memory of a multiprocessor");
 
-template <int G>
 __global__ void __launch_bounds__(kThreads, 1) decode_attention(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char raw[];
-  run<G>(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
+  run(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
 }
 
 ffi::Error decode_attention_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
@@ -126,11 +124,10 @@ ffi::Error decode_attention_impl(cudaStream_t stream, ffi::RemainingArgs args, f
   p.eps = eps, p.scale = scale * kLog2e;
   const std::string why = fill(p, JAXLLM_SIZE_VALUES, args, rets);
   if (!why.empty()) return failure(why);
-  const auto kernel = heads <= 4 * kv_heads ? decode_attention<4> : decode_attention<8>;
   // Of each device by itself, so at each call; only recordings of the step's graph come here.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  cudaError_t error = cudaFuncSetAttribute(decode_attention, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error == cudaSuccess) {
-    kernel<<<p.programs, kThreads, sizeof(Shared), stream>>>(p);
+    decode_attention<<<p.programs, kThreads, sizeof(Shared), stream>>>(p);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? ffi::Error::Success() : failure(cudaGetErrorString(error));

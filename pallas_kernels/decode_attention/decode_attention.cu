@@ -1,8 +1,9 @@
 // Attention of one query a row over paged keys and values, by warps that never stop reading.
 //
-// One block a multiprocessor. Every warp is a worker of its own: one of its lanes asks the copy engine for 16 keys or
-// values of one head at a time (4 KiB, contiguous), into the warp's own ring in shared memory, and the warp takes them in
-// order. Nothing in the loop waits for another warp.
+// One block a multiprocessor. Every warp is a worker of its own: it asks the copy engine for 16 keys or values of one head
+// at a time (4 KiB, contiguous), into its own ring in shared memory, and takes them in order: keys of up to 64, then their
+// values. Nothing in the loop waits for another warp. Both products are the tensor cores': scores [keys x queries], and
+// [columns x keys] x [keys x queries], for which probabilities are split into two bf16 that together have 16 bits.
 //
 // A row's keys are cut into splits, at most kSplits of them, whose length depends on the row's own length only. What a
 // head's splits give is folded in order: kRun splits make a run (all of them do if there are at most kWhole), runs make the
@@ -25,7 +26,9 @@ namespace {
 #endif
 
 constexpr int kHead = 128, kTile = 16, kWarps = JAXLLM_WARPS, kThreads = kWarps * 32, kSlots = JAXLLM_SLOTS;
-constexpr int kRowBytes = kHead * 2, kSlotBytes = kTile * kRowBytes;
+constexpr int kChunk = 4;  // tiles whose scores are known before values are read
+constexpr int kRowBytes = kHead * 2, kHalf = kTile / 2, kCopyBytes = kHalf * kRowBytes;
+constexpr int kPitch = kCopyBytes + 64, kSlotBytes = 2 * kPitch;  // 8 keys to the next 8: their rows fall on other banks
 constexpr int kSplit = JAXLLM_SPLIT, kSplits = 128, kRun = 16, kWhole = 32;
 constexpr int kMaxGroup = 8, kMaxWorkers = 4096, kMaxSegments = 65536;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -47,19 +50,9 @@ struct Params {
 // Splits of cut runs, by the run's first worker, then runs of rows, that have been stored. All zeros between launches.
 RESIDENT uint32_t arrivals[kMaxWorkers + kMaxSegments];
 
-struct Scratch {  // of a warp
-  union {
-    alignas(16) uint16_t queries[kMaxGroup][kHead];
-    struct {
-      alignas(16) float weights[kTile][kMaxGroup];  // probabilities, not yet divided by their total
-      alignas(16) float old_factors[kMaxGroup], new_factors[kMaxGroup];
-    };
-  };
-};
-
 struct Shared {
   alignas(128) unsigned char ring[kWarps][kSlots][kSlotBytes];
-  Scratch scratch[kWarps];
+  alignas(16) uint16_t queries[kWarps][kMaxGroup][kHead];
   uint64_t full[kWarps][kSlots];
 };
 
@@ -201,7 +194,6 @@ DEVICE void advance(const Params& p, Cursor& c, int tiles) {
 // ---- the ring ----
 
 struct Lane {
-  Scratch& scratch;  // of its warp
   int lane, g, t, group;
 };
 
@@ -209,15 +201,15 @@ struct Worker : Lane {
   const Params& p;
   unsigned char (*ring)[kSlotBytes];
   uint64_t* full;
+  uint16_t (*queries)[kHead];
   int number;
   Deal deal;
-  Cursor ahead;            // what is fetched next
-  int64_t place = 0;       // of a tile whose keys are on their way and whose values are next
+  Cursor ahead;            // the chunk that is being fetched
+  int step = 0;            // tiles of it that have been asked for: keys, then values
   int pages = 0;           // lane i: page of tile `window` + i of row `window_row`
   int window_row = -1, window = 0;
   int slot = 0;            // taken next
   uint32_t phase = 0;
-  bool values = false;     // are fetched next
 };
 
 // The next 4 KiB into a slot that nobody reads any more.
@@ -225,22 +217,27 @@ DEVICE void fetch(Worker& w, int slot) {
   const Params& p = w.p;
   Cursor& c = w.ahead;
   if (c.left == 0) return;
-  if (!w.values) {
-    if (c.row != w.window_row || c.tile < w.window || c.tile >= w.window + 32) {
-      w.window_row = c.row, w.window = c.tile;
-      const int tile = c.tile + w.lane;
-      w.pages = tile < c.tiles ? p.table[int64_t(c.row) * p.width + (tile >> p.page_shift)] : 0;
-    }
-    const int64_t tile = (int64_t(shuffle(w.pages, c.tile - w.window)) * p.kv_heads + c.head) << p.page_shift;
-    w.place = (tile + (c.tile & ((1 << p.page_shift) - 1))) * kTile * kHead;
+  const int tiles = least(c.tiles - c.tile, kChunk);
+  if (c.row != w.window_row || c.tile < w.window || c.tile + tiles > w.window + 32) {
+    w.window_row = c.row, w.window = c.tile;
+    const int tile = c.tile + w.lane;
+    w.pages = tile < c.tiles ? p.table[int64_t(c.row) * p.width + (tile >> p.page_shift)] : 0;
   }
-  if (w.lane == 0) {
-    expect_bytes(&w.full[slot], kSlotBytes);
-    copy_in(w.ring[slot], (w.values ? p.v_pages : p.k_pages) + w.place, kSlotBytes, &w.full[slot]);
-  }
-  if (w.values) advance(p, c, 1);
-  w.values = !w.values;
+  const bool values = w.step >= tiles;
+  const int tile = c.tile + w.step - (values ? tiles : 0);
+  const int64_t first = (int64_t(shuffle(w.pages, tile - w.window)) * p.kv_heads + c.head) << p.page_shift;
+  const int64_t place = (first + (tile & ((1 << p.page_shift) - 1))) * kTile * kHead;
+  if (w.lane == 0) expect_bytes(&w.full[slot], 2 * kCopyBytes);
+  sync_warp();
+  if (w.lane < 2)
+    copy_in(w.ring[slot] + w.lane * kPitch, (values ? p.v_pages : p.k_pages) + place + w.lane * kHalf * kHead, kCopyBytes, &w.full[slot]);
+  if (++w.step < 2 * tiles) return;
+  w.step = 0;
+  advance(p, c, tiles);
 }
+
+// Where a key, or value, of a tile lies in its slot.
+DEVICE unsigned char* row_of(unsigned char* slot, int key) { return slot + key / kHalf * kPitch + key % kHalf * kRowBytes; }
 
 DEVICE unsigned char* take(Worker& w) {
   wait_for(&w.full[w.slot], w.phase);
@@ -313,14 +310,14 @@ DEVICE void load_queries(Worker& w, const Segment& s, uint4 (&queries)[4]) {
     const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
     from = p.q + (int64_t(token) * p.heads + s.head * group + w.g) * kHead;
   } else {
-    for (int i = 0; i < group; ++i) put(rotated(p, w.lane, s.row, s.head * group + i, p.norms), w.lane, w.scratch.queries[i]);
+    for (int i = 0; i < group; ++i) put(rotated(p, w.lane, s.row, s.head * group + i, p.norms), w.lane, w.queries[i]);
     sync_warp();
-    from = w.scratch.queries[w.g];
+    from = w.queries[w.g];
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c)
     queries[c] = w.g < group ? *reinterpret_cast<const uint4*>(from + c * 32 + w.t * 8) : uint4{0, 0, 0, 0};
-  sync_warp();  // the same memory holds probabilities next
+  sync_warp();  // the same memory holds the next segment's
 }
 
 DEVICE int64_t last_place(const Params& p, const Segment& s) {  // where the row's last key and value go
@@ -331,7 +328,7 @@ DEVICE int64_t last_place(const Params& p, const Segment& s) {  // where the row
 
 // The row's new key, or value, to its page and to the slot: the copy may have brought what was in the page before.
 SELDOM void enter(const Params& p, const Segment& s, int lane, unsigned char* slot, bool value) {
-  uint16_t* own = reinterpret_cast<uint16_t*>(slot + (s.length - 1) % kTile * kRowBytes);
+  uint16_t* own = reinterpret_cast<uint16_t*>(row_of(slot, (s.length - 1) % kTile));
   uint16_t* page = (value ? p.v_pages : p.k_pages) + last_place(p, s);
   if (value) {
 #pragma unroll
@@ -348,52 +345,34 @@ SELDOM void enter(const Params& p, const Segment& s, int lane, unsigned char* sl
 
 // ---- sums ----
 
-template <int G>
-struct Sums {  // of a group's queries; every lane has 4 columns of all, and statistics of two: heads 2t and 2t + 1
-  float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, out[G][4] = {};
+// Of a group's queries. A lane has heads 2t and 2t + 1, and of each the columns 8g .. 8g + 7 of both halves: column
+// 64 i + 8g + 2j is out[4 i + j][head], the one behind it out[4 i + j][2 + head].
+struct Sums {
+  float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, out[8][4] = {};
 };
 
-template <int G>
-DEVICE void load_factors(const float* from, float (&to)[G]) {
+DEVICE void shrink(Sums& sums, const float (&by)[2]) {
 #pragma unroll
-  for (int h = 0; h < G; h += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(from + h);
-    to[h] = four.x, to[h + 1] = four.y, to[h + 2] = four.z, to[h + 3] = four.w;
-  }
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums.out[j][i] = times(sums.out[j][i], by[i % 2]);
 }
 
 // Sums of what came before and of what comes next as one. All folds are this.
-template <int G>
-DEVICE void fold(const Lane& w, Sums<G>& sums, const Sums<G>& next) {
+DEVICE void fold(Sums& sums, const Sums& next) {
+  float a[2], b[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float most = larger(sums.most[h], next.most[h]);
-    const float a = exp2_(sums.most[h] - most), b = exp2_(next.most[h] - most);
-    sums.total[h] = fused(next.total[h], b, times(sums.total[h], a));
+    a[h] = exp2_(sums.most[h] - most), b[h] = exp2_(next.most[h] - most);
+    sums.total[h] = fused(next.total[h], b[h], times(sums.total[h], a[h]));
     sums.most[h] = most;
-    if (w.g == 0) w.scratch.old_factors[2 * w.t + h] = a, w.scratch.new_factors[2 * w.t + h] = b;
   }
-  sync_warp();
-  float a[G], b[G];
-  load_factors<G>(w.scratch.old_factors, a);
-  load_factors<G>(w.scratch.new_factors, b);
+  shrink(sums, a);
 #pragma unroll
-  for (int h = 0; h < G; ++h)
+  for (int j = 0; j < 8; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums.out[h][i] = fused(next.out[h][i], b[h], times(sums.out[h][i], a[h]));
-  sync_warp();
-}
-
-template <int G>
-DEVICE void add_value(const Worker& w, Sums<G>& sums, const unsigned char* values, int key) {
-  const uint2 bits = *reinterpret_cast<const uint2*>(values + key * kRowBytes + w.lane * 8);
-  const float v[4] = {wide(uint16_t(bits.x)), wide(uint16_t(bits.x >> 16)), wide(uint16_t(bits.y)), wide(uint16_t(bits.y >> 16))};
-  float weight[G];
-  load_factors<G>(w.scratch.weights[key], weight);
-#pragma unroll
-  for (int h = 0; h < G; ++h)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums.out[h][i] = fused(weight[h], v[i], sums.out[h][i]);
+    for (int i = 0; i < 4; ++i) sums.out[j][i] = fused(next.out[j][i], b[i % 2], sums.out[j][i]);
 }
 
 DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
@@ -402,57 +381,120 @@ DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
   mma(acc, low.z, high.z, low.w, high.w, x.z, x.w);
 }
 
-// 16 keys and values, `live` of which are there. Totals stay apart in the lanes until the split ends.
-template <int G>
-DEVICE void attend(Worker& w, const Segment& s, const uint4 (&queries)[4], int live, bool enters, Sums<G>& sums) {
-  unsigned char* keys = take(w);
-  if (enters) enter(w.p, s, w.lane, keys, false);
-  float scores[2][4] = {};
+// Rows g and g + 8 of a product over keys are these: neighbours in g lie on different banks.
+DEVICE int key_of(int g) { return g % 2 * kHalf + g / 2; }
+
+DEVICE void score(const Worker& w, const uint4 (&queries)[4], unsigned char* keys, float (&scores)[4]) {
+  const unsigned char* at = row_of(keys, key_of(w.g)) + w.t * 16;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const unsigned char* at = keys + w.g * kRowBytes + (c * 32 + w.t * 8) * 2;
-    multiply(scores[c & 1], *reinterpret_cast<const uint4*>(at), *reinterpret_cast<const uint4*>(at + 8 * kRowBytes), queries[c]);
-  }
-  give_back(w);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float a = w.g < live ? times(scores[0][h] + scores[1][h], w.p.scale) : -INFINITY;
-    const float b = w.g + 8 < live ? times(scores[0][h + 2] + scores[1][h + 2], w.p.scale) : -INFINITY;
-    float most = larger(a, b);
-    for (int mask = 4; mask < 32; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
-    most = larger(most, sums.most[h]);
-    const float shrink = exp2_(sums.most[h] - most), pa = exp2_(a - most), pb = exp2_(b - most);
-    sums.total[h] = fused(sums.total[h], shrink, pa + pb);
-    sums.most[h] = most;
-    w.scratch.weights[w.g][2 * w.t + h] = pa, w.scratch.weights[w.g + 8][2 * w.t + h] = pb;
-    if (w.g == 0) w.scratch.old_factors[2 * w.t + h] = shrink;
-  }
-  unsigned char* values = take(w);
-  if (enters) enter(w.p, s, w.lane, values, true);
-  sync_warp();  // probabilities are there
-  float shrink[G];
-  load_factors<G>(w.scratch.old_factors, shrink);
-#pragma unroll
-  for (int h = 0; h < G; ++h)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums.out[h][i] = times(sums.out[h][i], shrink[h]);
-  if (live == kTile) {
-#pragma unroll(kWarps <= 8 ? 8 : 4)
-    for (int key = 0; key < kTile; ++key) add_value(w, sums, values, key);
-  } else {
-#pragma unroll 1
-    for (int key = 0; key < live; ++key) add_value(w, sums, values, key);
-  }
-  give_back(w);
+  for (int c = 0; c < 4; ++c)
+    multiply(scores, *reinterpret_cast<const uint4*>(at + c * 64), *reinterpret_cast<const uint4*>(at + c * 64 + 4 * kRowBytes), queries[c]);
 }
 
-template <int G>
-DEVICE void attend_split(Worker& w, const Segment& s, const uint4 (&queries)[4], int split, Sums<G>& sums) {
-  const int last = least((split + 1) * s.split, s.tiles);
-  for (int tile = split * s.split; tile < last; ++tile) {
-    const int live = least(s.length - tile * kTile, kTile);
-    attend(w, s, queries, live, w.p.q == nullptr && tile == s.tiles - 1, sums);
+// Scores to probabilities, not yet divided by their total. What came before shrinks to the new maximum.
+DEVICE void exponentials(const Worker& w, int live, float (&scores)[kChunk][4], Sums& sums) {
+  float by[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float most = -INFINITY, total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+#pragma unroll
+      for (int low = 0; low < 2; ++low) {
+        float& score = scores[i][h + 2 * low];
+        score = i * kTile + key_of(w.g) + 4 * low < live ? times(score, w.p.scale) : -INFINITY;
+        most = larger(most, score);
+      }
+    for (int mask = 4; mask < 32; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
+    most = larger(most, sums.most[h]);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+#pragma unroll
+      for (int low = 0; low < 2; ++low) total += scores[i][h + 2 * low] = exp2_(scores[i][h + 2 * low] - most);
+    by[h] = exp2_(sums.most[h] - most);
+    sums.total[h] = fused(sums.total[h], by[h], total), sums.most[h] = most;
   }
+  shrink(sums, by);
+}
+
+DEVICE uint4 value_of(unsigned char* values, int key, int column, bool there) {
+  return there ? *reinterpret_cast<const uint4*>(row_of(values, key) + column * 2) : uint4{0, 0, 0, 0};
+}
+
+DEVICE uint32_t both(uint16_t low, uint16_t high) { return uint32_t(high) << 16 | low; }
+
+// A tile's values times its probabilities. A register of the tensor core's first operand has two keys of one column, so
+// pairs are made of two rows. Lanes with odd t read them the other way round, for the banks.
+DEVICE void add_values(const Worker& w, unsigned char* values, const float (&p)[4], int live, Sums& sums) {
+  uint16_t high[4], low[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) high[i] = narrow(p[i]), low[i] = narrow(p[i] - wide(high[i]));
+  const uint32_t b[2][2] = {{transposed(both(high[0], high[1])), transposed(both(high[2], high[3]))},
+                            {transposed(both(low[0], low[1])), transposed(both(low[2], low[3]))}};
+  const int odd = w.t % 2;
+  const uint32_t firsts = odd ? 0x1054 : 0x5410, seconds = odd ? 0x3276 : 0x7632;  // of a pair of columns
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    union {
+      uint4 row;
+      uint32_t pair[4];
+    } x[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int key = (odd ^ j) * kHalf + w.t + 4 * i;
+        x[i][j].row = value_of(values, key, half * 64 + w.g * 8, key < live);
+      }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t a0 = bytes_of(x[0][0].pair[j], x[0][1].pair[j], firsts), a1 = bytes_of(x[0][0].pair[j], x[0][1].pair[j], seconds);
+      const uint32_t a2 = bytes_of(x[1][0].pair[j], x[1][1].pair[j], firsts), a3 = bytes_of(x[1][0].pair[j], x[1][1].pair[j], seconds);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) mma(sums.out[half * 4 + j], a0, a1, a2, a3, b[part][0], b[part][1]);
+    }
+  }
+}
+
+DEVICE void move_up(float (&scores)[kChunk][4], const float (&last)[4]) {
+  const float kept[4] = {last[0], last[1], last[2], last[3]};
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[i][j] = i + 1 < kChunk ? scores[i + 1][j] : kept[j];
+}
+
+// Up to 64 keys and values of a split, beginning with tile `first`. Totals stay apart in the lanes until the split ends.
+DEVICE void attend(Worker& w, const Segment& s, const uint4 (&queries)[4], int first, Sums& sums) {
+  const int tiles = least(s.tiles - first, kChunk), live = s.length - first * kTile;
+  const bool enters = w.p.q == nullptr && first + tiles == s.tiles;
+  float scores[kChunk][4] = {};
+#pragma unroll 1
+  for (int i = 0; i < kChunk; ++i) {  // one copy of the code: each tile's are moved to their place
+    float own[4] = {};
+    if (i < tiles) {
+      unsigned char* keys = take(w);
+      if (enters && i == tiles - 1) enter(w.p, s, w.lane, keys, false);
+      score(w, queries, keys, own);
+      give_back(w);
+    }
+    move_up(scores, own);
+  }
+  exponentials(w, live, scores, sums);
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i) {
+    unsigned char* values = take(w);
+    if (enters && i == tiles - 1) enter(w.p, s, w.lane, values, true);
+    add_values(w, values, scores[0], live - i * kTile, sums);
+    give_back(w);
+    move_up(scores, scores[0]);
+  }
+}
+
+DEVICE void attend_split(Worker& w, const Segment& s, const uint4 (&queries)[4], int split, Sums& sums) {
+  const int last = least((split + 1) * s.split, s.tiles);
+#pragma unroll 1
+  for (int first = split * s.split; first < last; first += kChunk) attend(w, s, queries, first, sums);
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     for (int mask = 4; mask < 32; mask <<= 1) sums.total[h] += shuffle_xor(sums.total[h], mask);
@@ -460,49 +502,49 @@ DEVICE void attend_split(Worker& w, const Segment& s, const uint4 (&queries)[4],
 
 // ---- runs ----
 
-template <int G>
-DEVICE void store(const Lane& w, float* to, float* stats, int64_t at, const Sums<G>& sums) {
-  const int group = w.group;
-  to += at * group * kHead + w.lane * 4, stats += at * group * 2;
-#pragma unroll
-  for (int h = 0; h < G; ++h)
-    if (h < group)
-      *reinterpret_cast<float4*>(to + h * kHead) = {sums.out[h][0], sums.out[h][1], sums.out[h][2], sums.out[h][3]};
-  if (w.g == 0)
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      if (2 * w.t + h < group) stats[4 * w.t + 2 * h] = sums.most[h], stats[4 * w.t + 2 * h + 1] = sums.total[h];
-}
-
-template <int G>
-DEVICE void load(const Lane& w, const float* from, const float* stats, int64_t at, Sums<G>& sums) {
-  const int group = w.group;
-  from += at * group * kHead + w.lane * 4, stats += at * group * 2;
-#pragma unroll
-  for (int h = 0; h < G; ++h) {
-    const float4 four = h < group ? load_fresh(reinterpret_cast<const float4*>(from + h * kHead)) : float4{0, 0, 0, 0};
-    sums.out[h][0] = four.x, sums.out[h][1] = four.y, sums.out[h][2] = four.z, sums.out[h][3] = four.w;
-  }
+DEVICE void store(const Lane& w, float* to, float* stats, int64_t at, const Sums& sums) {
+  to += at * w.group * kHead + w.g * 8, stats += at * w.group * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float2 both = 2 * w.t + h < group ? load_fresh(reinterpret_cast<const float2*>(stats + 4 * w.t + 2 * h)) : float2{0, 1};
-    sums.most[h] = both.x, sums.total[h] = both.y;
+    const int head = 2 * w.t + h;
+    if (head >= w.group) continue;
+    if (w.g == 0) stats[2 * head] = sums.most[h], stats[2 * head + 1] = sums.total[h];
+#pragma unroll
+    for (int j = 0; j < 8; j += 2)
+      *reinterpret_cast<float4*>(to + head * kHead + j / 4 * 64 + j % 4 * 2) = {sums.out[j][h], sums.out[j][2 + h], sums.out[j + 1][h],
+                                                                                sums.out[j + 1][2 + h]};
+  }
+}
+
+DEVICE void load(const Lane& w, const float* from, const float* stats, int64_t at, Sums& sums) {
+  from += at * w.group * kHead + w.g * 8, stats += at * w.group * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int head = 2 * w.t + h;
+    const bool there = head < w.group;
+    const float2 known = there ? load_fresh(reinterpret_cast<const float2*>(stats + 2 * head)) : float2{0, 1};
+    sums.most[h] = known.x, sums.total[h] = known.y;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const float* own = from + head * kHead + j / 4 * 64 + j % 4 * 2;
+      const float4 four = there ? load_fresh(reinterpret_cast<const float4*>(own)) : float4{0, 0, 0, 0};
+      sums.out[j][h] = four.x, sums.out[j][2 + h] = four.y, sums.out[j + 1][h] = four.z, sums.out[j + 1][2 + h] = four.w;
+    }
   }
 }
 
 // Stored results first .. last - 1, folded in order; some of them are on their way at a time.
-template <int G>
-SELDOM void fold_stored(const Lane w, const float* from, const float* stats, int64_t base, int first, int last, Sums<G>& start) {
-  constexpr int kBatch = kWarps > 8 ? 1 : G <= 4 ? 6 : 2;
-  Sums<G> sums = start;  // in registers
+SELDOM void fold_stored(const Lane w, const float* from, const float* stats, int64_t base, int first, int last, Sums& start) {
+  constexpr int kBatch = kWarps > 8 ? 1 : 3;
+  Sums sums = start;  // in registers
   for (int at = first; at < last; at += kBatch) {
-    Sums<G> next[kBatch];
+    Sums next[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
       if (at + i < last) load(w, from, stats, base + at + i, next[i]);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      if (at + i < last) fold(w, sums, next[i]);
+      if (at + i < last) fold(sums, next[i]);
   }
   start = sums;
 }
@@ -518,29 +560,26 @@ DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
   return shuffle(last, 0) != 0;
 }
 
-template <int G>
-DEVICE void write_out(Worker& w, const Segment& s, const Sums<G>& sums) {
+DEVICE void write_out(Worker& w, const Segment& s, const Sums& sums) {
   const Params& p = w.p;
-  const int group = w.group, token = p.tokens == nullptr ? s.row : p.tokens[s.row];
+  const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
-    if (w.g == 0) w.scratch.new_factors[2 * w.t + h] = 1.f / sums.total[h];
-  sync_warp();
-  float share[G];
-  load_factors<G>(w.scratch.new_factors, share);
-  uint16_t* to = p.out + (int64_t(token) * p.heads + s.head * group) * kHead + w.lane * 4;
+  for (int h = 0; h < 2; ++h) {
+    const int head = 2 * w.t + h;
+    if (head >= w.group) continue;
+    const float share = 1.f / sums.total[h];
+    uint16_t* to = p.out + (int64_t(token) * p.heads + s.head * w.group + head) * kHead + w.g * 8;
 #pragma unroll
-  for (int h = 0; h < G; ++h)
-    if (h < group) {
-      uint32_t pair[2];
+    for (int half = 0; half < 2; ++half) {
+      uint32_t pairs[4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t low = narrow(sums.out[h][2 * i] * share[h]), high = narrow(sums.out[h][2 * i + 1] * share[h]);
-        pair[i] = low | high << 16;
+      for (int j = 0; j < 4; ++j) {
+        const float(&out)[4] = sums.out[half * 4 + j];
+        pairs[j] = both(narrow(out[h] * share), narrow(out[2 + h] * share));
       }
-      *reinterpret_cast<uint2*>(to + h * kHead) = uint2{pair[0], pair[1]};
+      *reinterpret_cast<uint4*>(to + half * 64) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
     }
-  sync_warp();
+  }
 }
 
 struct Run {
@@ -555,35 +594,33 @@ DEVICE Run run_of(const Segment& s, int split) {
 }
 
 // A run is done: the row, if it is its only one or the last to arrive.
-template <int G>
-DEVICE void finish_run(Worker& w, const Segment& s, const Run& run, Sums<G>& sums) {
+DEVICE void finish_run(Worker& w, const Segment& s, const Run& run, Sums& sums) {
   const Params& p = w.p;
   if (run.runs > 1) {
     const int segment = s.row * p.kv_heads + s.head;
     const int64_t base = int64_t(segment) * p.most_runs;
     store(w, p.runs, p.run_stats, base + run.number, sums);
     if (!last_to_arrive(w, kMaxWorkers + segment, 1, run.runs)) return;
-    Sums<G> all;
-    fold_stored<G>(w, p.runs, p.run_stats, base, 0, run.runs, all);
+    Sums all;
+    fold_stored(w, p.runs, p.run_stats, base, 0, run.runs, all);
     sums = all;
   }
   write_out(w, s, sums);
 }
 
 // The splits first .. last - 1 of a run, all that this worker has of it.
-template <int G>
 DEVICE void work_on(Worker& w, const Segment& s, const Run& run, const uint4 (&queries)[4], int first, int last) {
   const Params& p = w.p;
   const int at = s.base + run.first * s.split;
   const bool begins = first == run.first;
   const int owner = begins ? w.number : owner_of(w.deal, s, at);
   const int64_t base = int64_t(owner) * p.slots;
-  Sums<G> sums;
+  Sums sums;
   for (int split = first; split < last; ++split) {
-    Sums<G> next;
+    Sums next;
     attend_split(w, s, queries, split, next);
     if (begins)
-      fold(w, sums, next);
+      fold(sums, next);
     else
       store(w, p.parts, p.part_stats, base + split - run.first, next);
   }
@@ -592,9 +629,9 @@ DEVICE void work_on(Worker& w, const Segment& s, const Run& run, const uint4 (&q
     if (!last_to_arrive(w, owner, last - first, run.last - run.first)) return;
     // How far the one that begins the run came: where the next worker begins.
     const int next = snapped(w.deal, s, boundary(w.deal, owner + 1)), done = (next - at) / s.split;
-    Sums<G> all;
+    Sums all;
     load(w, p.parts, p.part_stats, base, all);
-    fold_stored<G>(w, p.parts, p.part_stats, base, done, run.last - run.first, all);
+    fold_stored(w, p.parts, p.part_stats, base, done, run.last - run.first, all);
     sums = all;
   }
   finish_run(w, s, run, sums);
@@ -610,10 +647,9 @@ DEVICE void clear_empty_rows(const Params& p, int worker, int lane) {
         reinterpret_cast<uint4*>(p.out + int64_t(row) * p.heads * kHead)[at] = uint4{0, 0, 0, 0};
 }
 
-template <int G>
 DEVICE void run(const Params& p, Shared& shared, int program, int thread) {
   const int warp = thread / 32, lane = thread % 32, number = program * kWarps + warp;
-  Worker w{{shared.scratch[warp], lane, lane / 4, lane % 4, p.heads / p.kv_heads}, p, shared.ring[warp], shared.full[warp], number};
+  Worker w{{lane, lane / 4, lane % 4, p.heads / p.kv_heads}, p, shared.ring[warp], shared.full[warp], shared.queries[warp], number};
   if (lane == 0) {
     for (int slot = 0; slot < kSlots; ++slot) init_barrier(&w.full[slot], 1);
     publish_barriers();
@@ -638,7 +674,7 @@ DEVICE void run(const Params& p, Shared& shared, int program, int thread) {
     for (int split = first; split < last;) {
       const Run run = run_of(s, split);
       const int end = least(run.last, last);
-      work_on<G>(w, s, run, queries, split, end);
+      work_on(w, s, run, queries, split, end);
       split = end;
     }
     at += tiles;

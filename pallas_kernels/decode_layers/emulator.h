@@ -197,6 +197,24 @@ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
   sync_warp();
 }
 
+inline uint32_t transposed(uint32_t pair) {
+  const int lane = machine->current->lane, g = lane / 4, t = lane % 4;
+  WarpState& warp = my_warp();
+  warp.word[lane] = int(pair);
+  sync_warp();
+  const auto number = [&](int row, int column) { return uint32_t(warp.word[row * 4 + column / 2]) >> 16 * (column % 2) & 0xffff; };
+  const uint32_t other = number(2 * t, g) | number(2 * t + 1, g) << 16;
+  sync_warp();
+  return other;
+}
+
+inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t all = uint64_t(b) << 32 | a;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= uint32_t(all >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return chosen;
+}
+
 struct Bar {  // what a 64-bit barrier holds here
   int32_t bytes;
   uint8_t arrivals, pending, phase, unused;

@@ -91,6 +91,16 @@ DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Of an 8 x 8 matrix of 16-bit numbers, two neighbours of row g in lane 4g + t, the same of its transpose.
+DEVICE uint32_t transposed(uint32_t pair) {
+  uint32_t other;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+  return other;
+}
+
+// Four bytes of the eight in a (0 to 3) and b (4 to 7), the selector's lowest digit first.
+DEVICE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
 DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
 DEVICE void init_barrier(uint64_t* barrier, uint32_t arrivals) {
