@@ -25,7 +25,7 @@ int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t lay_out(Params& p, unsigned char* base) {
   int64_t at = 0;
   auto take = [&](int64_t floats) { return reinterpret_cast<float*>(base + std::exchange(at, at + up(floats * 4))); };
-  const int keys = p.width * (kTile << p.page_shift), group = p.heads / p.kv_heads;
+  const int keys = p.width * (kUnit << p.page_shift), group = p.heads / p.kv_heads;
   const int splits = (keys + kSplit - 1) / kSplit;  // of the longest row that the table holds, and no more than kSplits
   p.slots = splits < kWhole ? splits : kWhole;
   p.most_runs = splits <= kWhole ? 0 : (splits < kSplits ? splits + kRun - 1 : kSplits) / kRun;
@@ -38,7 +38,7 @@ int64_t lay_out(Params& p, unsigned char* base) {
 void size(Params& p, const Sizes& z) {
   p.rows = int(z.rows), p.programs = int(z.programs), p.heads = int(z.heads), p.kv_heads = int(z.kv_heads);
   p.width = int(z.width), p.addends = int(z.addends), p.page_shift = 0;
-  while (kTile << p.page_shift < z.page_size) ++p.page_shift;
+  while (kUnit << p.page_shift < z.page_size) ++p.page_shift;
 }
 
 std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::RemainingRets rets) {

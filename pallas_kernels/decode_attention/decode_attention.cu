@@ -1,16 +1,17 @@
 // Attention of one query a row over paged keys and values, by warps that never stop reading.
 //
-// One block a multiprocessor. Every warp is a worker of its own: it asks the copy engine for 16 keys or values of one head
-// at a time (4 KiB, contiguous), into its own ring in shared memory, and takes them in order: keys of up to 64, then their
-// values. Nothing in the loop waits for another warp. Both products are the tensor cores': scores [keys x queries], and
-// [columns x keys] x [keys x queries], for which probabilities are split into two bf16 that together have 16 bits.
+// One block a multiprocessor. Every warp is a worker of its own: it asks the copy engine for 32 keys or values of one head
+// at a time (8 KiB, 16 keys of them contiguous), into its own ring in shared memory, and takes them in order: keys of up to
+// 64, then their values. Nothing in the loop waits for another warp. Both products are the tensor cores': [queries x columns]
+// x [columns x keys], and [columns x keys] x [keys x queries], for which probabilities are split into two bf16 that together
+// have 16 bits.
 //
 // A row's keys are cut into splits, at most kSplits of them, whose length depends on the row's own length only. What a
 // head's splits give is folded in order: kRun splits make a run (all of them do if there are at most kWhole), runs make the
 // row. The fold is one formula wherever it happens, in registers or from memory, so a row's bits depend neither on other
 // rows nor on how many workers there are.
 //
-// Work is counted in tiles of 16 keys over all rows and heads; worker w of W has the splits that begin in its W-th share.
+// Work is counted in tiles of 32 keys over all rows and heads; worker w of W has the splits that begin in its W-th share.
 // So a warp has whole runs, which stay in registers, and at most two cut ones. Of a cut run the worker that has its beginning
 // leaves the fold so far, the others each split's result; whoever counts up last folds them.
 #include "../decode_layers/primitives.h"
@@ -19,16 +20,16 @@ namespace {
 
 #ifndef JAXLLM_WARPS  // a benchmark may try others
 #define JAXLLM_WARPS 8
-#define JAXLLM_SLOTS 6
+#define JAXLLM_SLOTS 3
 #endif
 #ifndef JAXLLM_SPLIT
 #define JAXLLM_SPLIT 64
 #endif
 
-constexpr int kHead = 128, kTile = 16, kWarps = JAXLLM_WARPS, kThreads = kWarps * 32, kSlots = JAXLLM_SLOTS;
-constexpr int kChunk = 4;  // tiles whose scores are known before values are read
-constexpr int kRowBytes = kHead * 2, kHalf = kTile / 2, kCopyBytes = kHalf * kRowBytes;
-constexpr int kPitch = kCopyBytes + 64, kSlotBytes = 2 * kPitch;  // 8 keys to the next 8: their rows fall on other banks
+constexpr int kHead = 128, kTile = 32, kUnit = 16, kWarps = JAXLLM_WARPS, kThreads = kWarps * 32, kSlots = JAXLLM_SLOTS;
+constexpr int kChunk = 2;  // tiles whose scores are known before values are read
+constexpr int kRowBytes = kHead * 2, kPart = 8, kPartBytes = kPart * kRowBytes;  // keys of a copy
+constexpr int kPitch = kPartBytes + 64, kSlotBytes = kTile / kPart * kPitch;     // from copy to copy: other banks
 constexpr int kSplit = JAXLLM_SPLIT, kSplits = 128, kRun = 16, kWhole = 32;
 constexpr int kMaxGroup = 8, kMaxWorkers = 4096, kMaxSegments = 65536;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -43,7 +44,7 @@ struct Params {
   const int *table, *lens;               // [rows][width], [rows]
   float *parts, *part_stats;             // [workers][slots][group][H]; the same with [group][2]: maximum, total
   float *runs, *run_stats;               // [rows][kv_heads][most_runs][group][H]; likewise
-  int rows, programs, heads, kv_heads, page_shift, width, addends, slots, most_runs;  // pages have kTile << page_shift keys
+  int rows, programs, heads, kv_heads, page_shift, width, addends, slots, most_runs;  // pages have kUnit << page_shift keys
   float eps, scale;                      // scale: times log2 e
 };
 
@@ -165,30 +166,30 @@ DEVICE bool find_share(const Params& p, int worker, int lane, Deal& deal, Share&
 }
 
 struct Cursor {
-  int row, head, tile, tiles, left;  // left: tiles of this worker's share
+  int row, head, tile, length, left;  // left: tiles of this worker's share
 };
 
 DEVICE void skip_empty(const Params& p, Cursor& c) {
-  while (c.tiles == 0) c.tiles = tiles_of(p.lens[++c.row]);
+  while (c.length == 0) c.length = p.lens[++c.row];
 }
 
 DEVICE Cursor cursor_of(const Params& p, const Share& share) {
   const Segment& s = share.first;
-  Cursor c = {s.row, s.head, share.begin - s.base, s.tiles, share.end - share.begin};
+  Cursor c = {s.row, s.head, share.begin - s.base, s.length, share.end - share.begin};
   if (c.tile == s.tiles) {  // moved to the end of a segment
     c.tile = 0;
-    if (++c.head == p.kv_heads) c.head = 0, c.tiles = 0, skip_empty(p, c);
+    if (++c.head == p.kv_heads) c.head = 0, c.length = 0, skip_empty(p, c);
   }
   return c;
 }
 
 DEVICE void advance(const Params& p, Cursor& c, int tiles) {
   c.left -= tiles, c.tile += tiles;
-  if (c.tile < c.tiles) return;
+  if (c.tile < tiles_of(c.length)) return;
   c.tile = 0;
   if (++c.head < p.kv_heads) return;
   c.head = 0;
-  if (c.left > 0) c.tiles = 0, skip_empty(p, c);
+  if (c.left > 0) c.length = 0, skip_empty(p, c);
 }
 
 // ---- the ring ----
@@ -206,38 +207,40 @@ struct Worker : Lane {
   Deal deal;
   Cursor ahead;            // the chunk that is being fetched
   int step = 0;            // tiles of it that have been asked for: keys, then values
-  int pages = 0;           // lane i: page of tile `window` + i of row `window_row`
+  int pages = 0;           // lane i: page of unit `window` + i of row `window_row`
   int window_row = -1, window = 0;
   int slot = 0;            // taken next
   uint32_t phase = 0;
 };
 
-// The next 4 KiB into a slot that nobody reads any more.
+// The next tile into a slot that nobody reads any more; what lies behind the row's last unit stays as it is.
 DEVICE void fetch(Worker& w, int slot) {
   const Params& p = w.p;
   Cursor& c = w.ahead;
   if (c.left == 0) return;
-  const int tiles = least(c.tiles - c.tile, kChunk);
-  if (c.row != w.window_row || c.tile < w.window || c.tile + tiles > w.window + 32) {
-    w.window_row = c.row, w.window = c.tile;
-    const int tile = c.tile + w.lane;
-    w.pages = tile < c.tiles ? p.table[int64_t(c.row) * p.width + (tile >> p.page_shift)] : 0;
+  const int tiles = least(tiles_of(c.length) - c.tile, kChunk), units = (c.length + kUnit - 1) / kUnit;
+  const int first = c.tile * (kTile / kUnit);
+  if (c.row != w.window_row || first < w.window || first + kChunk * (kTile / kUnit) > w.window + 32) {
+    w.window_row = c.row, w.window = first;
+    w.pages = first + w.lane < units ? p.table[int64_t(c.row) * p.width + ((first + w.lane) >> p.page_shift)] : 0;
   }
   const bool values = w.step >= tiles;
-  const int tile = c.tile + w.step - (values ? tiles : 0);
-  const int64_t first = (int64_t(shuffle(w.pages, tile - w.window)) * p.kv_heads + c.head) << p.page_shift;
-  const int64_t place = (first + (tile & ((1 << p.page_shift) - 1))) * kTile * kHead;
-  if (w.lane == 0) expect_bytes(&w.full[slot], 2 * kCopyBytes);
+  const int from = first + (w.step - (values ? tiles : 0)) * (kTile / kUnit), there = least(units - from, kTile / kUnit);
+  const int unit = from + w.lane / 2 % (kTile / kUnit), page = shuffle(w.pages, unit - w.window);
+  if (w.lane == 0) expect_bytes(&w.full[slot], there * 2 * kPartBytes);
   sync_warp();
-  if (w.lane < 2)
-    copy_in(w.ring[slot] + w.lane * kPitch, (values ? p.v_pages : p.k_pages) + place + w.lane * kHalf * kHead, kCopyBytes, &w.full[slot]);
+  if (w.lane < 2 * there) {
+    const int64_t head = (int64_t(page) * p.kv_heads + c.head) << p.page_shift;
+    const int64_t place = ((head + (unit & ((1 << p.page_shift) - 1))) * 2 + w.lane % 2) * kPart * kHead;
+    copy_in(w.ring[slot] + w.lane * kPitch, (values ? p.v_pages : p.k_pages) + place, kPartBytes, &w.full[slot]);
+  }
   if (++w.step < 2 * tiles) return;
   w.step = 0;
   advance(p, c, tiles);
 }
 
 // Where a key, or value, of a tile lies in its slot.
-DEVICE unsigned char* row_of(unsigned char* slot, int key) { return slot + key / kHalf * kPitch + key % kHalf * kRowBytes; }
+DEVICE unsigned char* row_of(unsigned char* slot, int key) { return slot + key / kPart * kPitch + key % kPart * kRowBytes; }
 
 DEVICE unsigned char* take(Worker& w) {
   wait_for(&w.full[w.slot], w.phase);
@@ -301,7 +304,7 @@ DEVICE void put(const Pairs& pairs, int lane, uint16_t* to) {
   for (int i = 0; i < 2; ++i) to[lane + 32 * i] = pairs.first[i], to[lane + 32 * i + 64] = pairs.second[i];
 }
 
-// This lane's part of the group's queries as the tensor core's second operand: columns 32c + 8t .. of query g.
+// This lane's part of the group's queries: columns 32c + 8t .. of query g.
 DEVICE void load_queries(Worker& w, const Segment& s, uint4 (&queries)[4]) {
   const Params& p = w.p;
   const int group = w.group;
@@ -322,7 +325,7 @@ DEVICE void load_queries(Worker& w, const Segment& s, uint4 (&queries)[4]) {
 
 DEVICE int64_t last_place(const Params& p, const Segment& s) {  // where the row's last key and value go
   const int at = s.length - 1;
-  const int64_t page = p.table[int64_t(s.row) * p.width + (at / kTile >> p.page_shift)], page_size = kTile << p.page_shift;
+  const int64_t page = p.table[int64_t(s.row) * p.width + (at / kUnit >> p.page_shift)], page_size = kUnit << p.page_shift;
   return ((page * p.kv_heads + s.head) * page_size + at % page_size) * kHead;
 }
 
@@ -345,133 +348,148 @@ SELDOM void enter(const Params& p, const Segment& s, int lane, unsigned char* sl
 
 // ---- sums ----
 
-// Of a group's queries. A lane has heads 2t and 2t + 1, and of each the columns 8g .. 8g + 7 of both halves: column
-// 64 i + 8g + 2j is out[4 i + j][head], the one behind it out[4 i + j][2 + head].
+// Of a group's queries. A lane has the statistics of head g, and of heads 2t and 2t + 1 the columns 8g .. 8g + 7 of both
+// halves: column 64 i + 8g + 2j is out[4 i + j][head], the one behind it out[4 i + j][2 + head].
 struct Sums {
-  float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, out[8][4] = {};
+  float most = -INFINITY, total = 0.f, out[8][4] = {};
 };
 
-DEVICE void shrink(Sums& sums, const float (&by)[2]) {
+// What lanes know of heads g, for this lane's two.
+struct Two {
+  float of[2];
+  DEVICE Two(const Lane& w, float mine) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) of[h] = from_lane(mine, 4 * (2 * w.t + h));
+  }
+};
+
+DEVICE void shrink(Sums& sums, const Two& by) {
 #pragma unroll
   for (int j = 0; j < 8; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums.out[j][i] = times(sums.out[j][i], by[i % 2]);
+    for (int i = 0; i < 4; ++i) sums.out[j][i] = times(sums.out[j][i], by.of[i % 2]);
 }
 
 // Sums of what came before and of what comes next as one. All folds are this.
-DEVICE void fold(Sums& sums, const Sums& next) {
-  float a[2], b[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float most = larger(sums.most[h], next.most[h]);
-    a[h] = exp2_(sums.most[h] - most), b[h] = exp2_(next.most[h] - most);
-    sums.total[h] = fused(next.total[h], b[h], times(sums.total[h], a[h]));
-    sums.most[h] = most;
-  }
-  shrink(sums, a);
+DEVICE void fold(const Lane& w, Sums& sums, const Sums& next) {
+  const float most = larger(sums.most, next.most), a = exp2_(sums.most - most), b = exp2_(next.most - most);
+  sums.total = fused(next.total, b, times(sums.total, a)), sums.most = most;
+  shrink(sums, Two(w, a));
+  const Two by(w, b);
 #pragma unroll
   for (int j = 0; j < 8; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums.out[j][i] = fused(next.out[j][i], b[i % 2], sums.out[j][i]);
+    for (int i = 0; i < 4; ++i) sums.out[j][i] = fused(next.out[j][i], by.of[i % 2], sums.out[j][i]);
 }
 
-DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
-  // The columns of a lane's 16 bytes are in the same places on both sides, so their order does not matter.
-  mma(acc, low.x, high.x, low.y, high.y, x.x, x.y);
-  mma(acc, low.z, high.z, low.w, high.w, x.z, x.w);
-}
+// The keys of a product are these 8 of pair `pair` of a tile's parts: neighbours in n lie on different banks. Those of
+// `low` 0 and 1 together are what a product over keys takes.
+DEVICE int key_of(int pair, int low, int n) { return (2 * pair + n % 2) * kPart + 4 * low + n / 2; }
 
-// Rows g and g + 8 of a product over keys are these: neighbours in g lie on different banks.
-DEVICE int key_of(int g) { return g % 2 * kHalf + g / 2; }
-
-DEVICE void score(const Worker& w, const uint4 (&queries)[4], unsigned char* keys, float (&scores)[4]) {
-  const unsigned char* at = row_of(keys, key_of(w.g)) + w.t * 16;
+// Scores of query g and the keys 2t and 2t + 1 of each eight.
+DEVICE void score(const Worker& w, const uint4 (&queries)[4], unsigned char* keys, float (&scores)[4][2]) {
+  float sums[4][4] = {};
 #pragma unroll
   for (int c = 0; c < 4; ++c)
-    multiply(scores, *reinterpret_cast<const uint4*>(at + c * 64), *reinterpret_cast<const uint4*>(at + c * 64 + 4 * kRowBytes), queries[c]);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const uint4 key = *reinterpret_cast<const uint4*>(row_of(keys, key_of(u / 2, u % 2, w.g)) + w.t * 16 + c * 64);
+      // The columns of a lane's 16 bytes are in the same places on both sides, so their order does not matter.
+      mma(sums[u], queries[c].x, 0, queries[c].y, 0, key.x, key.y);
+      mma(sums[u], queries[c].z, 0, queries[c].w, 0, key.z, key.w);
+    }
+#pragma unroll
+  for (int u = 0; u < 4; ++u) scores[u][0] = sums[u][0], scores[u][1] = sums[u][1];
 }
 
 // Scores to probabilities, not yet divided by their total. What came before shrinks to the new maximum.
-DEVICE void exponentials(const Worker& w, int live, float (&scores)[kChunk][4], Sums& sums) {
-  float by[2];
+DEVICE void exponentials(const Worker& w, int live, float (&scores)[kChunk][4][2], Sums& sums) {
+  float most = sums.most, total = 0.f;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float most = -INFINITY, total = 0.f;
+  for (int i = 0; i < kChunk; ++i)
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i)
+    for (int u = 0; u < 4; ++u)
 #pragma unroll
-      for (int low = 0; low < 2; ++low) {
-        float& score = scores[i][h + 2 * low];
-        score = i * kTile + key_of(w.g) + 4 * low < live ? times(score, w.p.scale) : -INFINITY;
+      for (int h = 0; h < 2; ++h) {
+        float& score = scores[i][u][h];
+        score = i * kTile + key_of(u / 2, u % 2, 2 * w.t + h) < live ? times(score, w.p.scale) : -INFINITY;
         most = larger(most, score);
       }
-    for (int mask = 4; mask < 32; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
-    most = larger(most, sums.most[h]);
+  for (int mask = 1; mask < 4; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i)
+  for (int i = 0; i < kChunk; ++i)
 #pragma unroll
-      for (int low = 0; low < 2; ++low) total += scores[i][h + 2 * low] = exp2_(scores[i][h + 2 * low] - most);
-    by[h] = exp2_(sums.most[h] - most);
-    sums.total[h] = fused(sums.total[h], by[h], total), sums.most[h] = most;
-  }
-  shrink(sums, by);
+    for (int u = 0; u < 4; ++u)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) total += scores[i][u][h] = exp2_(scores[i][u][h] - most);
+  const float by = exp2_(sums.most - most);
+  sums.total = fused(sums.total, by, total), sums.most = most;
+  shrink(sums, Two(w, by));
 }
 
 DEVICE uint4 value_of(unsigned char* values, int key, int column, bool there) {
   return there ? *reinterpret_cast<const uint4*>(row_of(values, key) + column * 2) : uint4{0, 0, 0, 0};
 }
 
-DEVICE uint32_t both(uint16_t low, uint16_t high) { return uint32_t(high) << 16 | low; }
+// The two halves of two probabilities.
+DEVICE void halves(const float (&p)[2], uint32_t& high, uint32_t& low) {
+  high = narrow_pair(p[0], p[1]);
+  low = narrow_pair(p[0] - wide(uint16_t(high)), p[1] - wide(uint16_t(high >> 16)));
+}
 
 // A tile's values times its probabilities. A register of the tensor core's first operand has two keys of one column, so
 // pairs are made of two rows. Lanes with odd t read them the other way round, for the banks.
-DEVICE void add_values(const Worker& w, unsigned char* values, const float (&p)[4], int live, Sums& sums) {
-  uint16_t high[4], low[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) high[i] = narrow(p[i]), low[i] = narrow(p[i] - wide(high[i]));
-  const uint32_t b[2][2] = {{transposed(both(high[0], high[1])), transposed(both(high[2], high[3]))},
-                            {transposed(both(low[0], low[1])), transposed(both(low[2], low[3]))}};
+DEVICE void add_values(const Worker& w, unsigned char* values, const float (&p)[4][2], int live, Sums& sums) {
   const int odd = w.t % 2;
   const uint32_t firsts = odd ? 0x1054 : 0x5410, seconds = odd ? 0x3276 : 0x7632;  // of a pair of columns
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    union {
-      uint4 row;
-      uint32_t pair[4];
-    } x[2][2];
+  for (int pair = 0; pair < 2; ++pair) {
+    uint32_t high[2], low[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) halves(p[2 * pair + i], high[i], low[i]);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int key = (odd ^ j) * kHalf + w.t + 4 * i;
-        x[i][j].row = value_of(values, key, half * 64 + w.g * 8, key < live);
+    for (int half = 0; half < 2; ++half) {
+      union {
+        uint4 row;
+        uint32_t pair[4];
+      } x[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int key = key_of(pair, i, 2 * w.t + (odd ^ j));
+          x[i][j].row = value_of(values, key, half * 64 + w.g * 8, key < live);
+        }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t a0 = bytes_of(x[0][0].pair[j], x[0][1].pair[j], firsts), a1 = bytes_of(x[0][0].pair[j], x[0][1].pair[j], seconds);
+        const uint32_t a2 = bytes_of(x[1][0].pair[j], x[1][1].pair[j], firsts), a3 = bytes_of(x[1][0].pair[j], x[1][1].pair[j], seconds);
+        mma(sums.out[half * 4 + j], a0, a1, a2, a3, high[0], high[1]);
+        mma(sums.out[half * 4 + j], a0, a1, a2, a3, low[0], low[1]);
       }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t a0 = bytes_of(x[0][0].pair[j], x[0][1].pair[j], firsts), a1 = bytes_of(x[0][0].pair[j], x[0][1].pair[j], seconds);
-      const uint32_t a2 = bytes_of(x[1][0].pair[j], x[1][1].pair[j], firsts), a3 = bytes_of(x[1][0].pair[j], x[1][1].pair[j], seconds);
-#pragma unroll
-      for (int part = 0; part < 2; ++part) mma(sums.out[half * 4 + j], a0, a1, a2, a3, b[part][0], b[part][1]);
     }
   }
 }
 
-DEVICE void move_up(float (&scores)[kChunk][4], const float (&last)[4]) {
-  const float kept[4] = {last[0], last[1], last[2], last[3]};
+DEVICE void move_up(float (&scores)[kChunk][4][2], const float (&last)[4][2]) {
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
+  for (int u = 0; u < 4; ++u)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) scores[i][j] = i + 1 < kChunk ? scores[i + 1][j] : kept[j];
+    for (int h = 0; h < 2; ++h) {
+      const float kept = last[u][h];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) scores[i][u][h] = i + 1 < kChunk ? scores[i + 1][u][h] : kept;
+    }
 }
 
 // Up to 64 keys and values of a split, beginning with tile `first`. Totals stay apart in the lanes until the split ends.
 DEVICE void attend(Worker& w, const Segment& s, const uint4 (&queries)[4], int first, Sums& sums) {
   const int tiles = least(s.tiles - first, kChunk), live = s.length - first * kTile;
   const bool enters = w.p.q == nullptr && first + tiles == s.tiles;
-  float scores[kChunk][4] = {};
+  float scores[kChunk][4][2] = {};
 #pragma unroll 1
   for (int i = 0; i < kChunk; ++i) {  // one copy of the code: each tile's are moved to their place
-    float own[4] = {};
+    float own[4][2] = {};
     if (i < tiles) {
       unsigned char* keys = take(w);
       if (enters && i == tiles - 1) enter(w.p, s, w.lane, keys, false);
@@ -495,42 +513,35 @@ DEVICE void attend_split(Worker& w, const Segment& s, const uint4 (&queries)[4],
   const int last = least((split + 1) * s.split, s.tiles);
 #pragma unroll 1
   for (int first = split * s.split; first < last; first += kChunk) attend(w, s, queries, first, sums);
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    for (int mask = 4; mask < 32; mask <<= 1) sums.total[h] += shuffle_xor(sums.total[h], mask);
+  for (int mask = 1; mask < 4; mask <<= 1) sums.total += shuffle_xor(sums.total, mask);
 }
 
 // ---- runs ----
 
 DEVICE void store(const Lane& w, float* to, float* stats, int64_t at, const Sums& sums) {
   to += at * w.group * kHead + w.g * 8, stats += at * w.group * 2;
+  if (w.t == 0 && w.g < w.group) stats[2 * w.g] = sums.most, stats[2 * w.g + 1] = sums.total;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int head = 2 * w.t + h;
-    if (head >= w.group) continue;
-    if (w.g == 0) stats[2 * head] = sums.most[h], stats[2 * head + 1] = sums.total[h];
+  for (int h = 0; h < 2; ++h)
+    if (2 * w.t + h < w.group)
 #pragma unroll
-    for (int j = 0; j < 8; j += 2)
-      *reinterpret_cast<float4*>(to + head * kHead + j / 4 * 64 + j % 4 * 2) = {sums.out[j][h], sums.out[j][2 + h], sums.out[j + 1][h],
-                                                                                sums.out[j + 1][2 + h]};
-  }
+      for (int j = 0; j < 8; j += 2)
+        *reinterpret_cast<float4*>(to + (2 * w.t + h) * kHead + j / 4 * 64 + j % 4 * 2) = {sums.out[j][h], sums.out[j][2 + h],
+                                                                                          sums.out[j + 1][h], sums.out[j + 1][2 + h]};
 }
 
 DEVICE void load(const Lane& w, const float* from, const float* stats, int64_t at, Sums& sums) {
   from += at * w.group * kHead + w.g * 8, stats += at * w.group * 2;
+  const float2 known = w.g < w.group ? load_fresh(reinterpret_cast<const float2*>(stats + 2 * w.g)) : float2{0, 1};
+  sums.most = known.x, sums.total = known.y;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int head = 2 * w.t + h;
-    const bool there = head < w.group;
-    const float2 known = there ? load_fresh(reinterpret_cast<const float2*>(stats + 2 * head)) : float2{0, 1};
-    sums.most[h] = known.x, sums.total[h] = known.y;
+  for (int h = 0; h < 2; ++h)
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      const float* own = from + head * kHead + j / 4 * 64 + j % 4 * 2;
-      const float4 four = there ? load_fresh(reinterpret_cast<const float4*>(own)) : float4{0, 0, 0, 0};
+      const float* own = from + (2 * w.t + h) * kHead + j / 4 * 64 + j % 4 * 2;
+      const float4 four = 2 * w.t + h < w.group ? load_fresh(reinterpret_cast<const float4*>(own)) : float4{0, 0, 0, 0};
       sums.out[j][h] = four.x, sums.out[j][2 + h] = four.y, sums.out[j + 1][h] = four.z, sums.out[j + 1][2 + h] = four.w;
     }
-  }
 }
 
 // Stored results first .. last - 1, folded in order; some of them are on their way at a time.
@@ -544,7 +555,7 @@ SELDOM void fold_stored(const Lane w, const float* from, const float* stats, int
       if (at + i < last) load(w, from, stats, base + at + i, next[i]);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      if (at + i < last) fold(sums, next[i]);
+      if (at + i < last) fold(w, sums, next[i]);
   }
   start = sums;
 }
@@ -563,11 +574,11 @@ DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
 DEVICE void write_out(Worker& w, const Segment& s, const Sums& sums) {
   const Params& p = w.p;
   const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
+  const Two share(w, 1.f / sums.total);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int head = 2 * w.t + h;
     if (head >= w.group) continue;
-    const float share = 1.f / sums.total[h];
     uint16_t* to = p.out + (int64_t(token) * p.heads + s.head * w.group + head) * kHead + w.g * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -575,7 +586,7 @@ DEVICE void write_out(Worker& w, const Segment& s, const Sums& sums) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float(&out)[4] = sums.out[half * 4 + j];
-        pairs[j] = both(narrow(out[h] * share), narrow(out[2 + h] * share));
+        pairs[j] = narrow_pair(out[h] * share.of[h], out[2 + h] * share.of[h]);
       }
       *reinterpret_cast<uint4*>(to + half * 64) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
     }
@@ -620,7 +631,7 @@ DEVICE void work_on(Worker& w, const Segment& s, const Run& run, const uint4 (&q
     Sums next;
     attend_split(w, s, queries, split, next);
     if (begins)
-      fold(sums, next);
+      fold(w, sums, next);
     else
       store(w, p.parts, p.part_stats, base + split - run.first, next);
   }
@@ -666,9 +677,9 @@ DEVICE void run(const Params& p, Shared& shared, int program, int thread) {
   clear_empty_rows(p, number, lane);
   int at = any ? share.begin : 0;
   while (c.left > 0) {
-    Segment s{c.row, c.head, p.lens[c.row], c.tiles, 0, at - c.tile};
+    Segment s{c.row, c.head, c.length, tiles_of(c.length), 0, at - c.tile};
     s.split = split_of(s.length);
-    const int tiles = least(c.tiles - c.tile, c.left), first = c.tile / s.split, last = (c.tile + tiles + s.split - 1) / s.split;
+    const int tiles = least(s.tiles - c.tile, c.left), first = c.tile / s.split, last = (c.tile + tiles + s.split - 1) / s.split;
     uint4 queries[4];
     load_queries(w, s, queries);
     for (int split = first; split < last;) {

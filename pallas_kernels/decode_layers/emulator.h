@@ -113,6 +113,7 @@ inline uint16_t narrow(float value) {
   if (std::isnan(value)) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline uint32_t narrow_pair(float low, float high) { return uint32_t(narrow(high)) << 16 | narrow(low); }
 inline float exp_(float x) { return std::exp(x); }
 inline float exp2_(float x) { return std::exp2(x); }
 inline float reciprocal_root(float x) { return 1.f / std::sqrt(x); }
@@ -195,17 +196,6 @@ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
     c[i] += sum;
   }
   sync_warp();
-}
-
-inline uint32_t transposed(uint32_t pair) {
-  const int lane = machine->current->lane, g = lane / 4, t = lane % 4;
-  WarpState& warp = my_warp();
-  warp.word[lane] = int(pair);
-  sync_warp();
-  const auto number = [&](int row, int column) { return uint32_t(warp.word[row * 4 + column / 2]) >> 16 * (column % 2) & 0xffff; };
-  const uint32_t other = number(2 * t, g) | number(2 * t + 1, g) << 16;
-  sync_warp();
-  return other;
 }
 
 inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) {

@@ -17,6 +17,10 @@ namespace {
 
 DEVICE float wide(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 DEVICE uint16_t narrow(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+DEVICE uint32_t narrow_pair(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return uint32_t(__bfloat16_as_ushort(both.y)) << 16 | __bfloat16_as_ushort(both.x);
+}
 DEVICE float exp_(float x) { return __expf(x); }
 DEVICE float exp2_(float x) { return exp2f(x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
@@ -89,13 +93,6 @@ DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Of an 8 x 8 matrix of 16-bit numbers, two neighbours of row g in lane 4g + t, the same of its transpose.
-DEVICE uint32_t transposed(uint32_t pair) {
-  uint32_t other;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
-  return other;
 }
 
 // Four bytes of the eight in a (0 to 3) and b (4 to 7), the selector's lowest digit first.
