@@ -1,9 +1,8 @@
 """Decode attention as a CUDA kernel on a GPU: checked, then timed in several builds beside Triton in the same run.
 
 In: nothing but a GPU and nvcc. Out: JSON lines on the terminal. Times are of calls chained in the body of a loop on the
-device, with pages of their own, more of them than the L2 cache holds; host clock over the loop, the best of several. The
-loop matters: XLA records the body as a CUDA graph once, as it does a decode step; calls launched one by one from the host
-take 20 us each, whatever they do.
+device, which XLA records as a CUDA graph as it does a decode step, with pages of their own, more of them than the L2
+cache holds; host clock over the loop, the best of several.
 
     python -m benchmarks.decode_attention [check time heads splits]
 """
@@ -137,7 +136,7 @@ def plain(names: dict[str, Attend], what: str, shapes: dict[str, float], pages: 
                     each = [*pools] * (repeats // len(pools))
                     return functools.reduce(lambda x, own: attend(x, *own, *rows, scale=H**-0.5), each, x)
 
-                return _Bound(jax.jit(lambda x, pools: looped(lambda x: body(x, pools), x)), pools)
+                return _Bound(jax.jit(lambda x, pools: looped(functools.partial(body, pools=pools), x)), pools)
 
             size = bytes_of(B, S)
             report(what, names, step, q, size, repeats, shape=shape, page=page, bar=bar, predicted=PREDICTED[shape])
@@ -204,7 +203,7 @@ def heads() -> None:
                     out, pools = out + new, [*pools[:i], tuple(own), *pools[i + 1 :]]
                 return out, pools
 
-            return jax.jit(lambda state: looped(layers, state), donate_argnums=0)
+            return jax.jit(functools.partial(looped, layers), donate_argnums=0)
 
         state = jnp.zeros((B, N, H), jnp.bfloat16), pools
         names: dict[str, Attend] = {"8x3": cuda.decode_heads, "triton": triton.decode_heads}

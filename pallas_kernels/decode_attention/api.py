@@ -16,6 +16,7 @@ from pallas_kernels.rope_page_write.heads import Heads
 _OP = "decode_attention"
 _ROOM = "pallas_kernels.paged_attention"
 _OWN = "pallas_kernels.decode_attention"
+register(_OP, "cuda_many", imported(f"{_OWN}.cuda:many_heads"), platforms=("gpu",))
 register(_OP, "triton", imported(f"{_ROOM}.triton:decode_heads"), platforms=("gpu",))
 register(_OP, "cuda", imported(f"{_OWN}.cuda:decode_heads"), platforms=("gpu",))
 register(_OP, "triton_interpret", imported(f"{_ROOM}.interpreted:triton_decode_heads"), platforms=("interpret",))

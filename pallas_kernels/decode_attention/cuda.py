@@ -10,6 +10,8 @@ Pallas kernel.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ INCLUDES = (HERE / "call.h", SHARED / "primitives.h", SHARED / "emulator.h")
 TARGET = "jaxllm_decode_attention"
 HEAD, TILE, MAX_GROUP, MAX_SEGMENTS = 128, 16, 8, 65536
 HEADS, NORMS, BIAS, AMONG = 1, 2, 4, 8  # bits of what a call has
+FASTER_FROM = 128  # rows, against Triton: benchmarks/results/decode_attention_h200
 
 
 class Kernel(NamedTuple):
@@ -105,6 +108,22 @@ def decode_among(
     refuse(q, k_pages, kv_lens.shape[0], scale, window, soft_cap, **extras)
     operands = q, tokens, out, k_pages, v_pages, page_table, kv_lens
     return call(kernel or ours(), operands, (_like(out),), {2: 0}, scale, has=AMONG)[0]
+
+
+def where_faster[R](call: Callable[..., R]) -> Callable[..., R]:
+    """The same call, declined for few rows. The number is one of shapes: an executable always has the same kernel."""
+
+    @functools.wraps(call)
+    def run(*arrays: Any, **options: Any) -> R:
+        rows = arrays[-1].shape[0]
+        if rows < FASTER_FROM:
+            raise NotImplementedError(f"{rows} rows; Triton's kernel is faster below {FASTER_FROM}")
+        return call(*arrays, **options)
+
+    return run
+
+
+many_heads, many_decode, many_among = map(where_faster, (decode_heads, paged_attention_decode, decode_among))
 
 
 def refuse(

@@ -33,6 +33,7 @@ _REFERENCE = f"{_ROOM}.reference"
 register("paged_attention", "mosaic_sm90", imported(f"{_ROOM}.mosaic_sm90:paged_attention"), platforms=("gpu",))
 register("paged_attention", "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:ragged"), platforms=("interpret",))
 _DECODE, _AMONG, _CUDA = "paged_attention.decode", "paged_attention.among", "pallas_kernels.decode_attention"
+register(_DECODE, "cuda_many", imported(f"{_CUDA}.cuda:many_decode"), platforms=("gpu",))
 register(_DECODE, "triton", imported(f"{_ROOM}.triton:paged_attention_decode"), platforms=("gpu",))
 register(_DECODE, "cuda", imported(f"{_CUDA}.cuda:paged_attention_decode"), platforms=("gpu",))
 register(_DECODE, "mosaic_sm90", imported(f"{_ROOM}.decode_sm90:paged_attention_decode"), platforms=("gpu",))
@@ -40,6 +41,7 @@ register(_DECODE, "triton_interpret", imported(f"{_ROOM}.interpreted:triton_deco
 register(_DECODE, "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:decode"), platforms=("interpret",))
 register(_DECODE, "cuda_emulated", imported(f"{_CUDA}.emulated:paged_attention_decode"), platforms=("interpret",))
 # Rows of one query in a mixed step: in the order of decode steps, whose bits they have.
+register(_AMONG, "cuda_many", imported(f"{_CUDA}.cuda:many_among"), platforms=("gpu",))
 register(_AMONG, "triton", imported(f"{_ROOM}.triton:decode_among"), platforms=("gpu",))
 register(_AMONG, "cuda", imported(f"{_CUDA}.cuda:decode_among"), platforms=("gpu",))
 register(_AMONG, "triton_interpret", imported(f"{_ROOM}.interpreted:triton_among"), platforms=("interpret",))
