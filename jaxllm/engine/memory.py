@@ -66,7 +66,7 @@ def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
     widest = 4 * model.d_model + ffn + 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     activations = config.scheduler.token_budget * widest * itemsize
     sampler = 6 * config.scheduler.max_num_seqs * model.vocab_size * itemsize
-    # Half as much again: an estimate below what executables need compiles all of them twice, 12 s of an 8B model's start.
+    # Half as much again: an estimate below what executables need compiles all of them twice, 12 s of an 8B start.
     return (activations + sampler) * 3 // 2 + logits_bytes(config, model)
 
 
