@@ -207,6 +207,13 @@ class ModelDims:
     def head_weights(self) -> int:
         return self.D * self.V
 
+    @property
+    def sparsity(self) -> float:
+        """Linear weights of all layers over those that a token passes: 1 without routed experts."""
+        routed = self.expert_layers * self.expert_weights
+        every, own = (self.experts.E * routed, self.experts.k * routed) if self.experts else (0, 0)
+        return (self.dense_weights + every) / (self.dense_weights + own)
+
     def weight_bytes(self, weights: str = "bf16") -> float:
         """All of them, the embedding of an untied model included; norms and biases are left out."""
         routed = self.expert_layers * self.experts.E * self.expert_weights if self.experts else 0
