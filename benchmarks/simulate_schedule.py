@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.shapes import make_model_directory
 from jaxllm.config import EngineConfig, load, resolve
 from jaxllm.core import Request, RowResult, SampledToken, SamplingParams, StepPlan
@@ -153,13 +156,14 @@ class VirtualRunner:
         clock.device_s = max(clock.now_s, clock.device_s) + total / 1e3
         return Step(clock, [RowResult(SampledToken(1) if row.sample else None) for row in plan.rows], clock.device_s)
 
-    def choose(self, launched: Step) -> None: ...
+    def choose(self, launched: Any) -> None:
+        raise AssertionError("no step of this runner waits")
 
-    def collect(self, launched: Step) -> list[RowResult]:
+    def collect(self, launched: Any) -> list[RowResult]:
         self.clock.now_s = max(self.clock.now_s, launched.ends_s)
         return launched.rows
 
-    def hidden_states(self, *_: Any) -> Any:
+    def hidden_states(self, token_ids: Sequence[int], start: int, pages: Sequence[int]) -> NDArray[np.float32]:
         raise NotImplementedError("no embeddings here")
 
 
