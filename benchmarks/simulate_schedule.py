@@ -1,6 +1,6 @@
 """What a scheduling policy costs, without a GPU: the real engine, scheduler and buckets on a clock of measured steps.
 
-    python -m benchmarks.simulate_schedule [--set NAME=VALUE ...] [--serve 64,256 --ratio 0.8] [--attention 4.1]
+    python -m benchmarks.simulate_schedule [--set NAME=VALUE] [--serve 64,256 | --rate 4] [--ratio 0.8] [--whole]
 
 In: settings of jaxllm.config, a workload, what a step costs. Out: tokens a second, where the time went, TTFT and gaps
 between tokens. Steps follow each other on a device that is never faster than its cost says; the host is one step ahead
@@ -59,8 +59,10 @@ class Costs:
     attention_start_ms: float = 0.40
     attention_row_ms: float = 0.0016
     kv_token_bytes: int = 131_072  # 32 layers x 8 heads x 128 x 2 x 2 bytes
-    # Prompts. lead-5.txt: 32.8 ms for one of 8192 tokens and 0.72 for one of 1024.
+    # Prompts. lead-5.txt: attention takes 32.8 ms for one of 8192 tokens and 0.72 for one of 1024; 1.2 ms of the step
+    # with 1024 lie between its kernels (span less busy), which no CUDA graph launches.
     ragged_start_ms: float = 0.32
+    mixed_start_ms: float = 1.2
     ragged_flops_per_s: float = 540e12
     pair_flops: int = 4 * 32 * 32 * 128  # a query and a key in 32 layers of 32 heads
     host_ms: float = 1.5  # from a result to the next launch: hidden while the device works (lead-4.txt: 2 ms a turn)
@@ -72,7 +74,7 @@ class Costs:
         return ms0 + (ms1 - ms0) * (tokens - t0) / (t1 - t0) if tokens > t0 else ms0
 
     def attention_ms(self, plan: StepPlan) -> tuple[float, float]:
-        """Of rows with one token and of rows with more."""
+        """Of rows with one token and of rows with more, the latter with what their step costs before any work."""
         single = [row for row in plan.rows if row.count == 1]
         keys = sum(row.start + 1 for row in single)
         decode = self.attention_start_ms + self.attention_row_ms * len(single)
@@ -80,21 +82,22 @@ class Costs:
         if plan.decode_only:
             return decode, 0.0
         pairs = sum(row.count * row.start + row.count * (row.count + 1) / 2 for row in plan.rows if row.count > 1)
-        return decode, self.ragged_start_ms + 1e3 * pairs * self.pair_flops / self.ragged_flops_per_s
+        start = self.ragged_start_ms + self.mixed_start_ms
+        return decode, start + 1e3 * pairs * self.pair_flops / self.ragged_flops_per_s
 
 
 # Of compare_8b_h200, the run with 9,106 tokens a second: 4.68 4.86 6.08 11.0 18.6 and, less 0.65 ms of host and
 # readback, 26.8 215.4. The sampler was XLA's; nobody timed it.
 COMPARED = Costs(
     "compare_8b_h200",
-    ((1, 4.15), (8, 4.15), (32, 4.36), (128, 5.34), (256, 7.6), (1024, 24.9), (8192, 181.4)),
+    ((1, 4.15), (8, 4.15), (32, 4.36), (128, 5.34), (256, 7.6), (1024, 23.7), (8192, 180.2)),
     sampler_row_ms=0.0015,
 )
 # Of small_kernels_h200/8b-after.json: 4.43 5.95 17.9 and 23.9 208.6; batch 8 and 128 as the lead gave them, 4.9 and
 # 10.8. Sampler: 463 us at 256 rows of 151,936 logits, temperature alone (its README), here of 128,256.
 NOW = Costs(
     "small_kernels_h200",
-    ((1, 3.98), (8, 4.15), (32, 4.23), (128, 5.12), (256, 6.92), (1024, 22.05), (8192, 174.6)),
+    ((1, 3.98), (8, 4.15), (32, 4.23), (128, 5.12), (256, 6.92), (1024, 20.85), (8192, 173.4)),
     sampler_row_ms=0.0015,
 )
 COSTS = {"compared": COMPARED, "now": NOW}
@@ -147,7 +150,7 @@ class VirtualRunner:
                 "parts/products": useful,
                 "parts/products of padding": products - useful,
                 "parts/decode attention": decode,
-                "parts/prefill attention": prefill,
+                "parts/prefill attention and start": prefill,
                 "parts/sampler": sampler,
             }
         )
@@ -207,32 +210,41 @@ def simulate(
     costs: Costs,
     *,
     concurrency: int | None = None,
+    rate: float | None = None,
     temperature: float = 0.6,
     padding: Padding | None = None,
 ) -> Simulated:
-    """All requests at once, or at most `concurrency` at a time: a client sends the next when one has ended."""
-    scheduler = one_scheduler(config, FEW_TOKENS, config.cache.num_pages or PAGES, Metrics())
+    """All requests at once, or at most `concurrency` at a time: a client sends the next when one has ended; or `rate`
+    a second, at random."""
+    model = model_config()
+    scheduler = one_scheduler(config, model, config.cache.num_pages or PAGES, Metrics())
     if padding is not None:
         scheduler.config = dataclasses.replace(scheduler.config, padding=padding)
     width = -(-config.model.max_model_len // config.cache.page_size)
     ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width)
     clock = Clock()
     runner = VirtualRunner(ladder, costs, clock)
-    engine = Engine(config, model_config(), scheduler, runner)
+    engine = Engine(config, model, scheduler, runner)
     waiting = list(enumerate(lengths))[::-1]
     sent: dict[TokenSequence, float] = {}
     last: dict[TokenSequence, float] = {}
     ttft, itl, made = [], [], 0
 
-    def send() -> None:
+    source, arrives_s = random.Random(0), 0.0
+
+    def send(at_s: float) -> None:
         number, (prompt, out) = waiting.pop()
         params = SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=out)
         (sequence,) = engine.add(Request(id=str(number), prompt_token_ids=(2,) * prompt, params=params))
-        sent[sequence] = clock.now_s
+        sent[sequence] = at_s
 
-    for _ in range(min(concurrency or len(waiting), len(waiting))):
-        send()
-    while engine.has_work:
+    for _ in range(min(concurrency or len(waiting), len(waiting)) if rate is None else 0):
+        send(0.0)
+    while engine.has_work or waiting:
+        while rate is not None and waiting and (arrives_s <= clock.now_s or not engine.has_work):
+            clock.now_s = max(clock.now_s, arrives_s)
+            send(arrives_s)
+            arrives_s += source.expovariate(rate)
         for output in engine.step():
             sequence, now = output.sequence, clock.now_s
             if output.error is not None:
@@ -243,8 +255,8 @@ def simulate(
             else:
                 ttft.append(1e3 * (now - sent[sequence]))
             last[sequence] = now
-            if output.finish_reason is not None and waiting:
-                send()
+            if output.finish_reason is not None and waiting and rate is None:
+                send(now)
     names = Counter[str]()
     for shape, count in runner.shapes.items():
         names[f"decode {shape.rows}" if shape.decode else f"mixed {shape.tokens}"] += count
@@ -257,13 +269,20 @@ def offline_lengths(requests: int = WORKLOAD_REQUESTS) -> list[Lengths]:
     return [(len(prompt), out) for prompt, out in zip(prompts, outs, strict=True)]
 
 
+def drawn(requests: int, prompt: int, answer: int, ratio: float) -> list[Lengths]:
+    """Uniform between ratio times the length and the length."""
+    source = random.Random(0)
+    draw = lambda most: source.randint(max(1, round(ratio * most)), most)  # noqa: E731
+    return [(draw(prompt), draw(answer)) for _ in range(requests)]
+
+
 def report(found: Simulated) -> str:
     lines = [f"{found.rate:,.0f} tok/s: {found.output_tokens} tokens, {found.seconds:.2f} s, {found.steps} steps"]
     for name, ms in sorted(found.spent_ms.items()):
         kind = name.partition("/")[2]
         count = f" in {found.shapes[kind]} steps" if kind in found.shapes else ""
-        lines.append(f"  {kind:22} {ms / 1e3:7.3f} s {ms / found.seconds / 10:5.1f}%{count}")
-    lines.append(f"  {'device idle':22} {found.idle_ms / 1e3:7.3f} s")
+        lines.append(f"  {kind:28} {ms / 1e3:7.3f} s {ms / found.seconds / 10:5.1f}%{count}")
+    lines.append(f"  {'device idle':28} {found.idle_ms / 1e3:7.3f} s")
     ttft, itl = ([quantile(of, share) for share in (0.5, 0.99)] for of in (found.ttft_ms, found.itl_ms))
     lines.append(f"  TTFT p50 {ttft[0]:.0f} p99 {ttft[1]:.0f} ms; ITL p50 {itl[0]:.1f} p99 {itl[1]:.1f} ms")
     return "\n".join(lines)
@@ -275,6 +294,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--costs", choices=COSTS, default="now")
     parser.add_argument("--whole", action="store_true", help="prompts are not cut at padded sizes")
     parser.add_argument("--serve", default="", help="concurrencies of a closed loop, greedy")
+    parser.add_argument("--rate", default="", help="or requests a second, at random")
     parser.add_argument("--waves", type=int, default=2, help="requests a unit of concurrency")
     parser.add_argument("--input", type=int, default=1024)
     parser.add_argument("--output", type=int, default=1024)
@@ -304,14 +324,15 @@ def main(words: Sequence[str] | None = None) -> None:
     given = arguments(words)
     costs, padding = changed(COSTS[given.costs], given), Padding() if given.whole else None
     config = configured(**{name: json.loads(value) for name, _, value in (pair.partition("=") for pair in given.set)})
-    if not given.serve:
+    if not (given.serve or given.rate):
         print(report(simulate(offline_lengths(), config, costs, padding=padding)))
-    for concurrency in map(int, filter(None, given.serve.split(","))):
-        source = random.Random(0)
-        draw = lambda most: source.randint(round(given.ratio * most), most)  # noqa: E731, B023
-        lengths = [(draw(given.input), draw(given.output)) for _ in range(concurrency * given.waves)]
-        found = simulate(lengths, config, costs, concurrency=concurrency, temperature=0.0, padding=padding)
-        print(f"concurrency {concurrency}: {report(found)}")
+    clients, rates = ([word for word in text.split(",") if word] for text in (given.serve, given.rate))
+    loops = [(f"concurrency {word}", int(word) * given.waves, {"concurrency": int(word)}) for word in clients]
+    loops += [(f"{word} requests a second", 100 * given.waves, {"rate": float(word)}) for word in rates]
+    for name, requests, how in loops:
+        lengths = drawn(requests, given.input, given.output, given.ratio)
+        found = simulate(lengths, config, costs, temperature=0.0, padding=padding, **how)  # type: ignore[arg-type]
+        print(f"{name}: {report(found)}")
 
 
 if __name__ == "__main__":

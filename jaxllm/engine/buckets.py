@@ -1,7 +1,7 @@
 """How much of what there is to compute goes into one step, where steps are padded to a few sizes.
 
 In: how many tokens wait, and how many of them every step computes (decodes). Out: most tokens of the next step. Knows
-nothing of sequences, pages or time.
+nothing of sequences, pages or policies.
 
 1,100 tokens padded to 2,048 take as long as 2,048. Steps of 1,024 and 128 compute the same in little more than half of
 that; the first answer comes sooner and other streams stand still for less time at once. The rest is not free, as every
@@ -14,9 +14,20 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Of a dense model in bf16 on an H200, where reading weights takes as long as multiplying with this many tokens or so:
-# products of the 8B shape take 4.0 ms at one token, 6.9 at 256, and 21 us a token beyond.
+# Measured on an H200, bf16. Reading a dense model's weights takes as long as multiplying with so many tokens: products
+# of the 8B shape take 4.0 ms at one token, 6.9 at 256 and 21 us a token beyond.
 FEW_TOKENS = 256
+# Kernels of a step with prefills are launched one by one: 0.6B shape, 7.6 ms for 1024 tokens and 34.7 for 8192, so
+# 3.7 ms for none in 28 layers.
+LAYER_S = 130e-6
+FLOPS_PER_S = 700e12  # of large products
+
+
+def few_tokens(layers: int, token_weights: float, sparsity: float = 1.0, devices: int = 1) -> int:
+    """Tokens below which a step hardly gets faster. `token_weights`: that one token passes; `sparsity`: how many times
+    as many there are; `devices`: that share each product."""
+    token_s = 2 * token_weights / FLOPS_PER_S / devices
+    return round(max(FEW_TOKENS * sparsity, layers * LAYER_S / token_s))
 
 
 @dataclass(frozen=True)

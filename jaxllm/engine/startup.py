@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
 from jaxllm.engine.balancer import Balancer
-from jaxllm.engine.buckets import FEW_TOKENS, Padding
+from jaxllm.engine.buckets import Padding, few_tokens
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
@@ -218,15 +218,16 @@ def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | No
 def _scheduler(
     config: EngineConfig, model: ModelConfig, num_pages: int, runner: Runner
 ) -> Scheduler | ShardedScheduler:
-    few = round(FEW_TOKENS * dims_of(model).sparsity)
     if config.mesh.attention_shards == 1:
-        return one_scheduler(config, few, num_pages, runner.metrics)
-    shards = (one_scheduler(config, few, num_pages, Metrics()) for _ in range(config.mesh.attention_shards))
+        return one_scheduler(config, model, num_pages, runner.metrics)
+    shards = (one_scheduler(config, model, num_pages, Metrics()) for _ in range(config.mesh.attention_shards))
     return ShardedScheduler(tuple(shards), runner.metrics)
 
 
-def one_scheduler(config: EngineConfig, few_tokens: int, num_pages: int, metrics: Metrics) -> Scheduler:
+def one_scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, metrics: Metrics) -> Scheduler:
     """Of a resolved config, without a device."""
+    dims = dims_of(model)
+    few = few_tokens(dims.L, dims.token_weights, dims.sparsity, config.mesh.tensor)
     pool = PagePool(num_pages, config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
@@ -234,7 +235,7 @@ def one_scheduler(config: EngineConfig, few_tokens: int, num_pages: int, metrics
         page_size=config.cache.page_size,
         max_model_len=config.model.max_model_len,
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
-        padding=Padding(config.compile.token_buckets, few_tokens),
+        padding=Padding(config.compile.token_buckets, few),
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
     return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], metrics)

@@ -53,6 +53,13 @@ def test_a_closed_loop_never_has_more_than_its_concurrency_and_serves_everybody(
     assert max(int(name.split()[1]) for name in found.shapes if name.startswith("decode")) <= 4
 
 
+def test_requests_that_come_by_themselves_wait_for_a_step_and_not_for_each_other():
+    found = simulate([(100, 10)] * 40, configured(), NOW, rate=2.0)
+    assert found.output_tokens == 400
+    assert found.seconds > 15  # 40 of them at two a second
+    assert max(found.ttft_ms) < 40
+
+
 def test_filling_padded_sizes_makes_a_prompt_between_two_of_them_faster_alone_and_in_company():
     lengths = [(1100, 40)] * 6
     for concurrency in (1, 3):
@@ -70,3 +77,5 @@ def test_the_command_prints_where_the_time_went(capsys, monkeypatch):
     assert "products of padding" in text
     simulate_schedule.main(["--serve", "2", "--input", "8", "--output", "3"])
     assert capsys.readouterr().out.startswith("concurrency 2: ")
+    simulate_schedule.main(["--rate", "50", "--waves", "1", "--input", "8", "--output", "3", "--ratio", "0.5"])
+    assert capsys.readouterr().out.startswith("50 requests a second: ")

@@ -175,7 +175,8 @@ def test_windows_weigh_their_layers_and_bytes_a_weight_are_those_held():
 def test_sparsity_is_how_many_times_its_own_weights_a_token_s_step_reads():
     experts = roofline.Experts(E=8, k=2, F=8)
     model = roofline.ModelDims(L=1, D=4, N=2, K=1, H=2, F=0, V=10, tied=True, experts=experts)
-    assert model.sparsity == (48 + 8 * 96) / (48 + 2 * 96)  # attention; of 96 weights an expert
+    assert model.token_weights == 48 + 2 * 96  # attention; of 96 weights an expert
+    assert model.sparsity == (48 + 8 * 96) / (48 + 2 * 96)
     assert SMALL.sparsity == 1
 
 

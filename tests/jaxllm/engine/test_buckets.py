@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.engine.buckets import Padding
+from jaxllm.engine.buckets import Padding, few_tokens
 
 POWERS = Padding((64, 128, 256, 512, 1024, 2048, 4096, 8192))
 
@@ -29,7 +29,11 @@ def test_the_size_below_is_taken_where_the_rest_costs_less_than_padding(tokens, 
     assert POWERS.best(tokens, decodes) == taken
 
 
-def test_of_a_sparse_model_few_tokens_are_more():
+def test_few_tokens_are_more_where_a_step_has_much_to_read_or_to_launch_and_little_to_multiply():
+    assert few_tokens(32, 7.0e9) == 256
+    assert few_tokens(28, 0.44e9) > 900  # 0.6B shape
+    assert few_tokens(48, 3.0e9, sparsity=10.0) == 2560
+    assert few_tokens(32, 7.0e9, devices=8) > 256
     assert POWERS.best(1100, 0) == 1024
     assert Padding(POWERS.sizes, few=2048).best(1100, 0) == 2048
 
