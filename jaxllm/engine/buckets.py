@@ -47,7 +47,10 @@ class Padding:
         return most if wanted == decodes else self.best(wanted, decodes)
 
     def best(self, tokens: int, decodes: int) -> int:
-        """The size above `tokens`, or the one below if that and the steps of the rest pad less than the one above."""
+        """The size above `tokens`; or the one below, if with it and the steps of the rest an eighth of that is saved.
+
+        For less, prompts that came together would end apart, and each step has its launches and its decodes.
+        """
         sizes, few = self.sizes, self.few
         place = bisect_left(sizes, tokens)
         above, below = sizes[place], sizes[place - 1]
@@ -60,7 +63,7 @@ class Padding:
             tokens -= sizes[place - 1] - decodes
             place = bisect_left(sizes, tokens)
             least = min(least, spent + max(sizes[place], few))
-        return below if least < whole else above
+        return below if 8 * least <= 7 * whole else above
 
 
 UNPADDED = Padding()

@@ -20,6 +20,8 @@ POWERS = Padding((64, 128, 256, 512, 1024, 2048, 4096, 8192))
         (1900, 0, 2048),  # 1024 and 876 pad as much
         (1400, 256, 2048),  # 1024, then 632 with the decodes: 512 and again 376, which is 512
         (1400, 64, 1024),  # then 440: 512 and nothing else
+        (7000, 0, 4096),  # 7,168 in all, an eighth less
+        (7200, 0, 8192),  # 7,424
         (300, 0, 512),  # two steps that read the weights are no better than one of twice the tokens
         (1024 + 200, 256, 1024),
         (140, 130, 256),  # 128 is no room for the decodes
