@@ -34,10 +34,10 @@ ENVIRONMENT = {
 API_KEY_VARIABLE = "JAXLLM_API_KEY"  # read by `environment_api_key`: a secret is no setting that gets printed
 OTHER_TABLES = ("server", "gateway", "launch")  # of a recipe: settings of the front, which the engine does not read
 PLATFORM_DEFAULTS = {
-    "cpu": {"page_size": 16, "max_num_seqs": 16, "token_budget": 512, "growth": 4, "dtype": "float32"},
-    "gpu": {"page_size": 64, "max_num_seqs": 256, "token_budget": 8192, "growth": 2, "dtype": "bfloat16"},
+    "cpu": {"page_size": 16, "max_num_seqs": 16, "token_budget": 512, "dtype": "float32"},
+    "gpu": {"page_size": 64, "max_num_seqs": 256, "token_budget": 8192, "dtype": "bfloat16"},
 }
-SMALLEST_TOKEN_BUCKET = 32
+LADDERS = {"cpu": (4, None, 32), "gpu": (2, 32, 64)}  # growth; most rows between decode buckets; fewest tokens
 DETERMINISTIC_BUDGET = 256  # tokens of every step: few enough that weights, not products, take the time
 
 Check = Callable[[str, Any], Any]
@@ -386,19 +386,19 @@ def environment_api_key(environ: Mapping[str, str] | None = None) -> str | None:
 # ---- resolve ----
 
 
-def bucket_ladder(largest: int, smallest: int, growth: int) -> tuple[int, ...]:
-    """smallest, smallest * growth, ... and exactly `largest` at the end."""
+def bucket_ladder(largest: int, smallest: int, growth: int, apart: int | None = None) -> tuple[int, ...]:
+    """smallest, smallest * growth, ... and exactly `largest` at the end; at most `apart` apart, or a quarter."""
     steps = []
     step = min(smallest, largest)
     while step < largest:
         steps.append(step)
-        step *= growth
+        step = min(step * growth, step + max(apart, step // 4 // apart * apart)) if apart else step * growth
     return (*steps, largest)
 
 
-def _buckets(name: str, given: tuple[int, ...], largest: int, smallest: int, growth: int) -> tuple[int, ...]:
+def _buckets(name: str, given: tuple[int, ...], largest: int, *ladder: Any) -> tuple[int, ...]:
     if not given:
-        return bucket_ladder(largest, smallest, growth)
+        return bucket_ladder(largest, *ladder)
     if given[-1] > largest:
         raise ConfigError(f"compile.{name} = {list(given)}: the largest bucket must be at most {largest}")
     return given if given[-1] == largest else (*given, largest)
@@ -425,7 +425,7 @@ def resolve(config: EngineConfig, model_context_length: int, platform: str) -> E
     seqs = seqs or min(defaults["max_num_seqs"], budget or defaults["max_num_seqs"])
     one_shape = config.scheduler.deterministic
     budget = budget or max(DETERMINISTIC_BUDGET if one_shape else defaults["token_budget"], seqs)
-    growth = defaults["growth"]
+    growth, apart, fewest = LADDERS[platform]
     decode, tokens = config.compile.decode_buckets, config.compile.token_buckets
     if one_shape:
         if (decode or (seqs,)) != (seqs,) or (tokens or (budget,)) != (budget,):
@@ -442,8 +442,8 @@ def resolve(config: EngineConfig, model_context_length: int, platform: str) -> E
         scheduler=dataclasses.replace(config.scheduler, max_num_seqs=seqs, token_budget=budget),
         compile=dataclasses.replace(
             config.compile,
-            decode_buckets=_buckets("decode_buckets", decode, seqs, 1, growth),
-            token_buckets=_buckets("token_buckets", tokens, budget, SMALLEST_TOKEN_BUCKET, growth),
+            decode_buckets=_buckets("decode_buckets", decode, seqs, 1, growth, apart),
+            token_buckets=_buckets("token_buckets", tokens, budget, fewest, growth),
         ),
     )
 

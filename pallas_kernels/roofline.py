@@ -207,6 +207,17 @@ class ModelDims:
     def head_weights(self) -> int:
         return self.D * self.V
 
+    @property
+    def token_weights(self) -> int:
+        """Of the linear layers that one token passes."""
+        return self.dense_weights + (self.expert_layers * self.experts.k * self.expert_weights if self.experts else 0)
+
+    @property
+    def sparsity(self) -> float:
+        """Linear weights of all layers over those that a token passes: 1 without routed experts."""
+        routed = self.expert_layers * self.experts.E * self.expert_weights if self.experts else 0
+        return (self.dense_weights + routed) / self.token_weights
+
     def weight_bytes(self, weights: str = "bf16") -> float:
         """All of them, the embedding of an untied model included; norms and biases are left out."""
         routed = self.expert_layers * self.experts.E * self.expert_weights if self.experts else 0

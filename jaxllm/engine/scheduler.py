@@ -6,7 +6,8 @@ nothing of models, devices, text or clocks.
 There are no phases. A sequence has tokens computed and tokens wanted; a step spends a token budget moving the first
 toward the second, and where they meet one more token is sampled. Rules:
   order      running sequences that need one token (decodes) come first, then longer ones (prefills) by policy, then
-             waiting ones by policy; the first waiting one that does not fit blocks those behind it.
+             waiting ones by policy; the first waiting one that does not fit blocks those behind it. A step takes
+             less than its budget where the rest would be padding (jaxllm.engine.buckets).
   pages      a sequence gets the pages of all its tokens when admitted, so only decodes ask for more. Admission leaves
              one spare page for every running sequence that can still grow: what is admitted is not preempted before
              every running sequence has got another page.
@@ -39,6 +40,7 @@ from jaxllm.core import (
     TokenLogprobs,
     TokenOutput,
 )
+from jaxllm.engine.buckets import UNPADDED, Padding
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.prefix import PrefixIndex
 from jaxllm.engine.metrics import Metrics
@@ -56,6 +58,7 @@ class Limits:
     page_size: int
     max_model_len: int  # most tokens in a sequence, prompt and output together
     max_prefill_chunk: int | None = None  # most tokens of one sequence in a step
+    padding: Padding = UNPADDED  # of steps with prefills
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "max_num_seqs", "page_size", "max_model_len", "max_prefill_chunk"):
@@ -67,6 +70,8 @@ class Limits:
                 f"token_budget = {self.token_budget}: must be >= max_num_seqs ({self.max_num_seqs}), "
                 "so that every running sequence can decode in every step"
             )
+        if self.padding.sizes and self.padding.sizes[-1] < self.token_budget:
+            raise ValueError(f"padding.sizes = {self.padding.sizes}: the last must be >= {self.token_budget}")
 
 
 @dataclass(slots=True, eq=False)
@@ -181,7 +186,7 @@ class Scheduler:
         rows: list[ScheduledRow] = []
         preempted: list[Sequence] = []
         prefills = self._schedule_decodes(rows, preempted)
-        budget = self.config.token_budget - len(rows)
+        budget = self._step_budget(len(rows), prefills) - len(rows)
         for sequence in prefills:
             if budget:
                 budget -= self._schedule_chunk(rows, sequence, budget)
@@ -306,6 +311,12 @@ class Scheduler:
                 sequence.num_scheduled = length
                 sequence.num_pending += 1
         return prefills
+
+    def _step_budget(self, decodes: int, prefills: list[Sequence]) -> int:
+        running = (len(one.tokens) + one.num_pending - one.num_scheduled for one in prefills)
+        waiting = (len(one.tokens) for one in itertools.islice(self._waiting, len(self._free_rows)))  # cached or not
+        lengths = (min(length, self._max_chunk) for length in itertools.chain(running, waiting))
+        return self.config.padding.budget(self.config.token_budget, decodes, lengths)
 
     def _schedule_chunk(self, rows: list[ScheduledRow], sequence: Sequence, budget: int) -> int:
         length, start = len(sequence.tokens) + sequence.num_pending, sequence.num_scheduled

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
 from jaxllm.engine.balancer import Balancer
+from jaxllm.engine.buckets import Padding, few_tokens
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
@@ -52,7 +53,7 @@ from jaxllm.graph.experts import add_tables
 from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate, page_dtype
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Params, abstract
-from jaxllm.graph.models.dims import step_cost
+from jaxllm.graph.models.dims import dims_of, step_cost
 from jaxllm.graph.models.generation import read_generation_defaults
 from jaxllm.graph.pipeline import Stages, compile_stages, homes_of
 from jaxllm.graph.quant.scheme import Scheme, quantisation
@@ -143,7 +144,7 @@ def start(
         runners = tuple(_runners(config, homes, params, compiled, report))
         lanes.append(tuple(runner for runner, _ in runners))
         for runner, num_pages in runners:
-            scheduler = _scheduler(config, num_pages, runner)
+            scheduler = _scheduler(config, model_config, num_pages, runner)
             engine = Engine(config, model_config, scheduler, runner, tokenizer, generation.params, grammars)
             engine.meter = StepMeter(cost, runner.metrics)
             engine.balancer = _balancer(config, homes[0], runner)
@@ -214,14 +215,19 @@ def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | No
     return balancer
 
 
-def _scheduler(config: EngineConfig, num_pages: int, runner: Runner) -> Scheduler | ShardedScheduler:
+def _scheduler(
+    config: EngineConfig, model: ModelConfig, num_pages: int, runner: Runner
+) -> Scheduler | ShardedScheduler:
     if config.mesh.attention_shards == 1:
-        return _one_scheduler(config, num_pages, runner.metrics)
-    shards = (_one_scheduler(config, num_pages, Metrics()) for _ in range(config.mesh.attention_shards))
+        return one_scheduler(config, model, num_pages, runner.metrics)
+    shards = (one_scheduler(config, model, num_pages, Metrics()) for _ in range(config.mesh.attention_shards))
     return ShardedScheduler(tuple(shards), runner.metrics)
 
 
-def _one_scheduler(config: EngineConfig, num_pages: int, metrics: Metrics) -> Scheduler:
+def one_scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, metrics: Metrics) -> Scheduler:
+    """Of a resolved config, without a device."""
+    dims = dims_of(model)
+    few = few_tokens(dims.L, dims.token_weights, dims.sparsity, config.mesh.tensor)
     pool = PagePool(num_pages, config.cache.page_size)
     limits = Limits(
         token_budget=config.scheduler.token_budget,
@@ -229,6 +235,7 @@ def _one_scheduler(config: EngineConfig, num_pages: int, metrics: Metrics) -> Sc
         page_size=config.cache.page_size,
         max_model_len=config.model.max_model_len,
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
+        padding=Padding(config.compile.token_buckets, few),
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
     return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], metrics)

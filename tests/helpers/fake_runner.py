@@ -11,6 +11,7 @@ from array import array
 from dataclasses import dataclass
 
 from jaxllm.core import RowResult, SampledToken, ScheduledRow, Sequence, StepPlan, TokenLogprobs, TokenOutput
+from jaxllm.engine.buckets import UNPADDED, Padding
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
@@ -138,6 +139,7 @@ class Host:
         radix: bool = False,
         policy: str = "fcfs",
         overlap: bool = False,
+        padding: Padding = UNPADDED,
     ) -> None:
         self.overlap = overlap
         self.in_flight: tuple[StepPlan, FakeStep] | None = None
@@ -149,6 +151,7 @@ class Host:
             page_size=page_size,
             max_model_len=max_model_len,
             max_prefill_chunk=max_prefill_chunk,
+            padding=padding,
         )
         self.scheduler = Scheduler(limits, self.pool, self.cache, POLICIES[policy])
         self.runner = FakeRunner(num_pages, page_size, max_num_seqs)

@@ -167,8 +167,8 @@ def test_resolve_fills_by_platform():
     assert (cpu.model.max_model_len, cpu.model.dtype, gpu.model.dtype) == (2048, "float32", "bfloat16")
     assert cpu.compile.decode_buckets == (1, 4, 16)
     assert cpu.compile.token_buckets == (32, 128, 512)
-    assert gpu.compile.decode_buckets == (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    assert gpu.compile.token_buckets == (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    assert gpu.compile.decode_buckets == (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
+    assert gpu.compile.token_buckets == (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def test_resolve_keeps_what_was_given_and_is_idempotent():
@@ -208,6 +208,13 @@ def test_a_ladder_increases_and_ends_at_its_largest(largest, smallest, growth):
     ladder = cfg.bucket_ladder(largest, smallest, growth)
     assert ladder[-1] == largest
     assert all(a < b <= a * growth for a, b in itertools.pairwise(ladder))
+
+
+@given(largest=st.integers(1, 5000), apart=st.sampled_from([8, 32]))
+def test_a_ladder_of_rows_pads_by_no_more_than_it_says(largest, apart):
+    ladder = cfg.bucket_ladder(largest, 1, 2, apart)
+    assert ladder[-1] == largest
+    assert all(a < b <= min(2 * a, a + max(apart, a // 4)) for a, b in itertools.pairwise(ladder))
 
 
 @given(path=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), seed=st.integers(-5, 5))

@@ -172,6 +172,14 @@ def test_windows_weigh_their_layers_and_bytes_a_weight_are_those_held():
     assert found.flops == 2 * 288 + 2 * 40 + 4 * (10 + 4) * 2 * 2
 
 
+def test_sparsity_is_how_many_times_its_own_weights_a_token_s_step_reads():
+    experts = roofline.Experts(E=8, k=2, F=8)
+    model = roofline.ModelDims(L=1, D=4, N=2, K=1, H=2, F=0, V=10, tied=True, experts=experts)
+    assert model.token_weights == 48 + 2 * 96  # attention; of 96 weights an expert
+    assert model.sparsity == (48 + 8 * 96) / (48 + 2 * 96)
+    assert SMALL.sparsity == 1
+
+
 def test_a_step_reads_the_experts_that_uniform_routing_touches():
     experts = roofline.Experts(E=4, k=2, F=8)
     model = roofline.ModelDims(L=1, D=4, N=2, K=1, H=2, F=0, V=10, tied=True, experts=experts)

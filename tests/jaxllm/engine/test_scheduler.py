@@ -8,6 +8,7 @@ from helpers.fake_runner import Host, expected_tokens
 from helpers.requests import request
 
 from jaxllm.core import FinishReason, RequestError, RowResult, SampledToken, Sequence
+from jaxllm.engine.buckets import Padding
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.scheduler import Limits, Scheduler
@@ -44,6 +45,32 @@ def test_decodes_go_first_and_prefills_take_what_is_left_of_the_budget():
         [("a", 1), ("b", 6)],
     ]
     assert [plan.rows[1].sample for plan in plans] == [False, False, True]
+
+
+def test_a_prompt_a_little_longer_than_a_padded_size_fills_it_and_the_rest_comes_in_the_next_step():
+    host = Host(token_budget=32, max_num_seqs=4, padding=Padding((4, 8, 16, 32), few=4))
+    host.add(request(id="a", prompt=3, max_tokens=20))
+    host.step()
+    (late,) = host.add(request(id="b", prompt=17, max_tokens=4))
+    plans = [host.step() and host.plans[-1] for _ in range(3)]
+    assert [counts(plan) for plan in plans] == [[("a", 1), ("b", 15)], [("a", 1), ("b", 2)], [("a", 1), ("b", 1)]]
+    host.run()
+    assert late.output_token_ids == expected_tokens(late.request.prompt_token_ids, 4)
+
+
+def test_what_fills_most_of_a_padded_size_is_computed_in_one_step():
+    host = Host(token_budget=32, max_num_seqs=4, padding=Padding((4, 8, 16, 32), few=4))
+    host.add(request(id="a", prompt=30))
+    host.step()
+    assert counts(host.plans[-1]) == [("a", 30)]
+
+
+def test_prompts_that_wait_count_for_a_padded_size_too():
+    host = Host(token_budget=32, max_num_seqs=4, padding=Padding((4, 8, 16, 32), few=4))
+    for name in "abc":
+        host.add(request(id=name, prompt=6))
+    host.step()
+    assert counts(host.plans[-1]) == [("a", 6), ("b", 6), ("c", 4)]
 
 
 def test_the_running_prefill_goes_on_before_a_waiting_one_starts():
@@ -266,6 +293,11 @@ def test_limits_below_one_are_refused_by_name(field, value):
 def test_a_budget_below_the_number_of_rows_is_refused():
     with pytest.raises(ValueError, match=r"token_budget = 3: must be >= max_num_seqs \(4\)"):
         Limits(token_budget=3, max_num_seqs=4, page_size=4, max_model_len=40)
+
+
+def test_a_budget_beyond_the_largest_padded_size_is_refused():
+    with pytest.raises(ValueError, match=r"padding.sizes = \(4, 7\): the last must be >= 8"):
+        Limits(token_budget=8, max_num_seqs=2, page_size=4, max_model_len=40, padding=Padding((4, 7)))
 
 
 def test_pool_and_limits_must_agree_on_the_page_size():

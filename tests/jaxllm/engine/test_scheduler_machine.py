@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from jaxllm.core import FinishReason
+from jaxllm.engine.buckets import Padding
 
 PAGE_SIZE, VOCAB = 4, 50
 EXECUTED = {"rules": 0, "preemptions": 0, "hits": 0, "evictions": 0}
@@ -31,8 +32,9 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(6, 20),
         chunk=st.sampled_from([None, 1, 3, 6]),
         overlap=st.booleans(),
+        sizes=st.sampled_from([(), (20,), (2, 4, 8, 16, 20), (5, 12, 20)]),
     )
-    def start(self, caching, radix, policy, num_pages, rows, budget, chunk, overlap):
+    def start(self, caching, radix, policy, num_pages, rows, budget, chunk, overlap, sizes):
         self.host = Host(
             num_pages=num_pages,
             page_size=PAGE_SIZE,
@@ -44,6 +46,7 @@ class EngineMachine(RuleBasedStateMachine):
             radix=radix,
             policy=policy,
             overlap=overlap,
+            padding=Padding(sizes, few=3),
         )
         self.number = 0
         self.sequences = []
