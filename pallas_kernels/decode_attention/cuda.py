@@ -25,7 +25,7 @@ from pallas_kernels.rope_page_write.heads import Heads
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "decode_layers"
 SOURCE = HERE / "decode_attention.cu"
-INCLUDES = (HERE / "call.h", SHARED / "primitives.h", SHARED / "emulator.h")
+INCLUDES = (HERE / "call.h", HERE / "heads.h", SHARED / "primitives.h", SHARED / "emulator.h")
 TARGET = "jaxllm_decode_attention"
 HEAD, TILE, MAX_GROUP, MAX_SEGMENTS = 128, 16, 8, 65536
 HEADS, NORMS, BIAS, AMONG = 1, 2, 4, 8  # bits of what a call has

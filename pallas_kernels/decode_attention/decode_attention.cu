@@ -254,55 +254,13 @@ DEVICE void give_back(Worker& w) {
   if (++w.slot == kSlots) w.slot = 0, w.phase ^= 1;
 }
 
+}  // namespace
+
+#include "heads.h"
+
+namespace {
+
 // ---- queries, new keys and values ----
-
-// One number of the projection's result, rounded to the model's dtype.
-DEVICE float projected(const Params& p, int row, int column) {
-  const int64_t wide_ = int64_t(p.heads + 2 * p.kv_heads) * kHead, at = row * wide_ + column;
-  if (p.addends == 0) return wide(static_cast<const uint16_t*>(p.qkv)[at]);
-  const float* sums = static_cast<const float*>(p.qkv);
-  float total = sums[at];
-#pragma unroll 1
-  for (int i = 1; i < p.addends; ++i) total += sums[i * p.rows * wide_ + at];
-  if (p.bias != nullptr) total += wide(p.bias[column]);
-  return wide(narrow(total));
-}
-
-struct Pairs {  // a lane's columns of a head: lane, lane + 32; and the same of its second half
-  uint16_t first[2], second[2];
-};
-
-// A head of the row's queries or keys, normed if the model does that, and rotated.
-SELDOM Pairs rotated(const Params& p, int lane, int row, int head, const uint16_t* norm) {
-  float a[2], b[2], squares = 0.f;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    a[i] = projected(p, row, head * kHead + lane + 32 * i), b[i] = projected(p, row, head * kHead + lane + 32 * i + 64);
-    squares += a[i] * a[i] + b[i] * b[i];
-  }
-  if (norm != nullptr) {
-    for (int mask = 16; mask; mask >>= 1) squares += shuffle_xor(squares, mask);
-    const float scale = reciprocal_root(squares / kHead + p.eps);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {  // rounded between, as the model rounds
-      a[i] = wide(narrow(a[i] * scale * wide(norm[lane + 32 * i])));
-      b[i] = wide(narrow(b[i] * scale * wide(norm[lane + 32 * i + 64])));
-    }
-  }
-  Pairs pairs;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float c = p.cosines[int64_t(row) * 64 + lane + 32 * i], s = p.sines[int64_t(row) * 64 + lane + 32 * i];
-    pairs.first[i] = narrow(times(a[i], c) - times(b[i], s));  // not fused: rope_page_write rounds so
-    pairs.second[i] = narrow(times(b[i], c) + times(a[i], s));
-  }
-  return pairs;
-}
-
-DEVICE void put(const Pairs& pairs, int lane, uint16_t* to) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) to[lane + 32 * i] = pairs.first[i], to[lane + 32 * i + 64] = pairs.second[i];
-}
 
 // This lane's part of the group's queries: columns 32c + 8t .. of query g.
 DEVICE void load_queries(Worker& w, const Segment& s, uint4 (&queries)[4]) {
@@ -313,8 +271,7 @@ DEVICE void load_queries(Worker& w, const Segment& s, uint4 (&queries)[4]) {
     const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
     from = p.q + (int64_t(token) * p.heads + s.head * group + w.g) * kHead;
   } else {
-    for (int i = 0; i < group; ++i) put(rotated(p, w.lane, s.row, s.head * group + i, p.norms), w.lane, w.queries[i]);
-    sync_warp();
+    make_queries(p, s.row, s.head * group, group, w.lane, w.queries);
     from = w.queries[w.g];
   }
 #pragma unroll
@@ -331,17 +288,12 @@ DEVICE int64_t last_place(const Params& p, const Segment& s) {  // where the row
 
 // The row's new key, or value, to its page and to the slot: the copy may have brought what was in the page before.
 SELDOM void enter(const Params& p, const Segment& s, int lane, unsigned char* slot, bool value) {
-  uint16_t* own = reinterpret_cast<uint16_t*>(row_of(slot, (s.length - 1) % kTile));
-  uint16_t* page = (value ? p.v_pages : p.k_pages) + last_place(p, s);
-  if (value) {
-#pragma unroll
-    for (int at = lane; at < kHead; at += 32)
-      own[at] = page[at] = narrow(projected(p, s.row, (p.heads + p.kv_heads + s.head) * kHead + at));
-  } else {
-    const Pairs pairs = rotated(p, lane, s.row, p.heads + s.head, p.norms == nullptr ? nullptr : p.norms + kHead);
-    put(pairs, lane, own);
-    put(pairs, lane, page);
-  }
+  Head head;
+  head.project(p, s.row, p.heads + s.head + (value ? p.kv_heads : 0), lane);
+  const int64_t place = last_place(p, s);
+  if (!value) Turn(p, s.row, lane, p.norms == nullptr ? nullptr : p.norms + kHead).apply(p, head);
+  head.store((value ? p.v_pages : p.k_pages) + place, lane);
+  head.store(reinterpret_cast<uint16_t*>(row_of(slot, (s.length - 1) % kTile)), lane);
   before_copy_in();
   sync_warp();
 }

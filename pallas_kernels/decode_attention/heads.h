@@ -1,0 +1,86 @@
+// A row's heads from the projection's result: norms and rotation, in the middle of decode_attention.cu.
+#pragma once
+
+namespace {
+
+// One number of the projection's result, rounded to the model's dtype.
+DEVICE float projected(const Params& p, int row, int column) {
+  const int64_t wide_ = int64_t(p.heads + 2 * p.kv_heads) * kHead, at = row * wide_ + column;
+  if (p.addends == 0) return wide(static_cast<const uint16_t*>(p.qkv)[at]);
+  const float* sums = static_cast<const float*>(p.qkv);
+  float total = sums[at];
+#pragma unroll 1
+  for (int i = 1; i < p.addends; ++i) total += sums[i * p.rows * wide_ + at];
+  if (p.bias != nullptr) total += wide(p.bias[column]);
+  return wide(narrow(total));
+}
+
+struct Head {  // a lane's columns of one: 2 lane and the next, and the two that they are turned with
+  float first[2], second[2];
+  DEVICE void set(uint32_t low, uint32_t high) {
+    first[0] = wide(uint16_t(low)), first[1] = wide(uint16_t(low >> 16));
+    second[0] = wide(uint16_t(high)), second[1] = wide(uint16_t(high >> 16));
+  }
+  DEVICE void load(const uint16_t* from, int lane) {
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(from);
+    set(pairs[lane], pairs[lane + 32]);
+  }
+  DEVICE void project(const Params& p, int row, int head, int lane) {
+    if (p.addends == 0)
+      return load(static_cast<const uint16_t*>(p.qkv) + (int64_t(row) * (p.heads + 2 * p.kv_heads) + head) * kHead, lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      first[i] = projected(p, row, head * kHead + 2 * lane + i);
+      second[i] = projected(p, row, head * kHead + 2 * lane + i + 64);
+    }
+  }
+  DEVICE void store(uint16_t* to, int lane) const {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+    pairs[lane] = narrow_pair(first[0], first[1]), pairs[lane + 32] = narrow_pair(second[0], second[1]);
+  }
+};
+
+struct Turn {  // what makes queries or keys of a row's heads: norm, if the model has one, and rotation
+  Head norm;
+  float c[2], s[2];
+  DEVICE Turn(const Params& p, int row, int lane, const uint16_t* norms) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) c[i] = p.cosines[int64_t(row) * 64 + 2 * lane + i], s[i] = p.sines[int64_t(row) * 64 + 2 * lane + i];
+    if (norms != nullptr) norm.load(norms, lane);
+  }
+  DEVICE void apply(const Params& p, Head& h) const {
+    if (p.norms != nullptr) {
+      float squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) squares += h.first[i] * h.first[i] + h.second[i] * h.second[i];
+      for (int mask = 16; mask; mask >>= 1) squares += shuffle_xor(squares, mask);
+      const float scale = reciprocal_root(squares / kHead + p.eps);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // rounded between, as the model rounds
+        h.first[i] = wide(narrow(h.first[i] * scale * norm.first[i]));
+        h.second[i] = wide(narrow(h.second[i] * scale * norm.second[i]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float a = h.first[i], b = h.second[i];
+      h.first[i] = times(a, c[i]) - times(b, s[i]);  // not fused: rope_page_write rounds so
+      h.second[i] = times(b, c[i]) + times(a, s[i]);
+    }
+  }
+};
+
+// A group's queries, from the projection; all that comes from memory is asked for before any of it is used.
+SELDOM void make_queries(const Params& p, int row, int first, int group, int lane, uint16_t (*to)[kHead]) {
+  const Turn turn(p, row, lane, p.norms);
+  Head heads[kMaxGroup];
+#pragma unroll
+  for (int i = 0; i < kMaxGroup; ++i)
+    if (i < group) heads[i].project(p, row, first + i, lane);
+#pragma unroll
+  for (int i = 0; i < kMaxGroup; ++i)
+    if (i < group) turn.apply(p, heads[i]), heads[i].store(to[i], lane);
+  sync_warp();
+}
+
+}  // namespace
