@@ -204,6 +204,19 @@ inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) {
   for (int i = 0; i < 4; ++i) chosen |= uint32_t(all >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return chosen;
 }
+inline uint32_t halves(uint32_t a, uint32_t b, bool high) {
+  return bytes_of(a, b, high ? 0x7632 : 0x5410);
+}
+inline uint32_t narrow(float low, float high) { return narrow(low) | uint32_t(narrow(high)) << 16; }
+inline uint32_t transposed(uint32_t pair) {
+  const int lane = machine->current->lane, g = lane / 4, t = lane % 4;
+  uint32_t* all = my_warp().b[0];
+  all[lane] = pair;
+  sync_warp();
+  const uint32_t got = halves(all[2 * t * 4 + g / 2], all[(2 * t + 1) * 4 + g / 2], g % 2);
+  sync_warp();
+  return got;
+}
 
 struct Bar {  // what a 64-bit barrier holds here
   int32_t bytes;

@@ -98,6 +98,21 @@ DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 // Four bytes of the eight in a (0 to 3) and b (4 to 7), the selector's lowest digit first.
 DEVICE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
+// Rows and columns of 8 x 8 halves swapped. A lane brings columns 2t and 2t + 1 of row g, and gets those of the other.
+DEVICE uint32_t transposed(uint32_t pair) {
+  uint32_t other;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+  return other;
+}
+
+// The low halves of two words, or the high ones, as one.
+DEVICE uint32_t halves(uint32_t a, uint32_t b, bool high) { return bytes_of(a, b, high ? 0x7632 : 0x5410); }
+
+DEVICE uint32_t narrow(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
 DEVICE void init_barrier(uint64_t* barrier, uint32_t arrivals) {
