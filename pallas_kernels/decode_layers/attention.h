@@ -3,68 +3,120 @@
 
 namespace {
 
-// What turns a row's heads: this lane's two pairs of cosines and sines, and of a norm's weights.
+// A lane's columns of a head: 32c + 8t .. + 7, c = 0 .. 3, as the tensor core's second operand has them. The other half of a
+// rotated pair is in the same lane: c and c + 2.
+struct Head {
+  uint4 chunks[4];
+};
+
+DEVICE void widen(const uint4& from, float (&to)[8]) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = wide(uint16_t(words[i / 2] >> 16 * (i % 2)));
+}
+
+DEVICE uint4 narrowed(const float (&from)[8]) {
+  return {narrow(from[0], from[1]), narrow(from[2], from[3]), narrow(from[4], from[5]), narrow(from[6], from[7])};
+}
+
+// What turns a row's heads, of this lane's columns.
 struct Rotation {
-  float c[2], s[2];
-  DEVICE Rotation(const Reader& r, int row) {
+  float c[2][8], s[2][8];
+  DEVICE void load(const Reader& r, int row) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) c[i] = r.p.cosines[row * 64 + r.lane + 32 * i], s[i] = r.p.sines[row * 64 + r.lane + 32 * i];
-  }
-};
-
-struct Pairs {  // columns lane, lane + 32 and what they are turned with, of one head
-  float first[2], second[2];
-  DEVICE void load(const Reader& r, const uint16_t* from) {
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      first[i] = wide(load_fresh(from + r.lane + 32 * i)), second[i] = wide(load_fresh(from + r.lane + 32 * i + 64));
-  }
-  // Normed if the model does that, and rotated.
-  DEVICE void turn(const Reader& r, const Rotation& by, bool normed, const Pairs& norm, uint16_t* to) const {
-    float a[2] = {first[0], first[1]}, b[2] = {second[0], second[1]};
-    if (normed) {
-      float squares = 0.f;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) squares += a[i] * a[i] + b[i] * b[i];
-      for (int mask = 16; mask; mask >>= 1) squares += shuffle_xor(squares, mask);
-      const float scale = reciprocal_root(squares / kHead + r.p.eps);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {  // rounded between, as the model rounds
-        a[i] = wide(narrow(a[i] * scale * norm.first[i]));
-        b[i] = wide(narrow(b[i] * scale * norm.second[i]));
+      for (int i = 0; i < 8; i += 4) {
+        const int at = row * kHead / 2 + half * 32 + r.t * 8 + i;
+        const float4 cosines = *reinterpret_cast<const float4*>(r.p.cosines + at);
+        const float4 sines = *reinterpret_cast<const float4*>(r.p.sines + at);
+        c[half][i] = cosines.x, c[half][i + 1] = cosines.y, c[half][i + 2] = cosines.z, c[half][i + 3] = cosines.w;
+        s[half][i] = sines.x, s[half][i + 1] = sines.y, s[half][i + 2] = sines.z, s[half][i + 3] = sines.w;
       }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      to[r.lane + 32 * i] = narrow(a[i] * by.c[i] - b[i] * by.s[i]);
-      to[r.lane + 32 * i + 64] = narrow(b[i] * by.c[i] + a[i] * by.s[i]);
-    }
   }
 };
 
-// A row's new key and value: to their page, and to the slot, whose copy may be older than they are.
-struct New {
-  Pairs key;
-  uint16_t value[4];
-  DEVICE void load(const Reader& r, const Unit& unit, const uint16_t* row) {
-    key.load(r, row + (r.p.heads + unit.head) * kHead);
+// A head in four lanes: normed if the model does that, and rotated.
+DEVICE void turn(const Reader& r, const Rotation& by, bool normed, const Head& norm, Head& head) {
+  float x[4][8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      value[i] = load_fresh(row + (r.p.heads + r.p.kv_heads + unit.head) * kHead + r.lane + 32 * i);
-  }
-  DEVICE void enter(const Reader& r, const Layer& l, const Unit& unit, const Rotation& by, const Pairs& norm, uint16_t* keys,
-                    uint16_t* values) const {
-    const int at = unit.length - 1, place = at % kSplit * kHead;
-    uint16_t *key_page = page_row(r.p, l.k_pages, unit, at), *value_page = page_row(r.p, l.v_pages, unit, at);
-    key.turn(r, by, l.qk_norms != nullptr, norm, keys + place);
-    sync_warp();
+  for (int c = 0; c < 4; ++c) widen(head.chunks[c], x[c]);
+  if (normed) {
+    float squares = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = r.lane + 32 * i;
-      values[place + column] = value_page[column] = value[i];
-      key_page[column] = keys[place + column];
+    for (int c = 0; c < 4; ++c)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares = fused(x[c][i], x[c][i], squares);
+    squares += shuffle_xor(squares, 1);
+    squares += shuffle_xor(squares, 2);
+    const float scale = reciprocal_root(squares / kHead + r.p.eps);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {  // rounded between, as the model rounds
+      float weights[8];
+      widen(norm.chunks[c], weights);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[c][i] = times(times(x[c][i], scale), weights[i]);
+      widen(narrowed(x[c]), x[c]);
     }
-    sync_warp();
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float first[8], second[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // not fused: as rope_page_write rounds
+      first[i] = times(x[half][i], by.c[half][i]) - times(x[half + 2][i], by.s[half][i]);
+      second[i] = times(x[half + 2][i], by.c[half][i]) + times(x[half][i], by.s[half][i]);
+    }
+    head.chunks[half] = narrowed(first), head.chunks[half + 2] = narrowed(second);
+  }
+}
+
+// A run and what of it does not depend on this layer's queries and keys: loaded while others' qkv is still on its way.
+struct Prepared {
+  Unit unit;
+  bool last;  // the run with the row's new key
+  Rotation rotation;
+  Head norm;              // of this lane's head
+  uint16_t *key, *value;  // where the new ones go in the pages
+  DEVICE void load(const Reader& r, const Layer& l, int number) {
+    find_unit(r.p, number, unit);
+    rotation.load(r, unit.row);
+    load_norm(r, l, r.g);
+    last = unit.split == unit.splits - 1;
+    const int64_t at = last ? page_at(r.p, unit, unit.length - 1) : 0;
+    key = l.k_pages + at, value = l.v_pages + at;
+  }
+  DEVICE void load_norm(const Reader& r, const Layer& l, int head) {
+    if (l.qk_norms == nullptr) return;
+    const uint16_t* from = l.qk_norms + (head < r.p.heads / r.p.kv_heads ? 0 : kHead);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) norm.chunks[c] = *reinterpret_cast<const uint4*>(from + c * 32 + r.t * 8);
+  }
+};
+
+// What came out of qkv: queries of the heads g, in the lanes behind them the new key, and a lane's part of the new value.
+// These two go to their page, and to the slot, whose copy may be older than they are.
+struct Fresh {
+  Head head = {};
+  uint2 value;
+  DEVICE void load(const Reader& r, const Prepared& run, const uint16_t* row, int number) {
+    const int group = r.p.heads / r.p.kv_heads, head_kv = r.p.heads + run.unit.head;
+    const uint16_t* from = row + (number < group ? run.unit.head * group + number : head_kv) * kHead + r.t * 8;
+    if (number < group + run.last)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) head.chunks[c] = load_fresh(reinterpret_cast<const uint4*>(from + c * 32));
+    if (run.last) value = load_fresh(reinterpret_cast<const uint2*>(row + (head_kv + r.p.kv_heads) * kHead + r.lane * 4));
+  }
+  DEVICE void enter(const Reader& r, const Prepared& run, int number, uint16_t* keys, uint16_t* values) const {
+    const int at = place_in((run.unit.length - 1) % kSplit);
+    if (number == r.p.heads / r.p.kv_heads)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        *reinterpret_cast<uint4*>(keys + at + c * 32 + r.t * 8) = head.chunks[c];
+        *reinterpret_cast<uint4*>(run.key + c * 32 + r.t * 8) = head.chunks[c];
+      }
+    *reinterpret_cast<uint2*>(values + at + r.lane * 4) = value;
+    *reinterpret_cast<uint2*>(run.value + r.lane * 4) = value;
   }
 };
 
@@ -78,60 +130,78 @@ DEVICE Place place_of(const Params& p, const Unit& unit, int split) {
   return {p.work.parts + at * group * kHead, p.work.stats + at * group * 2};
 }
 
-// The run in `slot`, by one warp: scores, one maximum, probabilities, their sums with the values, to their place. A lane has
-// 4 columns of up to kGroup heads.
-template <int kGroup>
-DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int slot, uint32_t phase) {
+// Values of 16 keys, times probabilities of heads 2t and 2t + 1 of the keys that are rows g and g + 8 of the scores. A lane
+// reads four keys' columns 8g .. + 7 and 64 + 8g .. + 7. An A operand is a pair of columns of each, in rows g and g + 8; so sums are
+// of columns 8g + 64half + 2pair and the next, in both cases of heads 2t and 2t + 1.
+DEVICE void add_values(const Reader& r, const uint16_t* values, const float (&probabilities)[4], float (&out)[2][4][4]) {
+  uint32_t most[2], rest[2];  // rounded to bf16, and what is left of them: 16 bits of each
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float one = probabilities[2 * i], other = probabilities[2 * i + 1];
+    const uint32_t rounded = narrow(one, other);
+    most[i] = transposed(rounded);
+    rest[i] = transposed(narrow(one - wide(uint16_t(rounded)), other - wide(uint16_t(rounded >> 16))));
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t v[kTogether][4];
+#pragma unroll
+    for (int key = 0; key < kTogether; ++key) {
+      const uint4 columns = *reinterpret_cast<const uint4*>(values + r.t * kGap + key * kHead + half * 64 + r.g * 8);
+      v[key][0] = columns.x, v[key][1] = columns.y, v[key][2] = columns.z, v[key][3] = columns.w;
+    }
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t a[4] = {halves(v[0][pair], v[1][pair], false), halves(v[0][pair], v[1][pair], true),
+                             halves(v[2][pair], v[3][pair], false), halves(v[2][pair], v[3][pair], true)};
+      mma(out[half][pair], a[0], a[1], a[2], a[3], most[0], most[1]);
+      mma(out[half][pair], a[0], a[1], a[2], a[3], rest[0], rest[1]);
+    }
+  }
+}
+
+// The run in `slot`, by one warp: scores, one maximum, probabilities, their sums with the values, to their place. Row g of 16
+// scores is key 4 (g / 2) + g % 2, row g + 8 the second next: so key pairs of a lane's values are rows 2t and 2t + 1 (+ 8).
+DEVICE void attend(const Reader& r, const Layer& l, Prepared& run, int slot, uint32_t phase) {
   const Params& p = r.p;
+  const Unit& unit = run.unit;
   const int group = p.heads / p.kv_heads, first = unit.split * kSplit;
   const int left = unit.length - first < kSplit ? unit.length - first : kSplit;
-  unsigned char* own = reinterpret_cast<unsigned char*>(r.s.scratch) + r.warp * sizeof r.s.scratch / kWarps;
-  uint16_t* queries = reinterpret_cast<uint16_t*>(own);                     // [8][H], until they are in registers
-  float(*probabilities)[kRows] = reinterpret_cast<float(*)[kRows]>(own);  // [64 keys][8 heads]
   const uint16_t* row = p.work.qkv + int64_t(unit.row) * (p.heads + 2 * p.kv_heads) * kHead;
-  const bool last = unit.split == (unit.length - 1) / kSplit;
-  // All that comes from device memory, at one time.
-  const Rotation by(r, unit.row);
-  Pairs heads[kGroup], query_norm, key_norm;
-  New added;
-#pragma unroll
-  for (int h = 0; h < kGroup; ++h)
-    if (h < group) heads[h].load(r, row + (unit.head * group + h) * kHead);
-  if (last) added.load(r, unit, row);
-  if (l.qk_norms != nullptr) query_norm.load(r, l.qk_norms), key_norm.load(r, l.qk_norms + kHead);
-#pragma unroll
-  for (int h = 0; h < kGroup; ++h)
-    if (h < group) heads[h].turn(r, by, l.qk_norms != nullptr, query_norm, queries + h * kHead);
-  sync_warp();
-  uint4 query[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c)
-    query[c] = r.g < group ? *reinterpret_cast<const uint4*>(queries + r.g * kHead + c * 32 + r.t * 8) : uint4{0, 0, 0, 0};
-  sync_warp();
-
   uint16_t* keys = reinterpret_cast<uint16_t*>(r.s.ring[slot]);
-  uint16_t* values = keys + kSplit * kHead;
-  wait_for(&r.s.full[slot], phase);
-  if (last) added.enter(r, l, unit, by, key_norm, keys, values);
+  uint16_t* values = keys + kGroups * kGap;
+  Head query;
+#pragma unroll 1
+  for (int base = 0; base < group + run.last; base += kRows) {  // eight queries and a key: in two turns
+    Fresh fresh;
+    fresh.load(r, run, row, base + r.g);
+    if (base > 0) run.load_norm(r, l, base + r.g);
+    turn(r, run.rotation, l.qk_norms != nullptr, run.norm, fresh.head);
+    if (base == 0) wait_for(&r.s.full[slot], phase), query = fresh.head;
+    if (run.last) fresh.enter(r, run, base + r.g, keys, values);
+  }
+  // Products take 16 keys: values that are not there must be numbers.
+  for (int at = left; at % kUnit; ++at) *reinterpret_cast<uint2*>(values + place_in(at) + r.lane * 4) = uint2{0, 0};
+  sync_warp();
   float scores[kSplit / kUnit][4] = {};
 #pragma unroll
   for (int i = 0; i < kSplit / kUnit; ++i)
     if (i * kUnit < left)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const uint16_t* at = keys + (i * kUnit + r.g) * kHead + c * 32 + r.t * 8;
-        multiply(scores[i], *reinterpret_cast<const uint4*>(at), *reinterpret_cast<const uint4*>(at + 8 * kHead), query[c]);
+        const uint16_t* at = keys + place_in(i * kUnit + r.g / 2 * kTogether + r.g % 2) + c * 32 + r.t * 8;
+        multiply(scores[i], *reinterpret_cast<const uint4*>(at), *reinterpret_cast<const uint4*>(at + 2 * kHead), query.chunks[c]);
       }
   const Place place = place_of(p, unit, unit.split);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {  // heads 2t and 2t + 1, keys g and g + 8 of each 16
+  for (int h = 0; h < 2; ++h) {
     float most = -INFINITY, total = 0.f;
 #pragma unroll
     for (int i = 0; i < kSplit / kUnit; ++i)
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
         float& score = scores[i][h + 2 * low];
-        score = i * kUnit + r.g + 8 * low < left ? score * p.scale * kLog2e : -INFINITY;
+        score = i * kUnit + r.g / 2 * kTogether + r.g % 2 + 2 * low < left ? times(times(score, p.scale), kLog2e) : -INFINITY;
         most = larger(most, score);
       }
     for (int mask = 4; mask < 32; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
@@ -139,32 +209,29 @@ DEVICE void attend(const Reader& r, const Layer& l, const Unit& unit, int slot, 
     for (int i = 0; i < kSplit / kUnit; ++i)
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
-        const float probability = exp2_(scores[i][h + 2 * low] - most);
-        total += probability;
-        probabilities[i * kUnit + r.g + 8 * low][2 * r.t + h] = probability;
+        float& score = scores[i][h + 2 * low];
+        score = exp2_(score - most), total += score;
       }
     for (int mask = 4; mask < 32; mask <<= 1) total += shuffle_xor(total, mask);
     const int head = 2 * r.t + h;
     if (r.g == 0 && head < group) place.stats[head * 2] = most, place.stats[head * 2 + 1] = total;
   }
-  sync_warp();
-  float out[kGroup][4] = {};
-#pragma unroll 8
-  for (int j = 0; j < left; ++j) {
-    const uint2 both = *reinterpret_cast<const uint2*>(values + j * kHead + r.lane * 4);
-    const float v[4] = {wide(both.x & 0xffff), wide(both.x >> 16), wide(both.y & 0xffff), wide(both.y >> 16)};
+  float out[2][4][4] = {};  // [half][pair][row][head]
 #pragma unroll
-    for (int h = 0; h < kGroup; ++h)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[h][i] += probabilities[j][h] * v[i];
-  }
+  for (int i = 0; i < kSplit / kUnit; ++i)
+    if (i * kUnit < left) add_values(r, values + i * kUnit / kTogether * kGap, scores[i], out);
   before_copy_in();
   sync_warp();
   if (r.lane < kWarps) arrive(&r.s.empty[slot]);
 #pragma unroll
-  for (int h = 0; h < kGroup; ++h)
-    if (h < group)
-      *reinterpret_cast<Four*>(place.out + h * kHead + r.lane * 4) = Four{out[h][0], out[h][1], out[h][2], out[h][3]};
+  for (int h = 0; h < 2; ++h)
+    if (2 * r.t + h < group)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int pair = 0; pair < 4; pair += 2)
+          *reinterpret_cast<Four*>(place.out + (2 * r.t + h) * kHead + half * 64 + r.g * 8 + pair * 2) =
+              Four{out[half][pair][h], out[half][pair][h + 2], out[half][pair + 1][h], out[half][pair + 1][h + 2]};
 }
 
 // All runs of a row and head, in order: attention's output. A warp has 64 columns of one query head, a lane the numbers of
@@ -192,7 +259,7 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
       if (unit.splits > 32)
         mine = base + r.lane < unit.splits ? load_fresh(reinterpret_cast<const float2*>(stats + (base + r.lane) * group * 2)) : float2{-INFINITY, 0.f};
       const float factor = exp2_(mine.x - most);
-      float sum = mine.y * factor;
+      float sum = times(mine.y, factor);
       for (int mask = 16; mask; mask >>= 1) sum += shuffle_xor(sum, mask);
       total += sum;
       const int runs = unit.splits - base < 32 ? unit.splits - base : 32;
@@ -200,38 +267,44 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
       for (int i = 0; i < kEarly; ++i) {
         const float weight = from_lane(factor, i);
         const float2 part = base == 0 ? early[i] : i < runs ? load_fresh(reinterpret_cast<const float2*>(parts + (base + i) * pitch)) : float2{0.f, 0.f};
-        out[0] += part.x * weight, out[1] += part.y * weight;
+        out[0] = fused(part.x, weight, out[0]), out[1] = fused(part.y, weight, out[1]);
       }
 #pragma unroll 4
       for (int i = kEarly; i < runs; ++i) {
         const float weight = from_lane(factor, i);
         const float2 part = load_fresh(reinterpret_cast<const float2*>(parts + (base + i) * pitch));
-        out[0] += part.x * weight, out[1] += part.y * weight;
+        out[0] = fused(part.x, weight, out[0]), out[1] = fused(part.y, weight, out[1]);
       }
     }
     uint16_t* to = p.work.mixed + int64_t(unit.row) * p.heads * kHead + (unit.head * group + head) * kHead + column;
-    to[0] = narrow(out[0] / total), to[1] = narrow(out[1] / total);
+    *reinterpret_cast<uint32_t*>(to) = narrow(out[0] / total, out[1] / total);
   }
 }
 
+// This block's part of the runs of a row and head: of a thread each.
+struct Due {
+  uint32_t runs = 0, all;
+  DEVICE Due(const Params& p, int thread, const Range& runs_) {
+    int start = 0;
+#pragma unroll 1
+    for (int row = 0; row < thread / p.kv_heads && row < p.rows; ++row) start += splits_of(p.lens[row]) * p.kv_heads;
+    if (thread >= p.rows * p.kv_heads) return;
+    const int splits = splits_of(p.lens[thread / p.kv_heads]);
+    start += thread % p.kv_heads * splits;
+    const int begin = start > runs_.first ? start : runs_.first, end = start + splits < runs_.last ? start + splits : runs_.last;
+    runs = begin < end ? end - begin : 0, all = splits;
+  }
+};
+
 // Says which rows and heads this block's runs belong to; whoever brings a row's last run merges it.
-DEVICE void finish(Reader& r, int layer, const Range& runs) {
+DEVICE void finish(Reader& r, int layer, const Range& runs, const Due& due) {
   const Params& p = r.p;
   const int thread = r.warp * 32 + r.lane;
   mark(r, 22);
   sync_computing();
   mark(r, 23);
-  int start = 0;  // a thread has one row and head
-  for (int row = 0; row < thread / p.kv_heads && row < p.rows; ++row) start += splits_of(p.lens[row]) * p.kv_heads;
-  bool done = false;
-  if (thread < p.rows * p.kv_heads) {
-    const int splits = splits_of(p.lens[thread / p.kv_heads]);
-    start += thread % p.kv_heads * splits;
-    const int begin = start > runs.first ? start : runs.first, end = start + splits < runs.last ? start + splits : runs.last;
-    if (begin < end)
-      done = count_up(&p.work.arrived[layer * p.rows * p.kv_heads + thread], end - begin) + (end - begin) == uint32_t(splits);
-  }
-  r.s.done[thread] = done;
+  r.s.done[thread] =
+      due.runs && count_up(&p.work.arrived[layer * p.rows * p.kv_heads + thread], due.runs) + due.runs == due.all;
   sync_computing();
   mark(r, 24);
   uint32_t merged = 0;
@@ -248,23 +321,25 @@ DEVICE void finish(Reader& r, int layer, const Range& runs) {
   }
 }
 
-template <int kGroup>
-DEVICE void run_attention(Reader& r, int layer) {
+DEVICE void run_attention(Reader& r, int layer, const Range& runs, const Due& due) {
   const Params& p = r.p;
   const Layer& l = p.layers[layer];
-  const Range runs = runs_of(p, r.program);
   if (runs.first == runs.last) return;
   mark(r, 20);
-  begin_stage(r, &p.work.ended[layer * 4 + kQkv], p.programs);
-  mark(r, 21);
-  for (int number = runs.first; number < runs.last; ++number, ++r.taken) {
-    const int slot = r.taken % kSlots;
-    if (slot != r.warp) continue;  // a slot's runs are always the same warp's: a barrier's waiter must see every phase
-    Unit unit;
-    find_unit(p, number, unit);
-    attend<kGroup>(r, l, unit, slot, (r.taken / kSlots) & 1);
-  }
-  finish(r, layer, runs);
+  // A slot's runs are always the same warp's: a barrier's waiter must see every phase.
+  const int until = runs.last - runs.first;
+  int number = r.warp < kSlots ? (r.warp + kSlots - int(r.taken % kSlots)) % kSlots : until;
+  bool begun = false;
+  do {
+    Prepared run;
+    if (number < until) run.load(r, l, runs.first + number);
+    if (!begun) begin_stage(r, &p.work.ended[layer * 4 + kQkv], p.programs), mark(r, 21);
+    begun = true;
+    if (number < until) attend(r, l, run, r.warp, (r.taken + number) / kSlots & 1);
+    number += kSlots;
+  } while (number < until);
+  r.taken += until;
+  finish(r, layer, runs, due);
 }
 
 }  // namespace

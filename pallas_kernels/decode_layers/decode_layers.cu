@@ -65,13 +65,13 @@ constexpr int kHead = 128;
 
 struct Shared {
   alignas(128) unsigned char ring[kSlots][kSlotBytes];
-  alignas(16) float scratch[2][kWarps][2][kUnit][kRows];  // two groups' sums; attention's queries, then probabilities
+  alignas(16) float scratch[2][kWarps][2][kUnit][kRows];  // two groups' sums
   uint16_t residual[kMaxUnits * kUnit][kRows];
   float squares[kWarps][kRows], scales[kRows];
   uint64_t full[kSlots], empty[kSlots];
   bool done[kThreads];  // of each row and kv head: all its runs are there
 };
-static_assert(kSlots <= kWarps && kSlotBytes >= 4 * kSplit * kHead && sizeof(Shared::scratch) >= kWarps * kSplit * kRows * 4);
+static_assert(kSlots <= kWarps);
 
 struct alignas(16) Four {
   float values[4];
@@ -134,10 +134,17 @@ DEVICE Range runs_of(const Params& p, int program) {
   return {first_unit(p, all, program), first_unit(p, all, program + 1)};
 }
 
-DEVICE uint16_t* page_row(const Params& p, uint16_t* pages, const Unit& unit, int key) {
+// Where in a layer's pages a row's key or value lies.
+DEVICE int64_t page_at(const Params& p, const Unit& unit, int key) {
   const int64_t page = p.table[unit.row * p.width + key / p.page_size];
-  return pages + ((page * p.kv_heads + unit.head) * p.page_size + key % p.page_size) * kHead;
+  return ((page * p.kv_heads + unit.head) * p.page_size + key % p.page_size) * kHead;
 }
+
+// Keys 4i .. 4i + 3 of a run lie together in a slot, behind all keys the values likewise. Behind each four comes a gap, so
+// that the eight lanes that read four keys of each of four such groups at one time meet no bank twice.
+constexpr int kTogether = 4, kGroups = kSplit / kTogether, kGap = kTogether * kHead + 16;  // the last: numbers of bf16
+static_assert(kSlotBytes >= 2 * kGroups * kGap * 2);
+DEVICE int place_in(int key) { return key / kTogether * kGap + key % kTogether * kHead; }
 
 // ---- copies ----
 
@@ -203,20 +210,21 @@ struct Fetcher {  // one of the warps that fill the ring; together they do what 
   }
 };
 
-// Keys, then values, of this block's runs, 16 of them a copy: a page's are neighbours.
+// Keys, then values, of this block's runs, 4 of them a copy: a page's are neighbours.
 DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range& runs) {
-  constexpr int kCopies = kSplit / kUnit, kMine = 2 * kCopies / kFetchers, kBytes = kUnit * kHead * 2;
+  constexpr int kMine = 2 * kGroups / kFetchers, kBytes = kTogether * kHead * 2;
 #pragma unroll 1
   for (int number = runs.first; number < runs.last; ++number) {
     Unit unit;
     find_unit(p, number, unit);
-    const int first = unit.split * kSplit, there = between(0, (unit.length - first + kUnit - 1) / kUnit, kCopies);
+    const int first = unit.split * kSplit, there = between(0, (unit.length - first + kTogether - 1) / kTogether, kGroups);
     int mine = 0;
-    for (int i = 0; i < kMine; ++i) mine += (f.number * kMine + i) % kCopies < there;
-    const int slot = f.next(mine * kBytes), task = f.number * kMine + f.lane, copy = task % kCopies;
-    if (f.lane < kMine && copy < there)
-      copy_in(f.s.ring[slot] + task * kBytes, page_row(p, task < kCopies ? l.k_pages : l.v_pages, unit, first + copy * kUnit),
-              kBytes, &f.s.full[slot]);
+    for (int i = 0; i < kMine; ++i) mine += (f.number * kMine + i) % kGroups < there;
+    const int slot = f.next(mine * kBytes), task = f.number * kMine + f.lane, group = task % kGroups;
+    if (f.lane < kMine && group < there) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(f.s.ring[slot]) + task * kGap;
+      copy_in(to, (task < kGroups ? l.k_pages : l.v_pages) + page_at(p, unit, first + group * kTogether), kBytes, &f.s.full[slot]);
+    }
   }
 }
 
@@ -434,7 +442,6 @@ namespace {
 
 // ---- the whole ----
 
-template <int kGroup>  // as many queries a key, or fewer
 DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
@@ -449,7 +456,10 @@ DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   }
   if (kFetchers == 4) take_registers<216>();
   Reader r{p, s, program, warp, lane, lane / 4, lane % 4};
+  const Range runs = runs_of(p, program);
+  const Due due(p, thread, runs);
   uint32_t merges = 0;
+#pragma unroll 1
   for (int row = 0; row < p.rows; ++row) merges += p.lens[row] > 0 ? p.kv_heads : 0;
   begin_residual(r);
   // One copy of the code for all products: a layer's instructions should stay in the multiprocessor's cache.
@@ -458,7 +468,7 @@ DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   for (int layer = 0; layer < p.num_layers; ++layer)
 #pragma unroll 1
     for (int stage = kQkv; stage <= kDown; ++stage, before = ended++) {
-      if (stage == kO) run_attention<kGroup>(r, layer);
+      if (stage == kO) run_attention(r, layer, runs, due);
       const bool attended = stage == kO;
       run_product(r, layer, Stage(stage), attended ? &p.work.attended[layer] : before, attended ? merges : p.programs);
     }

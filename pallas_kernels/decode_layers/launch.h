@@ -108,12 +108,7 @@ ffi::Error decode_layers_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, 
     std::memset(static_cast<void*>(each.get()), 0xff, sizeof(Shared));
   }
   const std::string fault = run_grid(p->programs, kAllThreads, kThreads, unsigned(p->rows),
-                                     [&](int program, int thread) {
-                                       if (p->heads <= 4 * p->kv_heads)
-                                         run<4>(*p, *shared[program], program, thread);
-                                       else
-                                         run<8>(*p, *shared[program], program, thread);
-                                     });
+                                     [&](int program, int thread) { run(*p, *shared[program], program, thread); });
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
 
@@ -121,10 +116,9 @@ XLA_FFI_DEFINE_HANDLER(decode_layers_handler, decode_layers_impl, ffi::Ffi::Bind
 
 #else
 
-template <int kGroup>
 __global__ void __launch_bounds__(kAllThreads, 1) decode_layers(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char raw[];
-  run<kGroup>(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
+  run(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
 }
 
 ffi::Error decode_layers_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
@@ -133,11 +127,10 @@ ffi::Error decode_layers_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi:
   if (!why.empty()) return failure(why);
   const Layout layout = lay_out(p, static_cast<unsigned char*>((*rets.get<ffi::AnyBuffer>(1))->untyped_data()));
   // Of each device by itself, so at each call; only recordings of the step's graph come here.
-  const auto kernel = p.heads <= 4 * p.kv_heads ? decode_layers<4> : decode_layers<8>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  cudaError_t error = cudaFuncSetAttribute(decode_layers, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error == cudaSuccess) error = cudaMemsetAsync(p.work.begun, 0, layout.zeros, stream);
   if (error == cudaSuccess) {
-    kernel<<<p.programs, kAllThreads, sizeof(Shared), stream>>>(p);
+    decode_layers<<<p.programs, kAllThreads, sizeof(Shared), stream>>>(p);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? ffi::Error::Success() : failure(cudaGetErrorString(error));

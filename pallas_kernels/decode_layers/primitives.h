@@ -31,12 +31,6 @@ DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // From the second-level cache: written by other blocks of this launch. Volatile, since CUDA's own __ldcg may be moved over
 // a barrier and out of a loop.
-DEVICE uint16_t load_fresh(const uint16_t* from) {
-  uint16_t value;
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(value) : "l"(from) : "memory");
-  return value;
-}
-
 DEVICE float load_fresh(const float* from) {
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
@@ -58,6 +52,12 @@ DEVICE float4 load_fresh(const float4* from) {
                : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
                : "l"(from)
                : "memory");
+  return value;
+}
+
+DEVICE uint2 load_fresh(const uint2* from) {
+  uint2 value;
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from) : "memory");
   return value;
 }
 

@@ -10,8 +10,9 @@ from helpers.kernel_backends import ON_GPU, declined, pairs
 from pallas_kernels.decode_layers import emulated
 from pallas_kernels.decode_layers.api import decode_layers
 from pallas_kernels.decode_layers.cuda import programs_for
-from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS
+from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS, LayersSpec
 
+ONE_HEAD = LayersSpec("one_head", (150,), L=1, D=128, N=1, K=1, F=64, qkv_bias=True)
 cpu_only = pytest.mark.skipif(ON_GPU, reason="the emulator is for machines without a GPU")
 
 
@@ -71,6 +72,32 @@ def test_a_row_has_the_same_bits_in_company_and_alone(name, spec):
         for got, want in zip(own, pages, strict=True):
             np.testing.assert_array_equal(got[0][page, :, offset], want[0][page, :, offset])
             np.testing.assert_array_equal(got[1][page, :, offset], want[1][page, :, offset])
+
+
+@pytest.mark.parametrize(("name", "spec"), kernels([ONE_HEAD]))
+def test_probabilities_keep_more_bits_than_the_values_they_are_multiplied_with(name, spec):
+    # Queries, keys and values are biases and pages alone, and the output is attention's: what is left of terms of 1 and -1,
+    # whose values are rounded. Probabilities rounded to bf16 would change all of it.
+    given, rng, n = spec.inputs(), np.random.default_rng(4), spec.lengths[0]
+    bf16 = given["x"].dtype
+    layer, key = given["layers"][0], rng.standard_normal((n, 128)).astype(bf16)
+    query = rng.standard_normal(128).astype(bf16)
+    scores = key.astype(float) @ query.astype(float) * spec.H**-0.5
+    p = np.exp(scores - scores.max())
+    signs = rng.permuted(np.tile([[1.0], [-1.0]], (n // 2, 128)), axis=0)
+    value = (signs / p[:, None]).astype(bf16)
+    for name_ in ("qkv", "down"):
+        layer[name_] = np.zeros_like(layer[name_])
+    layer["qkv_bias"] = np.concatenate([query, key[-1], value[-1]])
+    layer["o"] = np.eye(128, dtype=np.float32).astype(bf16)
+    given |= {"x": np.zeros_like(given["x"]), "cosines": np.ones((1, 64), np.float32)}
+    given["sines"] = np.zeros((1, 64), np.float32)
+    for pages, what in zip(given["pages"][0], (key, value), strict=True):
+        for at in range(n - 1):
+            page, offset = given["page_table"][0, at // spec.page_size], at % spec.page_size
+            pages[page, 0, offset] = what[at]
+    want = p @ value.astype(float) / p.sum()
+    assert error(run(name, spec, given)[0][0], want) < 1e-2
 
 
 @cpu_only
