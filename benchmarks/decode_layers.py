@@ -1,8 +1,9 @@
 """All layers of a decode step in one kernel on a GPU: checked, timed against the bytes, and where a stage's time goes.
 
 In: nothing but a GPU and nvcc. Out: JSON lines on the terminal. Layers have weights of their own; times are of one
-jitted call of all layers, host clock over calls in a row, the best of several. `timeline` builds the kernel with marks:
-for each stage how long blocks waited for the one before, and how long they worked.
+jitted call of all layers, host clock over calls in a row, the best of several: without the head, with final norm and
+head inside the kernel, and with these as XLA's own operations behind it (`apart`). `timeline` builds the kernel with
+marks: for each stage how long blocks waited for the one before, and how long they worked.
 
     python -m benchmarks.decode_layers [check time variants timeline]
 """
@@ -24,14 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.decode_chain.reference import rms_norm
 from pallas_kernels.decode_layers import cuda
-from pallas_kernels.decode_layers.api import LayerWeights, decode_layers
+from pallas_kernels.decode_layers.api import Head, LayerWeights, decode_layers
 from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS, LayersSpec
 
 CONTEXT, PAGE = 1088, 64
 MODELS = {
-    "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336),
-    "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, qk_norm=True),
+    "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336, V=128256),
+    "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, V=151936, qk_norm=True),
 }
 CONSTANTS = ("AHEAD", "FLIGHT")
 VARIANTS = {  # slots of activations in registers, slots on their way
@@ -69,6 +71,12 @@ def weights(model: str) -> list[LayerWeights]:
     return made
 
 
+@functools.lru_cache(maxsize=1)
+def head_of(model: str) -> Head:
+    m, k = MODELS[model], jax.random.split(jax.random.key(-1))
+    return Head(normal(k[0], (m.D,), 0.1, 1.0), normal(k[1], (m.V, m.D), m.D**-0.5))
+
+
 Kernel = tuple[str, ctypes.CDLL]  # the name it is registered under, the library
 
 
@@ -81,8 +89,8 @@ def kernel(flags: tuple[str, ...] = ()) -> Kernel:
     return target, loaded
 
 
-def step_of(model: str, B: int, of: Kernel) -> tuple[Any, list[Any], list[jax.Array]]:
-    """A jitted step whose pages are donated, the pages, and the rows' arrays."""
+def step_of(model: str, B: int, of: Kernel, where: str) -> tuple[Any, list[Any], list[jax.Array]]:
+    """A jitted step whose pages are donated, the pages, and the rows' arrays. `where`: the head's place, see HEADS."""
     m, width = MODELS[model], -(-CONTEXT // PAGE)
     shape = (B * width, m.K, PAGE, m.H)
     pages = [tuple(normal(jax.random.key(2 * i + j), shape) for j in range(2)) for i in range(m.L)]
@@ -91,26 +99,35 @@ def step_of(model: str, B: int, of: Kernel) -> tuple[Any, list[Any], list[jax.Ar
     rows = [table, jnp.full(B, CONTEXT, jnp.int32), jnp.cos(angles), jnp.sin(angles)]
     programs = jax.devices()[0].core_count
 
-    def step(x: jax.Array, pages: Any, layers: Any, *rows: jax.Array) -> Any:
-        return cuda.call(*of, programs, x, layers, pages, *rows, eps=EPS, scale=m.H**-0.5)
+    def step(x: jax.Array, pages: Any, layers: Any, head: Head, *rows: jax.Array) -> Any:
+        inside = head if where == "inside" else None
+        out, pages = cuda.call(*of, programs, x, layers, pages, *rows, eps=EPS, scale=m.H**-0.5, head=inside)
+        if where == "apart":
+            contract = (((1,), (1,)), ((), ()))
+            normed = rms_norm(out, head.norm, EPS)
+            out = jax.lax.dot_general(normed, head.table, contract, preferred_element_type=jnp.float32)
+        return out, pages
 
     return jax.jit(step, donate_argnums=(1,)), pages, rows
 
 
-def bytes_of(model: str, B: int) -> int:
+HEADS = ("none", "inside", "apart")
+
+
+def bytes_of(model: str, B: int, where: str) -> int:
     m = MODELS[model]
     layer = (m.N + 2 * m.K) * m.H * m.D + m.N * m.H * m.D + 3 * m.D * m.F
-    return 2 * m.L * (layer + B * CONTEXT * 2 * m.K * m.H)
+    return 2 * m.L * (layer + B * CONTEXT * 2 * m.K * m.H) + 2 * m.V * m.D * (where != "none")
 
 
-def seconds_of(model: str, B: int, of: Kernel, reps: int = 20) -> float:
-    step, pages, rows = step_of(model, B, of)
+def seconds_of(model: str, B: int, of: Kernel, where: str, reps: int = 20) -> float:
+    step, pages, rows = step_of(model, B, of, where)
     x, times = normal(jax.random.key(9), (B, MODELS[model].D)), []
-    layers = weights(model)
+    layers, head = weights(model), head_of(model)
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(reps):
-            _, pages = step(x, pages, layers, *rows)
+            _, pages = step(x, pages, layers, head, *rows)
         jax.block_until_ready(pages)
         times.append((time.perf_counter() - start) / reps)
     return min(times[1:])
@@ -119,13 +136,17 @@ def seconds_of(model: str, B: int, of: Kernel, reps: int = 20) -> float:
 def check() -> None:
     """The emulator's cases and one real layer, against the reference; the same bits again and alone."""
     real = dataclasses.replace(
-        MODELS["llama-3.1-8b"], name="8b", L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1)
+        MODELS["llama-3.1-8b"], name="8b", L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1), V=0
     )
-    for spec in (*LAYERS_SPECS[:4], real):
-        x, layers, pages, *rows = spec.arguments(spec.inputs())
+    headed = dataclasses.replace(real, name="8b, head", V=8003)
+    for spec in (*LAYERS_SPECS[:5], real, headed):
+        given = spec.inputs()
+        (x, layers, pages, *rows), head = spec.arguments(given), spec.head(given)
 
-        def op(name: str, spec: Any = spec) -> Any:
-            return jax.jit(functools.partial(decode_layers, eps=EPS, scale=spec.H**-0.5, implementation=name))
+        def op(name: str, spec: Any = spec, head: Any = head) -> Any:
+            return jax.jit(
+                functools.partial(decode_layers, eps=EPS, scale=spec.H**-0.5, head=head, implementation=name)
+            )
 
         def run(call: Any, x: Any, rows: Any, layers: Any = layers, pages: Any = pages) -> Any:
             return np.asarray(call(x, layers, pages, *rows)[0], np.float64)
@@ -141,17 +162,9 @@ def check() -> None:
 
 def timed() -> None:
     for model in MODELS:
-        for B in (1, 2, 4, 8):
-            seconds = seconds_of(model, B, kernel())
-            per_layer = seconds / MODELS[model].L * 1e6
-            say(
-                what="time",
-                model=model,
-                B=B,
-                ms=seconds * 1e3,
-                us_layer=per_layer,
-                TBps=bytes_of(model, B) / seconds / 1e12,
-            )
+        for B, where in [(B, where) for B in (1, 8) for where in HEADS] + [(2, "inside"), (4, "inside")]:
+            seconds, size = seconds_of(model, B, kernel(), where), bytes_of(model, B, where)
+            say(what="time", model=model, B=B, head=where, ms=seconds * 1e3, TBps=size / seconds / 1e12)
 
 
 def variants() -> None:
@@ -161,18 +174,19 @@ def variants() -> None:
     for name, each in zip(VARIANTS, flags, strict=True):
         of = kernel(each)
         for model, B in (("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("qwen3-0.6b", 1)):
-            seconds = seconds_of(model, B, of)
-            say(what="variant", name=name, model=model, B=B, ms=seconds * 1e3, TBps=bytes_of(model, B) / seconds / 1e12)
+            seconds = seconds_of(model, B, of, "inside")
+            size = bytes_of(model, B, "inside")
+            say(what="variant", name=name, model=model, B=B, ms=seconds * 1e3, TBps=size / seconds / 1e12)
 
 
 def timeline() -> None:
     of = kernel(("-DJAXLLM_TIMELINE",))
     for model, B in (("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("qwen3-0.6b", 1)):
-        step, pages, rows = step_of(model, B, of)
-        x, layers = normal(jax.random.key(9), (B, MODELS[model].D)), weights(model)
+        step, pages, rows = step_of(model, B, of, "inside")
+        x, layers, head = normal(jax.random.key(9), (B, MODELS[model].D)), weights(model), head_of(model)
         times, counts = np.zeros((160, 4096), np.uint64), np.zeros(160, np.int32)
         for _ in range(3):  # the last one is what is told
-            out, pages = step(x, pages, layers, *rows)
+            out, pages = step(x, pages, layers, head, *rows)
             jax.block_until_ready(out)
             pointer = times.ctypes.data_as(ctypes.c_void_p), counts.ctypes.data_as(ctypes.c_void_p)
             if error := of[1].jaxllm_decode_layers_timeline(*pointer):
@@ -184,10 +198,12 @@ def timeline() -> None:
 POINTS = ("await", "x", "first", "rest", "signal")  # a product's: what ends there began at the one before
 NAMES = [f"{stage} {point}" for stage in ("qkv", "o", "gate_up", "down") for point in POINTS]
 NAMES += ["attention " + point for point in ("await", "runs", "others", "count", "merge", "signal", "end")]
+NAMES += ["head " + point for point in POINTS]
 
 
 def tell(model: str, B: int, times: Any, counts: Any) -> None:
-    """Between two marks of a block: the later one's name says what it went to. Times of all layers but the first."""
+    """Between two marks of a block: the later one's name says what it went to. Times of all layers but the first, and
+    of the head."""
     found: dict[tuple[int, int], list[float]] = {}
     length = []
     for program in np.flatnonzero(counts):
@@ -195,7 +211,7 @@ def tell(model: str, B: int, times: Any, counts: Any) -> None:
         points, at = (marks % 32).astype(int), (marks // 32).astype(np.int64)
         starts = np.flatnonzero(points == 0)
         length.append((at[starts[-1]] - at[starts[1]]) / (len(starts) - 2) / 1e3)
-        for i in range(starts[1], starts[-1]):
+        for i in range(starts[1], len(points) - 1):
             found.setdefault((points[i], points[i + 1]), []).append((at[i + 1] - at[i]) / 1e3)
     for (begin, end), spent in sorted(found.items()):
         a, b, c = (round(float(np.percentile(spent, q)), 2) for q in (10, 50, 90))

@@ -24,7 +24,7 @@ from jaxllm.graph.kv_cache import KVCache, scales_of
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.layers.joined import joined
-from jaxllm.graph.layers.whole import through_all
+from jaxllm.graph.layers.whole import Through, through_all
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
 from pallas_kernels.decode_attention.api import decode_attention
@@ -231,12 +231,11 @@ def step(
     done = through_all(model, x, inputs, kv) if whole else None
     if done is None:
         attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
-        x = model.through(x, own(inputs.positions), attend, onward, exchange)
-    else:
-        x, kv = done
-    hidden = together(model.end(x, exchange))
-    last = inputs.last_token
-    logits = model.logits(hidden if last is None else hidden[last])
+        done = Through(model.through(x, own(inputs.positions), attend, onward, exchange), False, kv)
+    logits, kv, hidden = done.out, done.kv, None
+    if not done.headed:
+        hidden, last = together(model.end(done.out, exchange)), inputs.last_token
+        logits = model.logits(hidden if last is None else hidden[last])
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
     load = expert_load(graph, shape, inputs, model.chosen())

@@ -1,8 +1,9 @@
 """All layers of a dense decoder for one decode step: argument checks, then the best implementation that accepts.
 
 In: the residual stream after the embedding, each layer's weights stored [out, in] and its pages, page tables, lengths,
-rotations. Out: the residual stream after the last layer, and the pages with this step's keys and values. A row's bits
-depend neither on the other rows nor on how many there are, where a kernel says so. Knows no embedding and no head.
+rotations, and the final norm and head if these are wanted too. Out: the residual stream after the last layer, or the
+logits, and the pages with this step's keys and values. A row's bits depend neither on the other rows nor on how many
+there are, where a kernel says so. Knows no embedding.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ class LayerWeights:
     qk_norms: jax.Array | None = None  # [2, H]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Head:
+    norm: jax.Array  # [D]
+    table: jax.Array  # [V, D]
+
+
 def decode_layers(
     x: jax.Array,  # [B, D]
     layers: Sequence[LayerWeights],
@@ -48,10 +56,12 @@ def decode_layers(
     *,
     eps: float,
     scale: float,
+    head: Head | None = None,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
-    """-> (x[B, D], pages), these in place where the caller donates them. Padding rows come out as anything.
+    """-> (x[B, D], or f32 logits[B, V] with a head; pages), these in place where the caller donates them. Padding rows
+    come out as anything.
 
     Every layer is alike: full attention, SwiGLU. Entries of the page table behind a row's pages may hold anything.
     """
@@ -78,6 +88,8 @@ def decode_layers(
                 raise ValueError(f"layer {number}: {name} must be {list(shape)} as in layer 0, got {got}")
         if any(each.shape != pages[0][0].shape for each in own):
             raise ValueError(f"layer {number}: pages must be {list(pages[0][0].shape)} as in layer 0")
+    if head is not None and (head.norm.shape != (D,) or head.table.ndim != 2 or head.table.shape[1] != D):
+        raise ValueError(f"head: need norm[{D}] and table[V, {D}], got {head.norm.shape} and {head.table.shape}")
     if page_table.ndim != 2 or page_table.shape[0] != B or kv_lens.shape != (B,):
         raise ValueError(f"need page_table[{B}, W] and kv_lens[{B}], got {page_table.shape} and {kv_lens.shape}")
     if page_table.dtype != jnp.int32 or kv_lens.dtype != jnp.int32:
@@ -85,4 +97,4 @@ def decode_layers(
     if cosines.shape != (B, H // 2) or sines.shape != (B, H // 2):
         raise ValueError(f"cosines and sines must be [{B}, {H // 2}], got {cosines.shape} and {sines.shape}")
     run = dispatch("decode_layers", implementation=implementation, platform=platform)
-    return run(x, layers, pages, page_table, kv_lens, cosines, sines, eps=eps, scale=scale)
+    return run(x, layers, pages, page_table, kv_lens, cosines, sines, eps=eps, scale=scale, head=head)

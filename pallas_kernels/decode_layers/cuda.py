@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.compiled import NVCC, built, once
-from pallas_kernels.decode_layers.api import LayerWeights, Pages
+from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 HERE = Path(__file__).parent
 SOURCE, INCLUDES = (
@@ -39,22 +39,24 @@ def decode_layers(
     *,
     eps: float,
     scale: float,
+    head: Head | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
     """See api.decode_layers."""
-    refuse(x, layers, pages)
+    refuse(x, layers, pages, head)
     register(library())
     device = jax.devices()[0]
     most = getattr(device, "core_count", 132)
-    return call(TARGET, library(), most, x, layers, pages, page_table, kv_lens, cosines, sines, eps=eps, scale=scale)
+    rows = page_table, kv_lens, cosines, sines
+    return call(TARGET, library(), most, x, layers, pages, *rows, eps=eps, scale=scale, head=head)
 
 
-def refuse(x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages]) -> None:
+def refuse(x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages], head: Head | None) -> None:
     """NotImplementedError for what the kernel does not do."""
     (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
     NH, F = first.o.shape[1], first.down.shape[1]
     if B > ROWS:
         raise NotImplementedError(f"at most {ROWS} rows, got {B}")
-    for array in jax.tree.leaves((x, tuple(layers), tuple(pages))):
+    for array in jax.tree.leaves((x, tuple(layers), tuple(pages), head)):
         if array.dtype != jnp.bfloat16:
             raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
     if HEAD != H or page_size % UNIT or 128 % page_size:
@@ -92,6 +94,7 @@ def call(
     *rows: jax.Array,
     eps: float,
     scale: float,
+    head: Head | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
     """The FFI call, with the library's word on how much memory it works in."""
     (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
@@ -99,8 +102,8 @@ def call(
     programs = programs_for(D, NH + 2 * K * H, NH, F, most)
     sizes = dict(num_layers=len(layers), rows=B, programs=programs, D=D, F=F)
     sizes |= dict(heads=NH // H, kv_heads=K, page_size=page_size, width=width)
-    optional = (first.qkv_bias, first.o_bias, first.qk_norms)
-    has = sum(1 << bit for bit, array in enumerate(optional) if array is not None)
+    optional = (first.qkv_bias, first.o_bias, first.qk_norms, head)
+    has = sum(1 << bit for bit, given in enumerate(optional) if given is not None)
     work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_layers_work(*map(ctypes.c_int64, sizes.values())),), jnp.uint8)
     operands, aliases = [x, *rows], dict[int, int]()
     for number, (layer, own) in enumerate(zip(layers, pages, strict=True)):
@@ -108,9 +111,16 @@ def call(
         operands += [*weights, *(each for each in (layer.qkv_bias, layer.o_bias, layer.qk_norms) if each is not None)]
         aliases |= {len(operands) + i: 2 + 2 * number + i for i in range(2)}
         operands += own
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype), work]
+    vocabulary, result = 0, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if head is not None:
+        operands += [head.norm, head.table]
+        vocabulary = head.table.shape[0]
+        result = jax.ShapeDtypeStruct((B, vocabulary), jnp.float32)
+    results = [result, work]
     results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
-    attributes: dict[str, Any] = {name: np.int64(value) for name, value in (*sizes.items(), ("has", has))}
+    attributes: dict[str, Any] = {
+        name: np.int64(value) for name, value in (*sizes.items(), ("V", vocabulary), ("has", has))
+    }
     run = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
     out, _, *written = run(*operands, eps=np.float32(eps), scale=np.float32(scale), **attributes)
     return out, list(zip(written[::2], written[1::2], strict=True))

@@ -10,6 +10,8 @@
 //
 // RMS norms are split: who makes the residual stream also hands on x * norm weight and sums of squares; who reads that
 // multiplies its sums by the rows' scales. Rotation and the norms of queries and keys are done where attention reads them.
+//
+// The final norm and the head, where they are asked for, are one more layer of which there is only the first product.
 #include "primitives.h"
 
 namespace {
@@ -35,10 +37,11 @@ constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRo
 constexpr int kShare = kDepth / kWarps, kHalves = kShare / 32;  // a warp's columns of a slot, 32 at a time
 constexpr int kAhead = JAXLLM_AHEAD;    // slots whose activations are in registers
 constexpr int kFlight = JAXLLM_FLIGHT;  // slots whose copies may be on their way at one time
+constexpr int kHeadPoint = 27;  // of a timeline: behind the stages' and attention's
 constexpr int kMaxUnits = 8;          // of the residual stream that one block keeps
 constexpr float kLog2e = 1.4426950408889634f;
 
-struct Layer {
+struct Layer {  // of the end: `qkv` is the head [V][D], `norms` the final one's weights
   const uint16_t *qkv, *o, *norms, *gate_up, *down, *qkv_bias, *o_bias, *qk_norms;
   uint16_t *k_pages, *v_pages;
 };
@@ -50,13 +53,15 @@ struct Work {  // device memory; `counters` and `mixed` start as zeros
 };
 
 struct Params {
-  Layer layers[kMaxLayers];
+  Layer layers[kMaxLayers + 1];
   Work work;
   const uint16_t* x;  // [rows][D]
-  uint16_t* out;      // [rows][D]
+  uint16_t* out;      // [rows][D], or null
+  float* logits;      // [rows][V]; where `out` is null
   const int *table, *lens;   // [rows][width], [rows]
   const float *cosines, *sines;  // [rows][H / 2]
-  int num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, splits;
+  int num_layers, last_layer;  // the latter: of the products, with the head one more
+  int V, rows, programs, D, F, heads, kv_heads, page_size, width, splits;
   float eps, scale;
 };
 
@@ -79,17 +84,17 @@ struct alignas(16) Four {
 
 struct Product {
   const uint16_t* weights;
-  int depth, units, half;  // half: the row of W where `up` begins; 0 = rows as they are
+  int depth, rows, half;  // half: the row of W where `up` begins; 0 = rows as they are
+  DEVICE int units() const { return (rows + kUnit - 1) / kUnit; }
 };
 
 DEVICE Product product_of(const Params& p, int layer, Stage stage) {
   const Layer& l = p.layers[layer];
-  const int wide = (p.heads + 2 * p.kv_heads) * kHead;
   switch (stage) {
-    case kQkv: return {l.qkv, p.D, wide / kUnit, 0};
-    case kO: return {l.o, p.heads * kHead, p.D / kUnit, 0};
-    case kGateUp: return {l.gate_up, p.D, 2 * p.F / kUnit, p.F};
-    default: return {l.down, p.F, p.D / kUnit, 0};
+    case kQkv: return {l.qkv, p.D, layer == p.num_layers ? p.V : (p.heads + 2 * p.kv_heads) * kHead, 0};
+    case kO: return {l.o, p.heads * kHead, p.D, 0};
+    case kGateUp: return {l.gate_up, p.D, 2 * p.F, p.F};
+    default: return {l.down, p.F, p.D, 0};
   }
 }
 
@@ -159,15 +164,15 @@ struct Cursor {
   DEVICE void enter() {  // the stage, or the first behind it in which this block has a share
     for (; there(); next_stage()) {
       w = product_of(p, layer, Stage(stage));
-      unit = first_unit(p, w.units, program), last = first_unit(p, w.units, program + 1), column = 0;
+      unit = first_unit(p, w.units(), program), last = first_unit(p, w.units(), program + 1), column = 0;
       if (unit < last) return;
     }
   }
   DEVICE void next_stage() {
-    if (++stage > kDown) stage = kQkv, ++layer;
+    if (++stage > kDown || layer == p.num_layers) stage = kQkv, ++layer;
   }
-  DEVICE bool there() const { return layer < p.num_layers; }
-  DEVICE int rows() const { return last - unit < 2 ? kUnit : 2 * kUnit; }
+  DEVICE bool there() const { return layer <= p.last_layer; }
+  DEVICE int rows() const { return between(0, w.rows - unit * kUnit, last - unit < 2 ? kUnit : 2 * kUnit); }
   DEVICE int bytes() const { return 2 * (w.depth - column < kDepth ? w.depth - column : kDepth); }
   DEVICE const uint16_t* row(int at) const { return w.weights + weight_row(w, unit + at / kUnit, at % kUnit) * w.depth + column; }
   DEVICE void advance() {
@@ -232,10 +237,14 @@ DEVICE void fetch(const Params& p, Shared& s, int program, int number, int lane)
   Fetcher f(p, s, program, number, lane);
   const Range runs = runs_of(p, program);
 #pragma unroll 1
-  for (int layer = 0; layer < p.num_layers; ++layer) {
-    while (f.now.layer == layer && f.now.stage == kQkv) f.weights();
-    fetch_runs(p, f, p.layers[layer], runs);
-    while (f.now.layer == layer) f.weights();
+  for (int layer = 0; layer <= p.last_layer; ++layer) {
+    bool read = layer == p.num_layers;
+#pragma unroll 1
+    while (true) {  // qkv, runs, the others; some may be nothing
+      if (!read && (f.now.layer != layer || f.now.stage != kQkv)) fetch_runs(p, f, p.layers[layer], runs), read = true;
+      if (f.now.layer != layer) break;
+      f.weights();
+    }
   }
 }
 
@@ -376,16 +385,18 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
   const Params& p = r.p;
   const Layer& l = p.layers[layer];
   const Product w = product_of(p, layer, stage);
-  const int begin = first_unit(p, w.units, r.program), end = first_unit(p, w.units, r.program + 1);
+  const int begin = first_unit(p, w.units(), r.program), end = first_unit(p, w.units(), r.program + 1);
+  const bool head = layer == p.num_layers;
+  const int points = head ? kHeadPoint : 5 * stage;
   const bool normed = stage == kQkv || stage == kGateUp, sums = !normed;
   const uint16_t* x = stage == kO ? p.work.mixed : stage == kDown ? p.work.hidden : p.work.scaled;
   const uint16_t* next = stage == kO ? l.norms + p.D
-                         : stage == kDown && layer + 1 < p.num_layers ? p.layers[layer + 1].norms : nullptr;
+                         : stage == kDown && layer < p.last_layer ? p.layers[layer + 1].norms : nullptr;
   const uint16_t* biases = stage == kQkv ? l.qkv_bias : stage == kO ? l.o_bias : nullptr;
   const int thread = r.warp * 32 + r.lane, u = thread / 128, row = thread / 8 % kUnit, b = thread % kRows;
-  mark(r, 5 * stage);
+  mark(r, points);
   begin_stage(r, before, count);
-  mark(r, 5 * stage + 1);
+  mark(r, points + 1);
   Activations ahead;
   ahead.load_all(r, x, w.depth);
   Scale scale;
@@ -400,10 +411,12 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
     accumulate(r, w, x, ahead, units);
     if (normed && unit == begin) scale.publish(r);
     sync_computing();
-    if (unit == begin) mark(r, 5 * stage + 2);
+    if (unit == begin) mark(r, points + 2);
     if (there && stage == kGateUp && row < 8) {
       const float gate = summed(r, u, row, b) * r.s.scales[b], up = summed(r, u, row + 8, b) * r.s.scales[b];
       p.work.hidden[int64_t(b) * p.F + (unit + u) * 8 + row] = narrow(gate / (1.f + exp_(-gate)) * up);
+    } else if (there && head) {
+      if (column < p.V) p.logits[int64_t(b) * p.V + column] = summed(r, u, row, b) * r.s.scales[b];
     } else if (there && stage == kQkv) {
       const int wide_ = (p.heads + 2 * p.kv_heads) * kHead;
       p.work.qkv[int64_t(b) * wide_ + column] = narrow(summed(r, u, row, b) * r.s.scales[b] + bias);
@@ -415,9 +428,9 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
     r.parity ^= 1;
   }
   if (sums) publish_squares(r, squares);
-  mark(r, 5 * stage + 3);
-  end_stage(r, &p.work.ended[layer * 4 + stage]);
-  mark(r, 5 * stage + 4);
+  mark(r, points + 3);
+  if (!head) end_stage(r, &p.work.ended[layer * 4 + stage]);
+  mark(r, points + 4);
 }
 
 DEVICE void begin_residual(Reader& r) {
@@ -465,9 +478,9 @@ DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   // One copy of the code for all products: a layer's instructions should stay in the multiprocessor's cache.
   const uint32_t *before = p.work.begun, *ended = p.work.ended;
 #pragma unroll 1
-  for (int layer = 0; layer < p.num_layers; ++layer)
+  for (int layer = 0; layer <= p.last_layer; ++layer)
 #pragma unroll 1
-    for (int stage = kQkv; stage <= kDown; ++stage, before = ended++) {
+    for (int stage = kQkv; stage <= (layer == p.num_layers ? kQkv : kDown); ++stage, before = ended++) {
       if (stage == kO) run_attention(r, layer, runs, due);
       const bool attended = stage == kO;
       run_product(r, layer, Stage(stage), attended ? &p.work.attended[layer] : before, attended ? merges : p.programs);

@@ -13,19 +13,25 @@ import jax
 
 from pallas_kernels.compiled import GXX, built, once
 from pallas_kernels.decode_layers import cuda
-from pallas_kernels.decode_layers.api import LayerWeights, Pages
+from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 TARGET = "jaxllm_decode_layers_emulated"
 PROGRAMS = 4  # multiprocessors of the machine that is played
 
 
 def decode_layers(
-    x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages], *rows: jax.Array, eps: float, scale: float
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    *rows: jax.Array,
+    eps: float,
+    scale: float,
+    head: Head | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
     """See api.decode_layers."""
-    cuda.refuse(x, layers, pages)
+    cuda.refuse(x, layers, pages, head)
     cuda.register(library(), TARGET, "cpu")
-    return cuda.call(TARGET, library(), PROGRAMS, x, layers, pages, *rows, eps=eps, scale=scale)
+    return cuda.call(TARGET, library(), PROGRAMS, x, layers, pages, *rows, eps=eps, scale=scale, head=head)
 
 
 @once

@@ -8,8 +8,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Which optional weights a layer has, in the order in which they come.
-enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4 };
+// Which optional weights a layer has, in the order in which they come; and whether final norm and head come behind them.
+enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4, kTheHead = 8 };
 
 ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "decode_layers: " + what); }
 
@@ -42,7 +42,7 @@ Layout lay_out(Params& p, unsigned char* base) {
 }
 
 struct Sizes {  // attributes, as they come
-  int64_t num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, has;
+  int64_t num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, V, has;
   float eps, scale;
 };
 
@@ -50,7 +50,8 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
   p.num_layers = int(z.num_layers), p.rows = int(z.rows), p.programs = int(z.programs), p.D = int(z.D), p.F = int(z.F);
   p.heads = int(z.heads), p.kv_heads = int(z.kv_heads), p.page_size = int(z.page_size), p.width = int(z.width);
   p.splits = (p.width * p.page_size + kSplit - 1) / kSplit;
-  p.eps = z.eps, p.scale = z.scale;
+  p.eps = z.eps, p.scale = z.scale, p.V = int(z.V);
+  p.last_layer = p.num_layers - (z.has & kTheHead ? 0 : 1);
   if (p.num_layers > kMaxLayers) return "too many layers";
   if (p.rows * p.kv_heads > kThreads) return "too many kv heads";
   if ((p.D / kUnit + p.programs - 1) / p.programs > kMaxUnits) return "too few programs for the residual stream";
@@ -75,9 +76,14 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
     l.qk_norms = z.has & kQkNorms ? bits() : nullptr;
     l.k_pages = bits(), l.v_pages = bits();  // the results are the same memory
   }
+  if (z.has & kTheHead) {
+    Layer& end = p.layers[p.num_layers] = {};
+    end.norms = bits(), end.qkv = bits();
+  }
   auto out = rets.get<ffi::AnyBuffer>(0), work = rets.get<ffi::AnyBuffer>(1);
   if (!good || at != args.size() || !out.has_value() || !work.has_value()) return "unexpected number of buffers";
-  p.out = static_cast<uint16_t*>((*out)->untyped_data());
+  p.out = z.has & kTheHead ? nullptr : static_cast<uint16_t*>((*out)->untyped_data());
+  p.logits = z.has & kTheHead ? static_cast<float*>((*out)->untyped_data()) : nullptr;
   if (lay_out(p, static_cast<unsigned char*>((*work)->untyped_data())).all > int64_t((*work)->size_bytes()))
     return "the work buffer is too small";
   return "";
@@ -86,11 +92,11 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
 #define JAXLLM_SIZES                                                                                                   \
   .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("programs").Attr<int64_t>("D").Attr<int64_t>("F")     \
       .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                \
-      .Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
+      .Attr<int64_t>("V").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
 #define JAXLLM_SIZE_ARGUMENTS                                                                                          \
   int64_t num_layers, int64_t rows, int64_t programs, int64_t D, int64_t F, int64_t heads, int64_t kv_heads,             \
-      int64_t page_size, int64_t width, int64_t has, float eps, float scale
-#define JAXLLM_SIZE_VALUES {num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, has, eps, scale}
+      int64_t page_size, int64_t width, int64_t V, int64_t has, float eps, float scale
+#define JAXLLM_SIZE_VALUES {num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, V, has, eps, scale}
 
 #ifdef JAXLLM_EMULATED
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_chain.api import Dense, Following
 from pallas_kernels.decode_chain.reference import decode_chain, rms_norm
-from pallas_kernels.decode_layers.api import LayerWeights, Pages
+from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 from pallas_kernels.page_write.reference import page_write
 from pallas_kernels.paged_attention.reference import paged_attention_decode
 
@@ -25,6 +25,7 @@ def decode_layers(
     *,
     eps: float,
     scale: float,
+    head: Head | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
     P, K, page_size, H = pages[0][0].shape
     B, NH = x.shape[0], layers[0].o.shape[1]
@@ -48,13 +49,16 @@ def decode_layers(
         dense = Dense(layer.o, layer.norms, layer.gate_up, layer.down, layer.o_bias)
         after = None if following is None else Following(following.norms, following.qkv, following.qkv_bias)
         x, qkv = decode_chain(x, mixed, dense, after, eps=eps)
-    return x, written
+    return x if head is None else _product(rms_norm(x, head.norm, eps), head.table), written
 
 
 def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    out = jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+    out = _product(x, weight)
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_layers.api import LayerWeights
+from pallas_kernels.decode_layers.api import Head, LayerWeights
 
 EPS = 1e-5
 
@@ -35,6 +35,7 @@ class LayersSpec:
     o_bias: bool = False
     qk_norm: bool = False
     dtype: str = "bfloat16"
+    V: int = 0  # rows of the head; 0: there is none
 
     def arguments(self, given: dict[str, Any]) -> tuple[Any, ...]:
         """The op's arguments as JAX arrays: x, layers, pages, page_table, kv_lens, cosines, sines."""
@@ -42,6 +43,9 @@ class LayersSpec:
         pages = [tuple(map(jnp.asarray, pair)) for pair in given["pages"]]
         rows = (jnp.asarray(given[name]) for name in ("page_table", "kv_lens", "cosines", "sines"))
         return jnp.asarray(given["x"]), layers, pages, *rows
+
+    def head(self, given: dict[str, Any]) -> Head | None:
+        return Head(*map(jnp.asarray, given["head"])) if self.V else None
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
         """Arguments by name: numpy arrays, weights as dicts."""
@@ -90,6 +94,7 @@ class LayersSpec:
             "kv_lens": np.array(self.lengths, np.int32),
             "cosines": np.cos(angles),
             "sines": np.sin(angles),
+            "head": (normal(self.D, scale=0.1, shift=1.0), normal(self.V, self.D, scale=self.D**-0.5)),
         }
 
 
@@ -99,6 +104,7 @@ LAYERS_SPECS = (
     replace(_SMALL, name="one_row", lengths=(130,)),
     replace(_SMALL, name="biases_qk_norm_deep", lengths=(5, 0, 33), qkv_bias=True, o_bias=True, qk_norm=True, F=1088),
     replace(_SMALL, name="eight_queries_a_key", lengths=(200, 64), N=8, K=1, page_size=64, width=5, L=1, qk_norm=True),
+    replace(_SMALL, name="head", lengths=(33, 0, 5), L=1, V=1003),
     replace(_SMALL, name="too_many_rows", lengths=(3,) * 9),
     replace(_SMALL, name="small_f32", lengths=(3, 20), dtype="float32"),
 )

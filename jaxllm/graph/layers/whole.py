@@ -1,12 +1,14 @@
 """All layers of a decode step as one op, where they are plain: dense, alike, attending to everything.
 
-In: a model, the residual stream after the embedding, a step's rows and the pages. Out: the residual stream and the
-pages, or None where a layer is of another kind or no kernel takes this shape; then the layers run one by one.
+In: a model, the residual stream after the embedding, a step's rows and the pages. Out: the logits and the pages, or the
+residual stream where the head is not plain; None where a layer is of another kind or no kernel takes this shape. Then
+the layers run one by one.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,19 @@ from jaxllm.graph.kv_cache import KVCache
 from jaxllm.graph.layers.mlp import MLP
 from jaxllm.graph.layers.rope import rotations
 from jaxllm.graph.models.decoder import Decoder, Layer
-from pallas_kernels.decode_layers.api import LayerWeights, decode_layers
+from pallas_kernels.decode_layers.api import Head, LayerWeights, decode_layers
 
 log = logging.getLogger(__name__)
 
 
-def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache) -> tuple[jax.Array, KVCache] | None:
-    """One query token a row. x[B, D] -> x[B, D] after the last layer."""
+class Through(NamedTuple):
+    out: jax.Array  # f32[B, V]: logits; or [B, D] after the last layer
+    headed: bool  # the former
+    kv: KVCache
+
+
+def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache) -> Through | None:
+    """One query token a row. x[B, D]."""
     config = model.config
     found = [_weights(layer) for layer in model.layers]
     layers = [layer for layer in found if layer is not None]
@@ -31,12 +39,23 @@ def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache) -
         return None
     cosines, sines = rotations(inputs.positions, config.rope, config.head_dim)
     rows = inputs.page_table, inputs.kv_lens, cosines, sines
-    done = None
+    head, done = _head(model), None
     try:
-        done = decode_layers(x, layers, kv, *rows, eps=config.norm_eps, scale=config.attention_scale)
+        out, kv = decode_layers(x, layers, kv, *rows, eps=config.norm_eps, scale=config.attention_scale, head=head)
+        done = Through(out, head is not None, kv)
     except* NotImplementedError as reasons:
         log.info("layers run one by one: %s", "; ".join(map(str, reasons.exceptions)))
     return done
+
+
+def _head(model: Decoder) -> Head | None:
+    table = model.embed if model.head is None else model.head
+    assert table is not None, "a part without its last end"
+    assert model.final_norm is not None, "a part without its last end"
+    if isinstance(table[...], jax.Array):
+        return Head(model.final_norm[...], table[...])
+    log.info("final norm and head run by themselves: the head is no plain array")
+    return None
 
 
 def _weights(layer: Layer) -> LayerWeights | None:

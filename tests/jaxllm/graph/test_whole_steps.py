@@ -1,0 +1,63 @@
+"""A decode step whose layers are one op gives the logits and the pages of one that goes layer by layer."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.graph.inputs import StepShape, pack
+from jaxllm.graph.models.config import ModelConfig
+from jaxllm.graph.models.decoder import abstract
+from jaxllm.graph.quant.scheme import Scheme
+from jaxllm.graph.steps import Graph, step
+from jaxllm.graph.weights.random import dummy
+
+PAGE, PAGES, ROWS = 8, 12, 4
+SIZES = dict(vocab_size=83, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96)
+
+
+def stepped(config, params, *, whole):
+    """Rows of 9, 1 and 20 tokens, and padding, over pages with something in them."""
+    shape = StepShape(ROWS, ROWS, 3, decode=True)
+    table = np.random.default_rng(0).permutation(PAGES)[:9].astype(np.int32).reshape(3, 3)
+    packed = jnp.asarray(pack(shape, [5, 80, -2], [1, 1, 1], [9, 1, 20], [0, 2, 1], table, scratch_row=3))
+    held = (PAGES, config.num_kv_heads, PAGE, config.head_dim)
+    keys = jax.random.split(jax.random.key(1), (config.num_layers, 2))
+    kv = [tuple(jax.random.normal(key, held, jnp.float32) for key in pair) for pair in keys]
+    graph = Graph(abstract(config, jnp.float32)[0], config, PAGE, PAGES, whole=whole, reference_attention=True)
+    run = jax.jit(functools.partial(step, graph, shape))
+    return run(params, kv, jnp.asarray([1, 7, 3, 0], jnp.int32), jnp.zeros((ROWS, config.vocab_size)), packed)
+
+
+def random_weights(config):
+    params = dummy(config, jnp.float32)
+    return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf + 0.1, params)  # so that norms are not ones
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_step_gives_the_logits_tokens_and_pages_of_layers_one_by_one(tied, caplog):
+    config = ModelConfig(**SIZES, tie_embeddings=tied)
+    params = random_weights(config)
+    with caplog.at_level(logging.INFO):
+        got, want = stepped(config, params, whole=True), stepped(config, params, whole=False)
+    assert "by themselves" not in caplog.text
+    assert got.logits.dtype == want.logits.dtype == jnp.float32
+    assert np.std(want.logits[:3]) > 0.1
+    np.testing.assert_allclose(got.logits[:3], want.logits[:3], atol=1e-4)
+    np.testing.assert_array_equal(got.token_ids[:3], want.token_ids[:3])
+    np.testing.assert_array_equal(got.last_tokens[:3], want.last_tokens[:3])
+    for one, other in zip(jax.tree.leaves(got.kv), jax.tree.leaves(want.kv), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_quantised_head_comes_after_layers_in_one(caplog):
+    config = ModelConfig(**SIZES)
+    params = random_weights(config)
+    params["head"] = Scheme("int8").leaf(("layers", 0, "mlp", "down"), params["head"])
+    with caplog.at_level(logging.INFO):
+        got, want = stepped(config, params, whole=True), stepped(config, params, whole=False)
+    assert "final norm and head run by themselves: the head is no plain array" in caplog.text
+    np.testing.assert_allclose(got.logits[:3], want.logits[:3], atol=1e-4)
