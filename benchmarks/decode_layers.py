@@ -35,11 +35,12 @@ MODELS = {
     "llama-3.1-8b": LayersSpec("", (), L=32, D=4096, N=32, K=8, F=14336, V=128256),
     "qwen3-0.6b": LayersSpec("", (), L=28, D=1024, N=16, K=8, F=3072, V=151936, qk_norm=True),
 }
-CONSTANTS = ("AHEAD", "FLIGHT")
-VARIANTS = {  # slots of activations in registers, slots on their way
-    "4 ahead, flight 2": (4, 2),
-    "2 ahead, flight 2": (2, 2),
-    "4 ahead, flight 3": (4, 3),
+CONSTANTS = ("FLIGHT", "HELD")
+VARIANTS = {  # slots on their way, slots of weights in registers before a stage begins
+    "flight 2, held 3": (2, 3),
+    "flight 2, held 2": (2, 2),
+    "flight 2, held 1": (2, 1),
+    "flight 3, held 3": (3, 3),
 }
 
 

@@ -76,7 +76,7 @@ struct Prepared {
   Unit unit;
   bool last;  // the run with the row's new key
   Rotation rotation;
-  Head norm;              // of this lane's head
+  Head norm = {};         // of this lane's head
   uint16_t *key, *value;  // where the new ones go in the pages
   DEVICE void load(const Reader& r, const Layer& l, int number) {
     find_unit(r.p, number, unit);
@@ -98,7 +98,7 @@ struct Prepared {
 // These two go to their page, and to the slot, whose copy may be older than they are.
 struct Fresh {
   Head head = {};
-  uint2 value;
+  uint2 value = {};
   DEVICE void load(const Reader& r, const Prepared& run, const uint16_t* row, int number) {
     const int group = r.p.heads / r.p.kv_heads, head_kv = r.p.heads + run.unit.head;
     const uint16_t* from = row + (number < group ? run.unit.head * group + number : head_kv) * kHead + r.t * 8;
@@ -170,7 +170,7 @@ DEVICE void attend(const Reader& r, const Layer& l, Prepared& run, int slot, uin
   const uint16_t* row = p.work.qkv + int64_t(unit.row) * (p.heads + 2 * p.kv_heads) * kHead;
   uint16_t* keys = reinterpret_cast<uint16_t*>(r.s.ring[slot]);
   uint16_t* values = keys + kGroups * kGap;
-  Head query;
+  Head query = {};
 #pragma unroll 1
   for (int base = 0; base < group + run.last; base += kRows) {  // eight queries and a key: in two turns
     Fresh fresh;
@@ -332,7 +332,7 @@ DEVICE void run_attention(Reader& r, int layer, const Range& runs, const Due& du
   bool begun = false;
   do {
     Prepared run;
-    if (number < until) run.load(r, l, runs.first + number);
+    run.load(r, l, runs.first + (number < until ? number : 0));  // always: what is not, keeps its registers
     if (!begun) begin_stage(r, &p.work.ended[layer * 4 + kQkv], p.programs), mark(r, 21);
     begun = true;
     if (number < until) attend(r, l, run, r.warp, (r.taken + number) / kSlots & 1);

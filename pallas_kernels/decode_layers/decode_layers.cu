@@ -8,6 +8,9 @@
 // other rows nor on their number. Attention is split into runs of 64 keys, a slot of the ring and a warp each, always the
 // same ones, merged in their order by whichever block ends the last.
 //
+// While the activations of a stage are on their way, what the ring holds of its weights goes to registers, and the ring takes
+// more. Half-full slots, of a last unit by itself, may be on their way in twice the number: the memory wants so many bytes.
+//
 // RMS norms are split: who makes the residual stream also hands on x * norm weight and sums of squares; who reads that
 // multiplies its sums by the rows' scales. Rotation and the norms of queries and keys are done where attention reads them.
 //
@@ -19,10 +22,15 @@ namespace {
 #ifndef JAXLLM_DEPTH  // a benchmark may try others
 #define JAXLLM_DEPTH 512
 #define JAXLLM_SLOTS 6
+#endif
+#ifndef JAXLLM_AHEAD
 #define JAXLLM_AHEAD 4
 #endif
 #ifndef JAXLLM_FLIGHT
 #define JAXLLM_FLIGHT 2
+#endif
+#ifndef JAXLLM_HELD
+#define JAXLLM_HELD 3
 #endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
@@ -36,7 +44,8 @@ constexpr int kPitch = kDepth * 2 + 64;  // bytes: odd multiples of 64, so that 
 constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRows * kPitch;
 constexpr int kShare = kDepth / kWarps, kHalves = kShare / 32;  // a warp's columns of a slot, 32 at a time
 constexpr int kAhead = JAXLLM_AHEAD;    // slots whose activations are in registers
-constexpr int kFlight = JAXLLM_FLIGHT;  // slots whose copies may be on their way at one time
+constexpr int kFlight = JAXLLM_FLIGHT;  // slots whose copies may be on their way at one time; half full, twice as many
+constexpr int kHeld = JAXLLM_HELD;      // slots whose weights are in registers before a stage begins
 constexpr int kHeadPoint = 27;  // of a timeline: behind the stages' and attention's
 constexpr int kMaxUnits = 8;          // of the residual stream that one block keeps
 constexpr float kLog2e = 1.4426950408889634f;
@@ -76,7 +85,7 @@ struct Shared {
   uint64_t full[kSlots], empty[kSlots];
   bool done[kThreads];  // of each row and kv head: all its runs are there
 };
-static_assert(kSlots <= kWarps);
+static_assert(kSlots <= kWarps && 2 * kFlight <= kSlots && 1 <= kHeld && kHeld <= kAhead);
 
 struct alignas(16) Four {
   float values[4];
@@ -195,12 +204,13 @@ struct Fetcher {  // one of the warps that fill the ring; together they do what 
   DEVICE Fetcher(const Params& p, Shared& s, int program, int number, int lane)
       : s(s), number(number), lane(lane), now(p, program) {}
 
-  // The next slot, once it is free; told how many bytes this warp will bring.
-  DEVICE int next(uint32_t bytes) {
+  // The next slot, once it is free; told how many bytes this warp will bring, and whether the slot will be half full.
+  DEVICE int next(uint32_t bytes, bool half) {
     const int slot = filled % kSlots;
     if (filled >= kSlots) wait_for(&s.empty[slot], (filled / kSlots + 1) & 1);
     // More on their way than it takes would only make others' loads wait in the second-level cache.
-    if (filled >= kFlight) wait_for(&s.full[(filled - kFlight) % kSlots], (filled - kFlight) / kSlots & 1);
+    const uint32_t flight = half ? 2 * kFlight : kFlight, before = filled - flight;
+    if (filled >= flight) wait_for(&s.full[before % kSlots], before / kSlots & 1);
     if (lane == 0) expect_bytes(&s.full[slot], bytes);
     sync_warp();
     ++filled;
@@ -209,7 +219,7 @@ struct Fetcher {  // one of the warps that fill the ring; together they do what 
 
   DEVICE void weights() {
     const int mine = between(0, now.rows() - number * kMine, kMine), bytes = now.bytes(), row = number * kMine + lane;
-    const int slot = next(mine * bytes);
+    const int slot = next(mine * bytes, now.rows() <= kUnit);
     if (lane < mine) copy_in(s.ring[slot] + row * kPitch, now.row(row), bytes, &s.full[slot]);
     now.advance();
   }
@@ -225,7 +235,7 @@ DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range&
     const int first = unit.split * kSplit, there = between(0, (unit.length - first + kTogether - 1) / kTogether, kGroups);
     int mine = 0;
     for (int i = 0; i < kMine; ++i) mine += (f.number * kMine + i) % kGroups < there;
-    const int slot = f.next(mine * kBytes), task = f.number * kMine + f.lane, group = task % kGroups;
+    const int slot = f.next(mine * kBytes, false), task = f.number * kMine + f.lane, group = task % kGroups;
     if (f.lane < kMine && group < there) {
       uint16_t* to = reinterpret_cast<uint16_t*>(f.s.ring[slot]) + task * kGap;
       copy_in(to, (task < kGroups ? l.k_pages : l.v_pages) + page_at(p, unit, first + group * kTogether), kBytes, &f.s.full[slot]);
@@ -282,43 +292,77 @@ struct Activations {
     for (int h = 0; h < kHalves; ++h)
       held[i][h] = activations(r, x, depth, slot * kDepth + r.warp * kShare + r.t * 8 + h * 32);
   }
+  // With those of the next slot that needs the place of slot `used`, or of the next units.
+  DEVICE void replace(const Reader& r, const uint16_t* x, int depth, int i, int used) {
+    const int slots = (depth + kDepth - 1) / kDepth;
+    if (slots > kAhead) load(r, x, depth, i, used + kAhead < slots ? used + kAhead : i);
+  }
   DEVICE void load_all(const Reader& r, const uint16_t* x, int depth) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load(r, x, depth, i, i);
   }
 };
 
-// W[units][depth] @ x, this warp's columns of every slot, into the scratch of this group. Leaves `ahead` as it came.
-DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, Activations& ahead, int units) {
-  float acc[2][4] = {};
+// Of this warp's columns of the next slot, the number-th of these units: use(unit, half, rows g, rows g + 8), then it is free.
+template <typename Use>
+DEVICE void take_slot(Reader& r, const Product& w, int number, int units, Use use) {
+  const int slot = r.taken % kSlots;
+  wait_for(&r.s.full[slot], (r.taken / kSlots) & 1);
+  if (number * kDepth + r.warp * kShare < w.depth)
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      if (u < units)
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) {
+          const unsigned char* at = r.s.ring[slot] + (u * kUnit + r.g) * kPitch + (r.warp * kShare + r.t * 8 + h * 32) * 2;
+          use(u, h, *reinterpret_cast<const uint4*>(at), *reinterpret_cast<const uint4*>(at + 8 * kPitch));
+        }
+  sync_warp();
+  if (r.lane == 0) arrive(&r.s.empty[slot]);
+  ++r.taken;
+}
+
+// The first slots of a stage, taken while what they are multiplied with is on its way: so much more of the next fits in the
+// ring. Zeros where there is nothing: what is never written would keep its registers through the whole kernel.
+struct Held {
+  uint4 low[kHeld][2][kHalves] = {}, high[kHeld][2][kHalves] = {};
+  DEVICE void take(Reader& r, const Product& w, int units) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (i * kDepth < w.depth)
+        take_slot(r, w, i, units, [&](int u, int h, uint4 a, uint4 b) { low[i][u][h] = a, high[i][u][h] = b; });
+  }
+  DEVICE void times(const Reader& r, const Product& w, const uint16_t* x, Activations& ahead, float (&acc)[2][4]) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) multiply(acc[u], low[i][u][h], high[i][u][h], ahead.held[i][h]);
+      ahead.replace(r, x, w.depth, i, i);
+    }
+  }
+};
+
+// W[units][depth] @ x, this warp's columns of every slot from the done-th, and what is done, into the scratch of this group.
+// Leaves `ahead` as it came, and nothing done.
+DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, Activations& ahead, int units, float (&acc)[2][4], int done) {
   const int slots = (w.depth + kDepth - 1) / kDepth;
 #pragma unroll 1
   for (int base = 0; base < slots; base += kAhead)
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= slots) break;
-      const int slot = r.taken % kSlots;
-      wait_for(&r.s.full[slot], (r.taken / kSlots) & 1);
-      if ((base + i) * kDepth + r.warp * kShare < w.depth)
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-          if (u < units)
-#pragma unroll
-            for (int h = 0; h < kHalves; ++h) {
-              const unsigned char* at = r.s.ring[slot] + (u * kUnit + r.g) * kPitch + (r.warp * kShare + r.t * 8 + h * 32) * 2;
-              const uint4 low = *reinterpret_cast<const uint4*>(at), high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
-              multiply(acc[u], low, high, ahead.held[i][h]);
-            }
-      sync_warp();
-      if (r.lane == 0) arrive(&r.s.empty[slot]);
-      if (slots > kAhead) ahead.load(r, x, w.depth, i, base + i + kAhead < slots ? base + i + kAhead : i);
-      ++r.taken;
+      if (i < kHeld && base + i < done) continue;
+      take_slot(r, w, base + i, units, [&](int u, int h, uint4 low, uint4 high) { multiply(acc[u], low, high, ahead.held[i][h]); });
+      ahead.replace(r, x, w.depth, i, base + i);
     }
 #pragma unroll
   for (int u = 0; u < 2; ++u) {
     float(*to)[kRows] = r.s.scratch[r.parity][r.warp][u];
     to[r.g][2 * r.t] = acc[u][0], to[r.g][2 * r.t + 1] = acc[u][1];
     to[r.g + 8][2 * r.t] = acc[u][2], to[r.g + 8][2 * r.t + 1] = acc[u][3];
+    acc[u][0] = acc[u][1] = acc[u][2] = acc[u][3] = 0.f;
   }
 }
 
@@ -395,12 +439,16 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
   const uint16_t* biases = stage == kQkv ? l.qkv_bias : stage == kO ? l.o_bias : nullptr;
   const int thread = r.warp * 32 + r.lane, u = thread / 128, row = thread / 8 % kUnit, b = thread % kRows;
   mark(r, points);
+  Held held;
+  if (begin < end) held.take(r, w, end - begin < 2 ? 1 : 2);
   begin_stage(r, before, count);
   mark(r, points + 1);
   Activations ahead;
   ahead.load_all(r, x, w.depth);
   Scale scale;
   if (normed) scale.load(r);
+  float acc[2][4] = {};
+  held.times(r, w, x, ahead, acc);
   float squares = 0.f;
 #pragma unroll 1
   for (int unit = begin; unit < end; unit += 2) {
@@ -408,7 +456,7 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
     const bool there = u < units && b < p.rows;
     const float bias = there && biases != nullptr ? wide(biases[column]) : 0.f;
     const uint16_t norm = there && next != nullptr ? next[column] : 0;
-    accumulate(r, w, x, ahead, units);
+    accumulate(r, w, x, ahead, units, acc, unit == begin ? kHeld : 0);
     if (normed && unit == begin) scale.publish(r);
     sync_computing();
     if (unit == begin) mark(r, points + 2);

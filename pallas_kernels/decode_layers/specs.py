@@ -102,7 +102,7 @@ _SMALL = LayersSpec("small", (1, 129, 40, 0, 300, 16, 17, 128))
 LAYERS_SPECS = (
     _SMALL,
     replace(_SMALL, name="one_row", lengths=(130,)),
-    replace(_SMALL, name="biases_qk_norm_deep", lengths=(5, 0, 33), qkv_bias=True, o_bias=True, qk_norm=True, F=1088),
+    replace(_SMALL, name="biases_qk_norm_deep", lengths=(5, 0, 33), qkv_bias=True, o_bias=True, qk_norm=True, F=2112),
     replace(_SMALL, name="eight_queries_a_key", lengths=(200, 64), N=8, K=1, page_size=64, width=5, L=1, qk_norm=True),
     replace(_SMALL, name="head", lengths=(33, 0, 5), L=1, V=1003),
     replace(_SMALL, name="too_many_rows", lengths=(3,) * 9),
