@@ -140,7 +140,7 @@ def check() -> None:
         MODELS["llama-3.1-8b"], name="8b", L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1), V=0
     )
     headed = dataclasses.replace(real, name="8b, head", V=8003)
-    for spec in (*LAYERS_SPECS[:5], real, headed):
+    for spec in (*LAYERS_SPECS[:6], real, headed):
         given = spec.inputs()
         (x, layers, pages, *rows), head = spec.arguments(given), spec.head(given)
 

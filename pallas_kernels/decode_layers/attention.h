@@ -241,40 +241,48 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
   const int column = r.warp % 2 * 64 + r.lane * 2;
   const Place place = place_of(p, unit, 0);
   const int pitch = group * kHead;  // floats from run to run
-  constexpr int kEarly = 16;        // runs whose results are asked for before their weights are known
+  constexpr int kEarly = 20;        // runs whose results are asked for before their weights are known: 1,280 tokens
+  constexpr int kBatch = 8;         // of the others, which are asked for together; never on both sides of a 32nd one
   for (int head = r.warp / 2; head < group; head += kWarps / 2) {
     const float *parts = place.out + head * kHead + column, *stats = place.stats + head * 2;
-    float2 early[kEarly], mine;
+    auto part_of = [&](int run) {
+      return run < unit.splits ? load_fresh(reinterpret_cast<const float2*>(parts + run * pitch)) : float2{0.f, 0.f};
+    };
+    auto stats_of = [&](int run) {
+      return run < unit.splits ? load_fresh(reinterpret_cast<const float2*>(stats + run * group * 2)) : float2{-INFINITY, 0.f};
+    };
+    float2 early[kEarly];
 #pragma unroll
-    for (int i = 0; i < kEarly; ++i) early[i] = i < unit.splits ? load_fresh(reinterpret_cast<const float2*>(parts + i * pitch)) : float2{0.f, 0.f};
-    float most = -INFINITY, total = 0.f, out[2] = {};
+    for (int i = 0; i < kEarly; ++i) early[i] = part_of(i);
+    const float2 first = stats_of(r.lane);
+    float most = first.x, total = 0.f, factor = 0.f, out[2] = {};
 #pragma unroll 1
-    for (int base = 0; base < unit.splits; base += 32) {
-      mine = base + r.lane < unit.splits ? load_fresh(reinterpret_cast<const float2*>(stats + (base + r.lane) * group * 2)) : float2{-INFINITY, 0.f};
-      most = larger(most, mine.x);
-    }
+    for (int base = 32; base < unit.splits; base += 32) most = larger(most, stats_of(base + r.lane).x);
     for (int mask = 16; mask; mask >>= 1) most = larger(most, shuffle_xor(most, mask));
-#pragma unroll 1
-    for (int base = 0; base < unit.splits; base += 32) {
-      if (unit.splits > 32)
-        mine = base + r.lane < unit.splits ? load_fresh(reinterpret_cast<const float2*>(stats + (base + r.lane) * group * 2)) : float2{-INFINITY, 0.f};
-      const float factor = exp2_(mine.x - most);
+    auto weigh = [&](const float2& mine) {  // of 32 runs
+      factor = exp2_(mine.x - most);
       float sum = times(mine.y, factor);
       for (int mask = 16; mask; mask >>= 1) sum += shuffle_xor(sum, mask);
       total += sum;
-      const int runs = unit.splits - base < 32 ? unit.splits - base : 32;
+    };
+    auto add = [&](const float2& part, int run) {
+      const float weight = from_lane(factor, run % 32);
+      out[0] = fused(part.x, weight, out[0]), out[1] = fused(part.y, weight, out[1]);
+    };
+    weigh(first);
 #pragma unroll
-      for (int i = 0; i < kEarly; ++i) {
-        const float weight = from_lane(factor, i);
-        const float2 part = base == 0 ? early[i] : i < runs ? load_fresh(reinterpret_cast<const float2*>(parts + (base + i) * pitch)) : float2{0.f, 0.f};
-        out[0] = fused(part.x, weight, out[0]), out[1] = fused(part.y, weight, out[1]);
-      }
-#pragma unroll 4
-      for (int i = kEarly; i < runs; ++i) {
-        const float weight = from_lane(factor, i);
-        const float2 part = load_fresh(reinterpret_cast<const float2*>(parts + (base + i) * pitch));
-        out[0] = fused(part.x, weight, out[0]), out[1] = fused(part.y, weight, out[1]);
-      }
+    for (int i = 0; i < kEarly; ++i) add(early[i], i);
+#pragma unroll 1
+    for (int base = kEarly; base < unit.splits;) {
+      if (base % 32 == 0) weigh(stats_of(base + r.lane));
+      const int count = base % 32 + kBatch > 32 ? 32 - base % 32 : kBatch;
+      float2 next[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) next[i] = i < count ? part_of(base + i) : float2{0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (i < count) add(next[i], base + i);
+      base += count;
     }
     uint16_t* to = p.work.mixed + int64_t(unit.row) * p.heads * kHead + (unit.head * group + head) * kHead + column;
     *reinterpret_cast<uint32_t*>(to) = narrow(out[0] / total, out[1] / total);

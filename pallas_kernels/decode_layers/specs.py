@@ -104,6 +104,7 @@ LAYERS_SPECS = (
     replace(_SMALL, name="one_row", lengths=(130,)),
     replace(_SMALL, name="biases_qk_norm_deep", lengths=(5, 0, 33), qkv_bias=True, o_bias=True, qk_norm=True, F=2112),
     replace(_SMALL, name="eight_queries_a_key", lengths=(200, 64), N=8, K=1, page_size=64, width=5, L=1, qk_norm=True),
+    LayersSpec("long", (2900,), L=1, D=64, N=1, K=1, F=64, page_size=64, width=46),
     replace(_SMALL, name="head", lengths=(33, 0, 5), L=1, V=1003),
     replace(_SMALL, name="too_many_rows", lengths=(3,) * 9),
     replace(_SMALL, name="small_f32", lengths=(3, 20), dtype="float32"),
