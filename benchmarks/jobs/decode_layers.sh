@@ -19,19 +19,20 @@ part check && { stage "right, the same bits again and alone (a hang costs 100 s:
   timeout 100 python3 -W ignore -m benchmarks.decode_layers check || echo "rc $?"; }
 part time && { stage "time" 90
   timeout 90 python3 -W ignore -m benchmarks.decode_layers time || echo "rc $?"
-  echo "predicted, ms, no head / inside / apart: 8B, 1 row 3.82 / 4.05 / 4.08; 8 rows 4.15 / 4.39 / 4.42; 0.6B, 1 row 0.79 / 0.86 / 0.89"; }
+  echo "predicted, ms, no head / inside / apart: 8B, 1 row 3.74 / 3.97 / 4.00; 8 rows 4.07 / 4.31 / 4.34; 0.6B, 1 row 0.77 / 0.85 / 0.87"; }
 part timeline && { stage "where a stage's time goes" 90
   timeout 90 python3 -W ignore -m benchmarks.decode_layers timeline || echo "rc $?"
-  echo "predicted waits at 8B, 1 row: qkv 1, attention 3, o 6 (5 hidden behind the ring), gate_up 3, down 2 us"; }
-part variants && { stage "slots and prefetch" 120
-  timeout 120 python3 -W ignore -m benchmarks.decode_layers variants || echo "rc $?"; }
+  echo "predicted at 8B, 1 row: attention's runs 2.2 us (were some 3.5), merge 1.3 (2), head 233 us, 116 us a layer"; }
+part variants && { stage "slots on their way, slots in registers" 120
+  timeout 120 python3 -W ignore -m benchmarks.decode_layers variants || echo "rc $?"
+  echo "predicted, with the head, 8B, 1 row: held 3 / 2 / 1: 3.97 / 3.99 / 4.01 ms; flight 3 as flight 2 or slower"; }
 part engine && {
   for kernels in auto layers; do
     stage "engine, $kernels" 110
     bench llama-3.1-8b $kernels 1,8 110
     bench qwen3-0.6b $kernels 1,8 80
   done
-  echo "predicted, layers, ms at batch 1 / 8: 8B 3.85 / 4.15 (bars 3.97 / 4.30), 0.6B 0.95 / 1.15 (bars 1.1 / 1.3)"; }
+  echo "predicted, layers, ms at batch 1 / 8: 8B 3.86 / 4.24 (bars 3.97 / 4.30), 0.6B 0.90 / 1.15 (bars 1.1 / 1.3)"; }
 part start && { stage "process start to first token, cold then kept caches, by phase" 200
   timeout 200 python3 -W ignore -m serve.cli bench startup "$(python3 benchmarks/shapes.py llama-3.1-8b /tmp/shapes)" --repeats 2 \
     --label "$COMMIT" --out "$OUT/startup.json" 2>&1 | tail -n 12
