@@ -208,9 +208,10 @@ class CompileConfig:
     token_buckets: tuple[int, ...] = _knob((), _ladder)  # tokens; the last is token_budget
     cache_dir: str = _knob("~/.cache/jaxllm", _text)  # "" = keep nothing
     threads: int = _knob(AUTO, _integer(1, 256, auto=True))  # AUTO: one a core
-    # auto: what measured fastest. reference: attention in plain jnp, whatever the device. chain: between two attentions
-    # one kernel. layers: decode steps of up to 8 rows in one kernel. The last two where a kernel takes the model.
-    kernels: str = _knob("auto", _choice("auto", "reference", "chain", "layers"))
+    # auto: what measured fastest. apart: a kernel an op. layers: decode steps of up to 8 rows in one kernel (auto on a
+    # GPU). chain: between two attentions one kernel. reference: attention in plain jnp, whatever the device. Each where
+    # a kernel takes the model.
+    kernels: str = _knob("auto", _choice("auto", "apart", "layers", "chain", "reference"))
 
     def __post_init__(self) -> None:
         _check_fields(self, "compile.")

@@ -340,7 +340,8 @@ def _compile(
     counts = jax.ShapeDtypeStruct(_counts_shape(config, final), jnp.uint16, sharding=final.sharding("rows"))
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
-    flags = dict(reference_attention=kernels == "reference", chained=kernels == "chain", whole=kernels == "layers")
+    whole = kernels == "layers" or (kernels == "auto" and homes[0].device.platform != "cpu")
+    flags = dict(reference_attention=kernels == "reference", chained=kernels == "chain", whole=whole)
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"
