@@ -16,7 +16,8 @@ import time
 from jaxllm.core import Request, RowResult, SampledToken, SamplingParams, Sequence
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 
 VOCAB = 151_936
 

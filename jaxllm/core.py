@@ -304,11 +304,16 @@ class ScheduledRow(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The scheduler's decision for one step. `admitted` rows need their per-row device state initialised."""
+    """The scheduler's decision for one dispatch. `admitted` rows need their per-row device state initialised.
+
+    With `steps` > 1 every row needs one token, and that many steps follow each other on the device: each computes the
+    token that the one before sampled. `rows` are those of the first.
+    """
 
     rows: tuple[ScheduledRow, ...]
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
+    steps: int = 1
 
     @property
     def parts(self) -> tuple[StepPlan, ...]:
@@ -317,6 +322,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Of one step."""
         return sum([row[2] for row in self.rows])  # asked several times a step: half the time of a generator and a name
 
     @property
@@ -329,6 +335,11 @@ class ShardedPlan:
     """One step of several shards, each with rows and pages of its own. One without work has an empty plan."""
 
     parts: tuple[StepPlan, ...]
+
+    @property
+    def steps(self) -> int:
+        """Shards decide apart, and agree on one."""
+        return 1
 
     @property
     def rows(self) -> tuple[ScheduledRow, ...]:
@@ -349,10 +360,11 @@ class SampledToken(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """What the runner returns for one ScheduledRow, in plan order."""
+    """What the runner returns for one ScheduledRow, in plan order. `later` are the tokens of the steps after the first."""
 
     sampled: SampledToken | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt tokens start+1 .. start+count, when asked for
+    later: tuple[SampledToken, ...] = ()
 
 
 class TokenOutput(NamedTuple):

@@ -15,6 +15,7 @@ from jaxllm.core import FinishReason
 class Metrics:
     # Counters: they only grow.
     steps: int = 0
+    dispatches: int = 0  # of steps: fewer where several decode steps went in one
     scheduled_tokens: int = 0  # computed on the device, recomputation included
     prompt_tokens: int = 0  # of admitted sequences, once each
     generated_tokens: int = 0

@@ -21,7 +21,8 @@ from jaxllm.core import FinishReason, Grammar, Request, RequestError, SamplingPa
 from jaxllm.engine.decoding.structured import GrammarCompiler
 from jaxllm.engine.engine import Engine, Residency
 from jaxllm.engine.intake import Intake
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 

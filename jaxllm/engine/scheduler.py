@@ -17,6 +17,8 @@ toward the second, and where they meet one more token is sampled. Rules:
   overlap    a step may be scheduled while the one before it is still on the device: a sequence then counts as having
              what that step computes and samples. A sequence that turns out to have ended is ignored at commit, and
              one that was preempted keeps its token and nothing else.
+  several    decode steps go in one dispatch while nothing can change between them; see _steps_at_once. A sequence that
+             ends in the midst is ignored from there on, as above.
   arrivals   a sequence whose prompt another engine computes is admitted like any other and then not scheduled until
              it has arrived. Preempted before that, it is awaited anew; after it, it is computed here.
 """
@@ -26,7 +28,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from jaxllm.core import (
     FinishReason,
@@ -40,50 +41,14 @@ from jaxllm.core import (
     TokenLogprobs,
     TokenOutput,
 )
-from jaxllm.engine.buckets import UNPADDED, Padding
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.prefix import PrefixIndex
+from jaxllm.engine.entry import Entry
+from jaxllm.engine.limits import Limits
 from jaxllm.engine.metrics import Metrics
-from jaxllm.engine.policy import Key, Policy, SequenceQueue, fcfs, longest_prefix
+from jaxllm.engine.policy import Policy, SequenceQueue, fcfs, longest_prefix
 
 LOOK_AHEAD, PATIENCE = 16, 32  # of admission by longest prefix: see Scheduler._next_waiting
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a step and a sequence may use at most."""
-
-    token_budget: int  # most tokens computed in a step
-    max_num_seqs: int  # rows: most sequences running at once
-    page_size: int
-    max_model_len: int  # most tokens in a sequence, prompt and output together
-    max_prefill_chunk: int | None = None  # most tokens of one sequence in a step
-    padding: Padding = UNPADDED  # of steps with prefills
-
-    def __post_init__(self) -> None:
-        for name in ("token_budget", "max_num_seqs", "page_size", "max_model_len", "max_prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}: must be >= 1")
-        if self.token_budget < self.max_num_seqs:
-            raise ValueError(
-                f"token_budget = {self.token_budget}: must be >= max_num_seqs ({self.max_num_seqs}), "
-                "so that every running sequence can decode in every step"
-            )
-        if self.padding.sizes and self.padding.sizes[-1] < self.token_budget:
-            raise ValueError(f"padding.sizes = {self.padding.sizes}: the last must be >= {self.token_budget}")
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """What the scheduler works out about a sequence once, and remembers of it between steps."""
-
-    key: Key
-    min_len: int  # an ending token counts only beyond this many tokens
-    max_len: int  # the sequence ends when it has this many
-    endings: frozenset[int]  # eos and stop token ids
-    admitted: bool = False
-    num_prompt_logprobs: int = 0  # prompt tokens whose log-probabilities have been emitted
 
 
 class Scheduler:
@@ -103,7 +68,7 @@ class Scheduler:
         self._max_chunk = config.max_prefill_chunk or config.token_budget
         self._num_added = 0
         self._passed_over = 0  # admissions since the first in line was the one admitted
-        self._entries: dict[Sequence, _Entry] = {}  # every unfinished sequence
+        self._entries: dict[Sequence, Entry] = {}  # every unfinished sequence
         self._requests: dict[str, list[Sequence]] = {}
         self._running, self._waiting = SequenceQueue(), SequenceQueue()
         self._held: dict[str, list[Sequence]] = {}  # siblings waiting for the first of them to compute the prompt
@@ -130,16 +95,10 @@ class Scheduler:
         if any(other.index == sequence.index for other in live):
             raise RequestError("id", request.id, f"already in use by a running request (index {sequence.index})")
         self.check_fits(request)
-        first_ending = sequence.num_prompt + request.params.min_tokens
-        max_len = min(self.config.max_model_len, self._capacity + 1)  # the last token's page is never needed
-        if request.params.max_tokens is not None:
-            max_len = min(max_len, sequence.num_prompt + request.params.max_tokens)
-        endings = frozenset(request.params.stop_token_ids)
-        if not request.params.ignore_eos:
-            endings |= frozenset(request.eos_token_ids)
         key = self._policy(sequence, self._num_added)
         self._num_added += 1
-        self._entries[sequence] = _Entry(key, first_ending, max_len, endings)
+        # The last token's page is never needed.
+        self._entries[sequence] = Entry.of(sequence, key, min(self.config.max_model_len, self._capacity + 1))
         if live and self._worth_holding(live[0]):
             self._held.setdefault(request.id, []).append(sequence)
         else:
@@ -185,7 +144,8 @@ class Scheduler:
         """The next step, or None when there is nothing to compute."""
         rows: list[ScheduledRow] = []
         preempted: list[Sequence] = []
-        prefills = self._schedule_decodes(rows, preempted)
+        steps = self._steps_at_once()
+        prefills = self._schedule_decodes(rows, preempted, steps)
         budget = self._step_budget(len(rows), prefills) - len(rows)
         for sequence in prefills:
             if budget:
@@ -197,27 +157,27 @@ class Scheduler:
             self._arrived = []
         if not rows:
             return None
-        return StepPlan(tuple(rows), tuple(admitted), tuple(preempted))
+        return StepPlan(tuple(rows), tuple(admitted), tuple(preempted), steps)
 
     def commit(self, plan: StepPlan | None, results: list[RowResult]) -> list[TokenOutput]:
         """Applies a step's results, in plan order. Rows whose sequence has ended meanwhile are ignored."""
         outputs, self._failed = self._failed, []
-        rows = plan.rows if plan is not None else ()
+        rows, steps = (plan.rows, plan.steps) if plan is not None else ((), 0)
         if len(rows) != len(results):
             raise ValueError(f"{len(results)} results for {len(rows)} scheduled rows")
         metrics, page_size = self.metrics, self.config.page_size
-        for row, result in zip(rows, results):
+        for later, row, result in ((later, *pair) for later in range(steps) for pair in zip(rows, results)):
             sequence = row.sequence
             entry = self._entries.get(sequence)
             if entry is None:
                 continue
-            sampled = result.sampled
+            sampled = result.later[later - 1] if later else result.sampled
             if sampled is not None and sampled.error is not None:
                 self.finish(sequence, FinishReason.ERROR)
                 outputs.append(TokenOutput(sequence, None, finish_reason=FinishReason.ERROR, error=sampled.error))
                 continue
             if row.turn == sequence.num_preempted:  # else its pages are gone, and it will compute this again
-                sequence.num_computed = row.start + row.count
+                sequence.num_computed = row.start + row.count + later
                 if sequence.num_computed % page_size < row.count:
                     self.cache.insert(sequence)
             prompt_logprobs = self._new_prompt_logprobs(row, entry, result) if result.prompt_logprobs else ()
@@ -229,8 +189,9 @@ class Scheduler:
             elif prompt_logprobs:
                 outputs.append(TokenOutput(sequence, None, prompt_logprobs=prompt_logprobs))
         if plan is not None:
-            metrics.steps += 1
-            metrics.scheduled_tokens += plan.num_tokens
+            metrics.dispatches += 1
+            metrics.steps += steps
+            metrics.scheduled_tokens += plan.num_tokens * steps
         self._measure()
         return outputs
 
@@ -289,7 +250,35 @@ class Scheduler:
 
     # What a step computes.
 
-    def _schedule_decodes(self, rows: list[ScheduledRow], preempted: list[Sequence]) -> list[Sequence]:
+    def _steps_at_once(self) -> int:
+        """Decode steps in the next dispatch: one, or `decode_steps` where nothing can change between them.
+
+        Then every sequence runs and lacks one token, samples without the host, has so many tokens before its end, and
+        gets the pages of all of them here.
+        """
+        steps, running, pool = self.config.decode_steps, self._running, self.pool
+        if steps == 1 or len(running) > self.config.decode_steps_rows:
+            return 1
+        if self.arriving or len(self._entries) > len(running):
+            return 1
+        lacking: list[tuple[Sequence, int]] = []
+        for sequence in running:
+            entry, length = self._entries[sequence], len(sequence.tokens) + sequence.num_pending
+            if sequence.num_pending and length >= entry.max_len:
+                continue  # the token in flight is its last
+            if length - sequence.num_scheduled > 1 or length + steps > entry.max_len:
+                return 1
+            if not entry.steady or len(sequence.tokens) < entry.min_len:
+                return 1
+            lacking.append((sequence, pool.pages_for(length + steps - 1) - len(sequence.pages)))
+        if sum(max(0, count) for _, count in lacking) > pool.num_free + pool.num_cached:
+            return 1
+        for sequence, count in lacking:
+            if count > 0:
+                sequence.pages += self._take(count)
+        return steps
+
+    def _schedule_decodes(self, rows: list[ScheduledRow], preempted: list[Sequence], steps: int) -> list[Sequence]:
         """Schedules every running sequence that lacks one token, by policy; returns those that lack more.
 
         Preemption takes the last of them, which is never one that was looked at before.
@@ -308,8 +297,8 @@ class Scheduler:
                 continue  # the token in flight is its last
             elif length <= len(sequence.pages) * page_size or self._grow(sequence, preempted):
                 rows.append(ScheduledRow(sequence, start, 1, True, sequence.num_preempted))
-                sequence.num_scheduled = length
-                sequence.num_pending += 1
+                sequence.num_scheduled = length + steps - 1
+                sequence.num_pending += steps
         return prefills
 
     def _step_budget(self, decodes: int, prefills: list[Sequence]) -> int:
@@ -376,7 +365,7 @@ class Scheduler:
         candidates = itertools.islice(self._waiting, LOOK_AHEAD)
         return max(candidates, key=lambda one: len(self._match(one, self._entries[one])))  # the first of the best
 
-    def _match(self, sequence: Sequence, entry: _Entry) -> list[int]:
+    def _match(self, sequence: Sequence, entry: Entry) -> list[int]:
         # Log-probabilities of prompt tokens come from computing them: what is cached has none.
         wants = sequence.request.params.prompt_logprobs is not None and sequence.index == 0
         if wants and entry.num_prompt_logprobs < sequence.num_prompt - 1:
@@ -459,7 +448,7 @@ class Scheduler:
     # What a result means.
 
     def _append(
-        self, sequence: Sequence, entry: _Entry, sampled: SampledToken, prompt_logprobs: tuple[TokenLogprobs, ...]
+        self, sequence: Sequence, entry: Entry, sampled: SampledToken, prompt_logprobs: tuple[TokenLogprobs, ...]
     ) -> TokenOutput:
         sequence.tokens.append(sampled.token_id)
         self.metrics.generated_tokens += 1
@@ -468,7 +457,7 @@ class Scheduler:
         reason = self._ending(sequence, entry, sampled.token_id)
         return TokenOutput(sequence, sampled.token_id, sampled.logprobs, prompt_logprobs, reason)
 
-    def _ending(self, sequence: Sequence, entry: _Entry, token: int) -> FinishReason | None:
+    def _ending(self, sequence: Sequence, entry: Entry, token: int) -> FinishReason | None:
         """Ends the sequence if its newest token does; returns why."""
         length = len(sequence.tokens)
         if token in entry.endings and length > entry.min_len:
@@ -479,7 +468,7 @@ class Scheduler:
             self.finish(sequence, FinishReason.LENGTH)
         return sequence.finish_reason
 
-    def _new_prompt_logprobs(self, row: ScheduledRow, entry: _Entry, result: RowResult) -> tuple[TokenLogprobs, ...]:
+    def _new_prompt_logprobs(self, row: ScheduledRow, entry: Entry, result: RowResult) -> tuple[TokenLogprobs, ...]:
         """The part that was not emitted before a preemption. The first sibling speaks for all: the prompt is one."""
         if row.sequence.index != 0:
             return ()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from jaxllm.core import FinishReason, RowResult, Sequence, ShardedPlan, StepPlan, TokenOutput
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.replicas import Pools
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 
 NOTHING = StepPlan(())
 OURS = ("steps", "compiles_after_ready", "exposed_host_s")  # of the metrics: not what schedulers count

@@ -44,7 +44,8 @@ from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sharded import ShardedScheduler
 from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.compile import Executables, Ladder, compile_all

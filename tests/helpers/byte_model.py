@@ -23,7 +23,8 @@ from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.dims import step_cost

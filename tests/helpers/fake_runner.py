@@ -16,7 +16,8 @@ from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.policy import POLICIES
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 
 UNWRITTEN = 0
 
@@ -66,6 +67,7 @@ class FakeRunner:
         self.rows: dict[int, Sequence] = {}  # per-row device state: whose it is
         self.last: dict[int | None, int] = {}  # per-row device state: what it sampled last
         self.num_computed_tokens = 0
+        self.dispatches: list[int] = []  # how many steps each had
 
     def launch(self, plan: StepPlan) -> "FakeStep":
         """Like a device, it has computed the step before anybody asks, with what the host knew at launch."""
@@ -74,7 +76,8 @@ class FakeRunner:
             assert 0 <= sequence.row < self.max_num_seqs
             self.rows[sequence.row] = sequence
         assert len({row.sequence.row for row in plan.rows}) == len(plan.rows)
-        return FakeStep([self._row(row) for row in plan.rows])
+        self.dispatches.append(plan.steps)
+        return FakeStep([self._row(row, plan.steps) for row in plan.rows])
 
     def choose(self, launched: "FakeStep") -> None:
         raise AssertionError("no step of this runner waits")
@@ -85,28 +88,36 @@ class FakeRunner:
     def run(self, plan: StepPlan) -> list[RowResult]:
         return self.collect(self.launch(plan))
 
-    def _row(self, row: ScheduledRow) -> RowResult:
-        sequence, end = row.sequence, row.start + row.count
-        tokens = sequence.tokens[:end]
-        if len(tokens) < end:  # the host does not know yet what this row sampled last
-            tokens.append(self.last[sequence.row])
+    def _row(self, row: ScheduledRow, steps: int) -> RowResult:
+        sequence = row.sequence
         assert row.count > 0
-        assert len(tokens) == end
-        assert end == sequence.num_scheduled
-        assert row.sample == (end == len(sequence.tokens) + sequence.num_pending - row.sample)
+        assert steps == 1 or (row.count == 1 and row.sample)
+        assert row.start + row.count + steps - 1 == sequence.num_scheduled
+        first = self._one(row, steps)
+        later = [self._one(row._replace(start=row.start + number), steps - number) for number in range(1, steps)]
+        return first._replace(later=tuple(result.sampled for result in later))
+
+    def _one(self, row: ScheduledRow, ahead: int) -> RowResult:
+        """`ahead`: tokens of this row that the steps from this one on sample."""
+        sequence, end = row.sequence, row.start + row.count
+        tokens = sequence.tokens[row.start : end]
+        if len(tokens) < row.count:  # the host does not know yet what this row sampled last
+            tokens.append(self.last[sequence.row])
+        assert len(tokens) == row.count
+        assert row.sample == (end == len(sequence.tokens) + sequence.num_pending - row.sample * ahead)
         assert self.rows[sequence.row] is sequence, "row state was never initialised for this sequence"
         slots = [sequence.pages[p // self.page_size] * self.page_size + p % self.page_size for p in range(end)]
         previous = self.memory[slots[row.start - 1]] if row.start else UNWRITTEN
-        for position in range(row.start, end):
-            previous = self.memory[slots[position]] = written(tokens[position], previous)
+        for position, token in enumerate(tokens, row.start):
+            previous = self.memory[slots[position]] = written(token, previous)
         self.num_computed_tokens += row.count
         values = array("Q", (self.memory[slot] for slot in slots))
         assert UNWRITTEN not in values, "the sequence reads a slot that was never written"
-        return RowResult(self._sample(row, values) if row.sample else None, self._prompt_logprobs(row))
+        return RowResult(self._sample(row, values, ahead) if row.sample else None, self._prompt_logprobs(row))
 
-    def _sample(self, row: ScheduledRow, values: array) -> SampledToken:
+    def _sample(self, row: ScheduledRow, values: array, ahead: int) -> SampledToken:
         sequence = row.sequence
-        place = sequence.num_output + sequence.num_pending - 1
+        place = sequence.num_output + sequence.num_pending - ahead
         self.last[sequence.row] = 0
         if (sequence.request.id, place) in self.errors:
             return SampledToken(-1, error="injected fault")
@@ -140,6 +151,7 @@ class Host:
         policy: str = "fcfs",
         overlap: bool = False,
         padding: Padding = UNPADDED,
+        decode_steps: int = 1,
     ) -> None:
         self.overlap = overlap
         self.in_flight: tuple[StepPlan, FakeStep] | None = None
@@ -152,6 +164,8 @@ class Host:
             max_model_len=max_model_len,
             max_prefill_chunk=max_prefill_chunk,
             padding=padding,
+            decode_steps=decode_steps,
+            decode_steps_rows=max_num_seqs,
         )
         self.scheduler = Scheduler(limits, self.pool, self.cache, POLICIES[policy])
         self.runner = FakeRunner(num_pages, page_size, max_num_seqs)

@@ -14,7 +14,8 @@ from jaxllm.core import RowResult, SampledToken, SamplingParams, Sequence, StepP
 from jaxllm.engine.cache.hashed import PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 

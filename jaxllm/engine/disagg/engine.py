@@ -22,7 +22,8 @@ from jaxllm.engine.decoding.structured import GrammarCompiler
 from jaxllm.engine.disagg.handoff import FirstToken, Item, Key, PageBlock, PrefillFailed, Prefills
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.intake import Intake
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sharded import ShardedScheduler
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from jaxllm.core import FinishReason, RequestError, RowResult, SampledToken, Seq
 from jaxllm.engine.buckets import Padding
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 
 
 def counts(plan):

@@ -19,7 +19,7 @@ from jaxllm.core import FinishReason
 from jaxllm.engine.buckets import Padding
 
 PAGE_SIZE, VOCAB = 4, 50
-EXECUTED = {"rules": 0, "preemptions": 0, "hits": 0, "evictions": 0}
+EXECUTED = {"rules": 0, "preemptions": 0, "hits": 0, "evictions": 0, "saved dispatches": 0}
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -33,8 +33,9 @@ class EngineMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([None, 1, 3, 6]),
         overlap=st.booleans(),
         sizes=st.sampled_from([(), (20,), (2, 4, 8, 16, 20), (5, 12, 20)]),
+        decode_steps=st.sampled_from([1, 2, 4]),
     )
-    def start(self, caching, radix, policy, num_pages, rows, budget, chunk, overlap, sizes):
+    def start(self, caching, radix, policy, num_pages, rows, budget, chunk, overlap, sizes, decode_steps):
         self.host = Host(
             num_pages=num_pages,
             page_size=PAGE_SIZE,
@@ -47,6 +48,7 @@ class EngineMachine(RuleBasedStateMachine):
             policy=policy,
             overlap=overlap,
             padding=Padding(sizes, few=3),
+            decode_steps=decode_steps,
         )
         self.number = 0
         self.sequences = []
@@ -127,6 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
         EXECUTED["preemptions"] += metrics.preemptions
         EXECUTED["hits"] += metrics.prefix_hit_tokens
         EXECUTED["evictions"] += metrics.evicted_pages
+        EXECUTED["saved dispatches"] += metrics.steps - metrics.dispatches
 
     @property
     def live(self):

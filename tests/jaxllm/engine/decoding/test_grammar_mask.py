@@ -12,7 +12,8 @@ from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.decoding import grammars
 from jaxllm.engine.decoding.mask import TokenMask
 from jaxllm.engine.decoding.structured import TokenizerBridge, compile_spec
-from jaxllm.engine.scheduler import Limits, Scheduler
+from jaxllm.engine.limits import Limits
+from jaxllm.engine.scheduler import Scheduler
 
 SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 40}
 
