@@ -193,6 +193,9 @@ class SchedulerConfig:
     max_prefill_chunk: int | None = _knob(None, _integer(1, 2**20, optional=True), "long_prefill_token_threshold")
     policy: str = _knob("fcfs", _choice("fcfs", "priority", "longest_prefix"), "scheduling_policy")
     overlap: bool = _knob(True, _flag, "async_scheduling")  # launch the next step before the last one is read
+    # In one dispatch while nothing can change between them; 1: never. AUTO: 4 where a step is so short that the host's
+    # turn shows, see jaxllm.engine.multi_step.
+    decode_steps: int = _knob(AUTO, _integer(1, 16, auto=True), "num_scheduler_steps", "num_continuous_decode_steps")
     # One executable computes every step, so that a token's bits depend on nothing but the tokens before it.
     deterministic: bool = _knob(False, _flag)
 

@@ -360,7 +360,7 @@ class SampledToken(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """What the runner returns for one ScheduledRow, in plan order. `later` are the tokens of the steps after the first."""
+    """What the runner returns for one ScheduledRow, in plan order. `later`: the tokens of the steps after the first."""
 
     sampled: SampledToken | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt tokens start+1 .. start+count, when asked for

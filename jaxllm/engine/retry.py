@@ -6,6 +6,7 @@ said. Only a refusal at launch can be retried: later the pages have been given a
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,4 +82,4 @@ class ShrinkingRunner:
 def _part(plan: StepPlan, rows: tuple[Any, ...]) -> StepPlan:
     here = {id(row.sequence) for row in rows}
     admitted = tuple(one for one in plan.admitted if id(one) in here)
-    return StepPlan(rows, admitted, plan.preempted)
+    return dataclasses.replace(plan, rows=rows, admitted=admitted)

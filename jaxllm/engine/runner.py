@@ -37,6 +37,7 @@ from jaxllm.engine.metrics import Metrics
 from jaxllm.graph.compile import COUNTS_CHUNK, Executables, Ladder, compile_counter
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples
 from jaxllm.graph.kv_cache import KVCache
+from jaxllm.graph.multi_step import MODES, MultiStepped
 from jaxllm.graph.spread import put, zeros
 from jaxllm.graph.steps import SAMPLER_MODES, Sampled, SampleMode, Stepped
 
@@ -61,6 +62,11 @@ def sample_mode(params: SamplingParams, masked: bool) -> SampleMode:
 MODE_ORDER = list(SampleMode)  # from least to most work
 
 
+def _most(wanted: list[SampleMode]) -> SampleMode:
+    """What the most demanding of some sequences asks for."""
+    return max(wanted, key=MODE_ORDER.index, default=SampleMode.GREEDY)
+
+
 @dataclass(eq=False)
 class Launched:
     """A step on its way through the device."""
@@ -74,6 +80,7 @@ class Launched:
     prompts: tuple[Any, Any, Any] | None = None  # where rows start, targets, their log-probabilities on the device
     bits: list[np.ndarray | None] = field(default_factory=list)  # what the masks allowed
     waits: bool = False  # for `choose`
+    steps: int = 1  # of several, `sampled` has a line each
 
     @property
     def ready(self) -> bool:
@@ -130,8 +137,10 @@ class Runner:
         wants_prompt = any(row.sequence.request.params.prompt_logprobs is not None for row in rows)
         decode = plan.decode_only and not wants_prompt  # a decode step gives no hidden states
         most_rows, most_tokens = (max(size) for size in zip(*((len(p.rows), p.num_tokens) for p in plan.parts)))
-        shape = self.ladder.of(most_rows, most_tokens, decode=decode)
         parts = [[(self._place(shard, row.sequence), row) for row in p.rows] for shard, p in enumerate(plan.parts)]
+        if plan.steps > 1:
+            return self._launch_several(plan.steps, parts[0])
+        shape = self.ladder.of(most_rows, most_tokens, decode=decode)
         stepped = self._step(shape, self._pack(shape, parts))
         places = [place for part in parts for place, _ in part]
         at = [shard * shape.rows + i for shard, part in enumerate(parts) for i in range(len(part))]
@@ -147,6 +156,17 @@ class Runner:
             self.choose(launched)
         return launched
 
+    def _launch_several(self, steps: int, part: list[tuple[int, ScheduledRow]]) -> Launched:
+        """Decode steps in one dispatch. No mask follows their tokens, so what is allowed now holds for all of them."""
+        shape, rows = self.ladder.multi_step(len(part)), tuple(row for _, row in part)
+        masks = [self._masks[place] for place, _ in part]
+        bits = [None if mask is None else mask.bits() for mask in masks]
+        mode = _most([sample_mode(row.sequence.request.params, bit is not None) for row, bit in zip(rows, bits)])
+        at = [*range(len(rows))]
+        tokens = self._several(shape, mode, self._pack(shape, [part]), list(zip(at, rows, bits)))
+        tokens.copy_to_host_async()
+        return Launched(rows, at, tokens, Sampled(tokens), masks, shape.rows, bits=bits, steps=steps)
+
     def choose(self, launched: Launched) -> None:
         """Sample with the token masks as they are now. Its executable is small: the step before it still computes."""
         launched.waits = False
@@ -155,8 +175,7 @@ class Runner:
             None if mask is None or row.sequence.finished else mask.bits() for row, mask in zip(rows, launched.masks)
         ]
         asked = zip(rows, launched.bits)
-        wanted = [sample_mode(row.sequence.request.params, bits is not None) for row, bits in asked if row.sample]
-        mode = max(wanted, key=MODE_ORDER.index, default=SampleMode.GREEDY)
+        mode = _most([sample_mode(row.sequence.request.params, bits is not None) for row, bits in asked if row.sample])
         if mode is SampleMode.GREEDY:
             launched.sampled = Sampled(launched.greedy)
         else:
@@ -167,9 +186,13 @@ class Runner:
     def collect(self, launched: Launched) -> list[RowResult]:
         """Wait for a step and read what it says."""
         host: Sampled = jax.tree.map(np.asarray, launched.sampled)
-        rows = launched.rows
-        sampled = [self._token(launched, i, host) if row.sample else None for i, row in enumerate(rows)]
         self.metrics.compiles_after_ready = compile_counter().compiles - self._compiles_when_ready
+        rows = launched.rows
+        if launched.steps > 1:
+            by_step = [Sampled(token_ids) for token_ids in host.token_ids]
+            tokens = ([self._token(launched, i, one) for one in by_step] for i in range(len(rows)))
+            return [RowResult(first, later=tuple(later)) for first, *later in tokens]
+        sampled = [self._token(launched, i, host) if row.sample else None for i, row in enumerate(rows)]
         if launched.prompts is None:
             return [RowResult(token) for token in sampled]
         prompts = _read_prompts(rows, *launched.prompts)
@@ -199,6 +222,9 @@ class Runner:
         for rows in self.ladder.decode_rows:
             for mode in SAMPLER_MODES:
                 self._sample(mode, rows, [])
+        for shape in self.ladder.multi_steps():
+            for mode in MODES:
+                self._several(shape, mode, self._pack(shape, [[]]), [])
         self._set_counts(self.scratch, [], in_prompt=True, fresh=True)
         jax.block_until_ready((self.kv, self.counts))
 
@@ -207,14 +233,28 @@ class Runner:
         self._compiles_when_ready = compile_counter().compiles
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:
-        # Put first: an array that the call itself must bring over costs 0.1 ms more.
-        alone = jax.process_count() == 1  # else it is told to other processes
-        inputs = jax.device_put(packed, self.counts.sharding) if alone else packed
+        inputs = self._put(packed)
         state = self.kv, self.last_tokens, self._logits[shape.rows]
         stepped: Stepped = self.executables.step(shape)(self.params, *state, inputs)
         self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
         self.load = stepped.load
         return stepped
+
+    def _several(
+        self, shape: StepShape, mode: SampleMode, packed: np.ndarray, rows: list[tuple[int, ScheduledRow, Any]]
+    ) -> jax.Array:
+        """The tokens of each of the ladder's decode steps, on their way."""
+        sampler = () if mode is SampleMode.GREEDY else (self.counts, *self._asked(shape.rows, rows))
+        call = self.executables.multi_step(self.ladder.decode_steps, shape, mode)
+        done: MultiStepped = call(self.params, self.kv, self.last_tokens, self._put(packed), *sampler)
+        self.kv, self.last_tokens = done.kv, done.last_tokens
+        self.counts = self.counts if done.counts is None else done.counts
+        return done.token_ids
+
+    def _put(self, packed: np.ndarray) -> Any:
+        """Put first: an array that the call itself must bring over costs 0.1 ms more."""
+        alone = jax.process_count() == 1  # else it is told to other processes
+        return jax.device_put(packed, self.counts.sharding) if alone else packed
 
     def _pack(self, shape: StepShape, parts: SequenceOf[SequenceOf[tuple[int, ScheduledRow]]]) -> np.ndarray:
         """The rows of each shard, with their places."""
@@ -283,6 +323,13 @@ class Runner:
 
     def _sample(self, mode: SampleMode, bucket: int, rows: list[tuple[int, ScheduledRow, Any]]) -> Sampled:
         """`rows`: where in the arrays each is, the row, and what its mask allows."""
+        state = self.counts, self.last_tokens
+        call = self.executables.sample(bucket, mode)
+        sampled, self.counts, self.last_tokens = call(*state, self._logits[bucket], *self._asked(bucket, rows))
+        return sampled
+
+    def _asked(self, bucket: int, rows: list[tuple[int, ScheduledRow, Any]]) -> tuple[Any, Any, Any, Any]:
+        """What a sampler takes of these rows."""
         packed, bias_ids, bias, mask = self._neutral_arrays(bucket)
         if rows:
             samples = [SampleRow(row=self.scratch)] * (bucket * self.shards)
@@ -295,10 +342,7 @@ class Runner:
             mask = np.full(mask.shape, 0xFFFFFFFF, np.uint32)
             for at, _, bits in rows:
                 mask[at] = mask[at] if bits is None else bits
-        state = self.counts, self.last_tokens
-        call = self.executables.sample(bucket, mode)
-        sampled, self.counts, self.last_tokens = call(*state, self._logits[bucket], packed, bias_ids, bias, mask)
-        return sampled
+        return packed, bias_ids, bias, mask
 
     def _sample_row(self, shard: int, row: ScheduledRow) -> SampleRow:
         sequence, params = row.sequence, row.sequence.request.params

@@ -11,9 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from jaxllm.core import FinishReason, RowResult, Sequence, ShardedPlan, StepPlan, TokenOutput
+from jaxllm.engine.limits import Limits
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.replicas import Pools
-from jaxllm.engine.limits import Limits
 from jaxllm.engine.scheduler import Scheduler
 
 NOTHING = StepPlan(())

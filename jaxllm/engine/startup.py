@@ -31,6 +31,7 @@ from jaxllm.engine.cache.radix import RadixCache
 from jaxllm.engine.decoding.grammar_trial import GrammarTrial
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.limits import Limits
 from jaxllm.engine.memory import (
     DoesNotFitError,
     MemoryPlan,
@@ -40,15 +41,15 @@ from jaxllm.engine.memory import (
     plan_memory,
 )
 from jaxllm.engine.metrics import Metrics
+from jaxllm.engine.multi_step import with_decode_steps
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.residency import Residency
 from jaxllm.engine.runner import Runner
-from jaxllm.engine.limits import Limits
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sharded import ShardedScheduler
 from jaxllm.engine.utilisation import StepMeter
-from jaxllm.graph.compile import Executables, Ladder, compile_all
+from jaxllm.graph.compile import MULTI_STEP_ROWS, Executables, Ladder, compile_all
 from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
 from jaxllm.graph.experts import add_tables
 from jaxllm.graph.kv_cache import Device, KVCacheSpec, allocate, page_dtype
@@ -126,6 +127,9 @@ def start(
         ends = dict.fromkeys((*model_config.eos_token_ids, *generation.eos_token_ids, *named))
         model_config = dataclasses.replace(model_config, eos_token_ids=tuple(ends))
         scheme = _scheme(config, model_config)
+        device_kind = meshes[0][0].devices.flat[0].device_kind
+        cost = step_cost(model_config, scheme.kind, scheme.group, jnp.dtype(config.model.dtype).itemsize)
+        config = with_decode_steps(config, cost, device_kind)
         replicas = [homes_of(model_config, stages, config.mesh, scheme) for stages in meshes]
         if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
             largest = tokenizer.vocab_size - 1
@@ -133,7 +137,6 @@ def start(
                 f"{directory / 'tokenizer.json'}: token ids up to {largest}, but config.json has "
                 f"vocab_size = {model_config.vocab_size}: they must be below it"
             )
-    cost = step_cost(model_config, scheme.kind, scheme.group, jnp.dtype(config.model.dtype).itemsize)
     _plan(config, replicas[0], _shapes(config, replicas[0]))  # DoesNotFitError before it is loaded
     grammars = _grammars(directory, model_config)
     engines, lanes = [], []
@@ -152,7 +155,7 @@ def start(
             engines.append(engine)
     for runner in (runner for own in lanes for runner in own):
         runner.all_compiled()
-    report.device_kind = meshes[0][0].devices.flat[0].device_kind
+    report.device_kind = device_kind
     report.devices = max(1, config.mesh.size // len(engines))
     report.total_s = time.perf_counter() - began
     log.info("%s", report)
@@ -237,6 +240,8 @@ def one_scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, metr
         max_model_len=config.model.max_model_len,
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
         padding=Padding(config.compile.token_buckets, few),
+        decode_steps=config.scheduler.decode_steps,
+        decode_steps_rows=max((rows for rows in config.compile.decode_buckets if rows <= MULTI_STEP_ROWS), default=0),
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
     return Scheduler(limits, pool, prefixes, POLICIES[config.scheduler.policy], metrics)
@@ -336,7 +341,8 @@ def _compile(
     """Every executable, and the cache they are compiled for. Allocates nothing: shapes are enough."""
     page_size, width = config.cache.page_size, -(-config.model.max_model_len // config.cache.page_size)
     deterministic = config.scheduler.deterministic
-    ladder = Ladder(config.compile.decode_buckets, config.compile.token_buckets, width, deterministic)
+    buckets = config.compile.decode_buckets, config.compile.token_buckets
+    ladder = Ladder(*buckets, width, deterministic, config.scheduler.decode_steps)
     final, dtype = homes[-1], jnp.dtype(config.model.dtype)
     counts = jax.ShapeDtypeStruct(_counts_shape(config, final), jnp.uint16, sharding=final.sharding("rows"))
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
@@ -381,7 +387,10 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
     report.compile_cache = open_cache(config.compile.directory)
-    homes = homes_of(model_config, meshes[0], config.mesh, _scheme(config, model_config))
+    scheme = _scheme(config, model_config)
+    cost = step_cost(model_config, scheme.kind, scheme.group, jnp.dtype(config.model.dtype).itemsize)
+    config = with_decode_steps(config, cost, meshes[0][0].devices.flat[0].device_kind)
+    homes = homes_of(model_config, meshes[0], config.mesh, scheme)
     params = _shapes(config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))
     if report.compile_cache.usable:

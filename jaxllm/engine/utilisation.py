@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxllm.core import StepPlan
 from jaxllm.engine.metrics import Metrics
-from pallas_kernels.roofline import StepCost, visible
+from pallas_kernels.roofline import StepCost, Work, visible
 
 Ints = SequenceOf[int]
 
@@ -35,15 +35,18 @@ class StepMeter:
     _ended_s: float = 0.0
 
     def collected(self, plan: StepPlan, launched_s: float, now: float) -> None:
-        """Called once a step, in the order of the steps."""
+        """Called once a dispatch, in their order."""
         seconds, self._ended_s = now - max(launched_s, self._ended_s), now
         rows, metrics = plan.rows, self.metrics
         starts, counts = [row[1] for row in rows], [row[2] for row in rows]  # by place: names take half as long again
         tokens = sum(counts)
         decode = tokens == len(rows)
         sampled = len(rows) if decode else sum([row[3] for row in rows])
-        seen = [seen_by(starts, counts, window, decode=decode) for window, _ in self.cost.windows]
-        work = self.cost(tokens, sampled, seen, decode=decode)
+        work = Work(0, 0)
+        for later in range(plan.steps):
+            at = [start + later for start in starts] if later else starts
+            seen = [seen_by(at, counts, window, decode=decode) for window, _ in self.cost.windows]
+            work += self.cost(tokens, sampled, seen, decode=decode)
         if decode:
             metrics.decode_step_s += seconds
             metrics.decode_flops += work.flops

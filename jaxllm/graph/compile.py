@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -20,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import MAX_LOGIT_BIAS
-from jaxllm.graph import experts, steps
+from jaxllm.graph import experts, multi_step, steps
 from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
+from jaxllm.graph.multi_step import MultiStepped
 from jaxllm.graph.steps import Graph, SampleMode, Stepped
 from jaxllm.graph.traces import Job, Key, Traces
 
@@ -31,6 +33,7 @@ COUNTS_CHUNK = 512  # tokens a set_counts call takes
 ROWS, LOGITS, KV, WHOLE = cast("tuple[Any, Any, Any, Any]", ("rows", "logits", "kv", "whole"))
 STEP_TAKES, STEP_GIVES = ("params", KV, ROWS, LOGITS, ROWS), Stepped(ROWS, KV, ROWS, LOGITS, ROWS, WHOLE)
 SAMPLE_TAKES, SAMPLE_GIVES = (ROWS, ROWS, LOGITS, *[ROWS] * 4), (ROWS, ROWS, ROWS)
+MULTI_STEP_ROWS = 8  # most rows of several decode steps in one dispatch: more hide the host's turn anyway
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -61,6 +64,7 @@ class Ladder:
     mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
     width: int  # pages a row
     one_shape: bool = False  # every step takes the one mixed shape, decodes too: bits then depend on no bucket
+    decode_steps: int = 1  # in one dispatch, while nothing changes between them
 
     def of(self, rows: int, tokens: int, *, decode: bool) -> StepShape:
         """The shape of a step with so many rows and tokens; `decode`: one token a row."""
@@ -73,6 +77,15 @@ class Ladder:
     def mixed(self, tokens: int) -> StepShape:
         bucket = next(t for t in self.mixed_tokens if t >= tokens)
         return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
+
+    def multi_step(self, rows: int) -> StepShape:
+        return next(shape for shape in self.multi_steps() if shape.rows >= rows)
+
+    def multi_steps(self) -> list[StepShape]:
+        """Two at most, as each is compiled for every sampler: one for a single row, one for a few."""
+        few = [bucket for bucket in self.decode_rows if bucket <= MULTI_STEP_ROWS]
+        several = self.decode_steps > 1 and not self.one_shape
+        return [self.decode(bucket) for bucket in sorted({*few[:1], *few[-1:]})] if several else []
 
     def shapes(self) -> list[StepShape]:
         decode = [] if self.one_shape else [self.decode(b) for b in self.decode_rows]
@@ -103,6 +116,9 @@ class Executables:
 
     def step(self, shape: StepShape) -> Any:
         return self.table["step", shape]
+
+    def multi_step(self, steps: int, shape: StepShape, mode: SampleMode) -> Any:
+        return self.table["multi_step", steps, shape, mode]
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
         return self.table["sample", rows, mode]
@@ -177,10 +193,21 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         packed = spec(jnp.int32, shape.packed_size)
         key = ("stage", stage, shape) if stage else ("step", shape)
         yield Job(key, function, (params, kv, last_tokens, logits(shape.rows), packed, *more), donated=(1, 2, 3))
-    for rows in ladder.decode_rows:
+
+    def asked(rows: int) -> tuple[Any, ...]:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
-        mask = spec(jnp.uint32, rows, -(-vocab // 32))
-        args = counts, last_tokens, logits(rows), spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, mask
+        return spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, spec(jnp.uint32, rows, -(-vocab // 32))
+
+    for shape, mode in itertools.product(ladder.multi_steps(), multi_step.MODES):
+        sampler = () if mode is SampleMode.GREEDY else (counts, *asked(shape.rows))
+        function = functools.partial(multi_step.multi_step, graph, shape, ladder.decode_steps, mode)
+        takes = ("params", KV, ROWS, ROWS, *[ROWS] * len(sampler))
+        gives = MultiStepped(ROWS, KV, ROWS, ROWS if sampler else None)
+        args = params, kv, last_tokens, spec(jnp.int32, shape.packed_size), *sampler
+        key = "multi_step", ladder.decode_steps, shape, mode
+        yield Job(key, spread(function, takes, gives), args, donated=(1, 2, 4) if sampler else (1, 2))
+    for rows in ladder.decode_rows:
+        args = counts, last_tokens, logits(rows), *asked(rows)
         for mode in steps.SAMPLER_MODES:
             function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
             yield Job(("sample", rows, mode), function, args, donated=(0, 1))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,47 @@ def unpack(
     state_rows = packed[at : at + shape.rows]
     at += shape.rows
     table = packed[at : at + shape.rows * shape.width].reshape(shape.rows, shape.width)
+    size = {"page_size": page_size, "num_pages": num_pages}
     if shape.decode:
-        starts, row = None, jnp.arange(shape.rows, dtype=jnp.int32)
-        positions, live = kv_lens - 1, kv_lens > 0
-    else:
-        starts = packed[at + shape.rows * shape.width :]
-        token = jnp.arange(shape.tokens, dtype=jnp.int32)
-        live = token < starts[-1]
-        # The row whose range holds the token: how many ranges end at or before it.
-        row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
-        row = jnp.minimum(row, shape.rows - 1)
-        positions = kv_lens[row] - starts[row + 1] + token
-    positions = jnp.where(live, positions, 0)
-    slots = table[row, positions // page_size] * page_size + positions % page_size
-    slots = jnp.where(live, slots, num_pages * page_size)
+        return one_a_row(token_ids, kv_lens, state_rows, table, **size)
+    starts = packed[at + shape.rows * shape.width :]
+    token = jnp.arange(shape.tokens, dtype=jnp.int32)
+    live = token < starts[-1]
+    # The row whose range holds the token: how many ranges end at or before it.
+    row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
+    row = jnp.minimum(row, shape.rows - 1)
+    positions = jnp.where(live, kv_lens[row] - starts[row + 1] + token, 0)
+    slots = _slots(table, row, positions, live, **size)
     return StepInputs(token_ids, row, positions, slots, kv_lens, state_rows, table, starts)
+
+
+def one_a_row(
+    token_ids: Int[Array, " R"],
+    kv_lens: Int[Array, " R"],
+    state_rows: Int[Array, " R"],
+    table: Int[Array, "R W"],
+    *,
+    page_size: int,
+    num_pages: int,
+) -> StepInputs:
+    """A decode step: each row's query is its last key."""
+    row, live = jnp.arange(kv_lens.shape[0], dtype=jnp.int32), kv_lens > 0
+    positions = jnp.where(live, kv_lens - 1, 0)
+    slots = _slots(table, row, positions, live, page_size=page_size, num_pages=num_pages)
+    return StepInputs(token_ids, row, positions, slots, kv_lens, state_rows, table, None)
+
+
+def _slots(
+    table: Int[Array, "R W"],
+    row: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    live: Bool[Array, " T"],
+    *,
+    page_size: int,
+    num_pages: int,
+) -> Int[Array, " T"]:
+    slots = table[row, positions // page_size] * page_size + positions % page_size
+    return jnp.where(live, slots, num_pages * page_size)
 
 
 class SampleRow(NamedTuple):

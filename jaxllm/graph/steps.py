@@ -222,6 +222,25 @@ def step(
     """
     del logits
     inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
+    logits, kv, hidden, chosen = forward(graph, shape, params, kv, inputs, x)
+    tokens, bad = graph.exchange().greedy(logits)
+    last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
+    load = expert_load(graph, shape, inputs, chosen)
+    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden, load)
+
+
+def forward(
+    graph: Graph,
+    shape: StepShape,
+    params: Params,
+    kv: KVCache,
+    inputs: StepInputs,
+    x: Float[Array, "T D"] | None = None,
+) -> tuple[Float[Array, "R V"], KVCache, Float[Array, "T D"] | None, list[Int[Array, "t k"]]]:
+    """The logits of each row's last token, the pages, every token's hidden state, and the experts that tokens chose.
+
+    Hidden states are None where the head is in one kernel with the layers: in decode.
+    """
     kv = list(kv)
     model = graph.model(params)
     own, together, share = graph.dealt(shape)
@@ -236,10 +255,7 @@ def step(
     if not done.headed:
         hidden, last = together(model.end(done.out, exchange)), inputs.last_token
         logits = model.logits(hidden if last is None else hidden[last])
-    tokens, bad = graph.exchange().greedy(logits)
-    last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
-    load = expert_load(graph, shape, inputs, model.chosen())
-    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden, load)
+    return logits, kv, hidden, model.chosen()
 
 
 def expert_load(
@@ -287,7 +303,25 @@ def sample(
     mask: UInt[Array, "B Vw"],
 ) -> tuple[Sampled, UInt[Array, "S1 V"], Int[Array, " S1"]]:
     """Each row's next token as its request asks for it, in place of the step's greedy one."""
+    sampled, tokens, counts = draw(exchange, mode, counts, logits, packed, bias_ids, bias, mask)
+    return sampled, counts, last_tokens.at[unpack_samples(packed)["row"]].set(tokens)
+
+
+def draw(
+    exchange: Exchange,
+    mode: SampleMode,
+    counts: UInt[Array, "S1 V"],
+    logits: Float[Array, "B V"],
+    packed: Int[Array, "B columns"],
+    bias_ids: Int[Array, "B Nb"],
+    bias: Float[Array, "B Nb"],
+    mask: UInt[Array, "B Vw"],
+    position: Int[Array, " B"] | None = None,
+) -> tuple[Sampled, Int[Array, " B"], UInt[Array, "S1 V"]]:
+    """What rows sampled, and the tokens that go on, those of bad rows too. `position`: other ones than were packed."""
     columns = unpack_samples(packed)
+    if position is not None:
+        columns["position"] = position
     as_key = jnp.stack([columns.pop("key0"), columns.pop("key1")], axis=1)
     keys = jax.lax.bitcast_convert_type(as_key, jnp.uint32)
     inputs = sampling.SampleInputs(keys=keys, bias_ids=bias_ids, bias=bias, mask=mask, **columns)
@@ -295,11 +329,10 @@ def sample(
     tokens, logprob, rank, top_ids, top_logprobs, counts, bad = sampling.sample(
         exchange.vocabulary(logits), inputs, counts, num_logprobs=top, truncates=mode is not SampleMode.RANDOM
     )
-    last_tokens = last_tokens.at[inputs.row].set(tokens)
-    tokens = jnp.where(bad, -1, tokens)
+    told = jnp.where(bad, -1, tokens)
     if mode is not SampleMode.LOGPROBS:
-        return Sampled(tokens), counts, last_tokens
-    return Sampled(tokens, logprob, rank, top_ids, top_logprobs), counts, last_tokens
+        return Sampled(told), tokens, counts
+    return Sampled(told, logprob, rank, top_ids, top_logprobs), tokens, counts
 
 
 def set_counts(

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from jax import export
 
+from jaxllm.graph.multi_step import MultiStepped
 from jaxllm.graph.steps import Graph, Sampled, Stepped
 from pallas_kernels.decode_attention import cuda as decode_attention
 from pallas_kernels.decode_layers import cuda as decode_layers
@@ -39,7 +40,7 @@ READ_BY_TRACING = ("jaxllm/core.py", "jaxllm/graph", "pallas_kernels", "sharding
 LIBRARIES = (decode_attention, decode_layers, sampling)
 OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", *(each.TARGET for each in LIBRARIES))
 
-for kind in (Stepped, Sampled):
+for kind in (Stepped, Sampled, MultiStepped):
     export.register_namedtuple_serialization(kind, serialized_name=f"jaxllm.{kind.__name__}")
 
 

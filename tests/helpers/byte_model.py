@@ -21,9 +21,9 @@ from jaxllm.engine.decoding.mask import TokenMask
 from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.faults import FaultyRunner, parse_faults
+from jaxllm.engine.limits import Limits
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
-from jaxllm.engine.limits import Limits
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.utilisation import StepMeter
 from jaxllm.graph.models.config import ModelConfig

@@ -15,8 +15,8 @@ from jaxllm.engine.buckets import UNPADDED, Padding
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
-from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.limits import Limits
+from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.scheduler import Scheduler
 
 UNWRITTEN = 0

@@ -25,8 +25,8 @@ from jaxllm.engine.disagg.engine import DisaggregatedEngine
 from jaxllm.engine.disagg.messages import VERSION, Hello
 from jaxllm.engine.disagg.prefill import PrefillSide
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.limits import Limits
+from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.graph.models.config import ModelConfig
 from serve.disagg.peers import Form, PrefillPeers
