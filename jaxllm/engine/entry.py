@@ -28,5 +28,6 @@ class Entry:
         if not params.ignore_eos:
             endings |= frozenset(request.eos_token_ids)
         told = params.logprobs is not None or params.prompt_logprobs is not None  # more than a token comes back
-        masked = sequence.grammar is not None or any(len(word) > 1 for word in request.bad_word_ids)
+        grammar = params.grammar is not None or sequence.grammar is not None
+        masked = grammar or any(len(word) > 1 for word in request.bad_word_ids)
         return Entry(key, sequence.num_prompt + params.min_tokens, most, endings, not (told or masked))

@@ -10,8 +10,20 @@ EOS, STOP = 7, 8
 
 
 def run(script, **asked):
-    """The one sequence of a request whose sampled tokens are `script`, then pseudo-random ones."""
+    """The one sequence of a request whose sampled tokens are `script`, then pseudo-random ones.
+
+    The same with several steps in one dispatch.
+    """
     limits = {name: asked.pop(name) for name in ("max_model_len", "num_pages") if name in asked}
+    ways = ({}, {"decode_steps": 3}, {"decode_steps": 4, "overlap": True})
+    first, *others = [run_so(script, asked, limits | way) for way in ways]
+    for other in others:
+        assert other.output_token_ids == first.output_token_ids
+        assert (other.finish_reason, other.stop_reason) == (first.finish_reason, first.stop_reason)
+    return first
+
+
+def run_so(script, asked, limits):
     host = Host(**limits)
     (sequence,) = host.add(request(eos=(EOS,), **asked))
     host.runner.scripts["a"] = script
