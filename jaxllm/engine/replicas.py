@@ -81,6 +81,14 @@ class Counts:
         return sum(scheduler.metrics.exposed_host_s for scheduler in self.schedulers)
 
     @property
+    def steps(self) -> int:
+        return sum(scheduler.metrics.steps for scheduler in self.schedulers)
+
+    @property
+    def dispatches(self) -> int:
+        return sum(scheduler.metrics.dispatches for scheduler in self.schedulers)
+
+    @property
     def compiles_after_ready(self) -> int:
         return max(scheduler.metrics.compiles_after_ready for scheduler in self.schedulers)
 

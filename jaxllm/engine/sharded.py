@@ -17,7 +17,7 @@ from jaxllm.engine.replicas import Pools
 from jaxllm.engine.scheduler import Scheduler
 
 NOTHING = StepPlan(())
-OURS = ("steps", "compiles_after_ready", "exposed_host_s")  # of the metrics: not what schedulers count
+OURS = ("steps", "dispatches", "compiles_after_ready", "exposed_host_s")  # of the metrics: not what schedulers count
 
 
 @dataclass
@@ -108,6 +108,7 @@ class ShardedScheduler:
             outputs += shard.commit(part if part.rows else None, results[start:end])
             start = end
         self.counted.steps += plan is not None
+        self.counted.dispatches += plan is not None
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.sequence.request.id)

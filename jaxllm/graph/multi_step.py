@@ -63,4 +63,6 @@ def multi_step(
 
     begin = first.token_ids, first.kv_lens, list(kv), counts
     (tokens, _, kv, counts), told = jax.lax.scan(one, begin, length=steps)
+    # Away from the loop's own memory: what the loop writes then has one address for ever, as CUDA graphs want it.
+    told = jnp.maximum(told, -1)
     return MultiStepped(told, kv, last_tokens.at[first.state_rows].set(tokens), counts)

@@ -57,6 +57,12 @@ class Counted(Protocol):
     @property
     def compiles_after_ready(self) -> int: ...
 
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def dispatches(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Floors:
@@ -122,9 +128,12 @@ class Bench:
             seconds = self._generate([draw(context) for _ in range(batch)], [out] * batch)
             return seconds, self.metrics.exposed_host_s - exposed
 
+        steps, dispatches = self.metrics.steps, self.metrics.dispatches
         pairs = [(run(LONG_OUT), run(SHORT_OUT)) for _ in range(self.repeats)]
         step, exposed = ([(a[i] - b[i]) / (LONG_OUT - SHORT_OUT) * 1e3 for a, b in pairs] for i in (0, 1))
         notes = {"exposed host, ms": max(statistics.median(exposed), 0.0)} if any(exposed) else {}
+        if self.metrics.dispatches - dispatches < self.metrics.steps - steps:
+            notes["steps a dispatch"] = (self.metrics.steps - steps) / (self.metrics.dispatches - dispatches)
         floor = self.floors.decode_ms(batch, context)
         return median_figure("decode step", f"batch {batch}, context {context}", "ms", step, floor=floor, notes=notes)
 

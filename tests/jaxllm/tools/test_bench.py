@@ -77,6 +77,20 @@ def test_what_the_device_waited_for_the_host_is_told_a_step(clock):
     assert figure.notes == {"exposed host, ms": pytest.approx(0.2)}
 
 
+def test_how_many_steps_went_in_a_dispatch_is_told_where_it_was_more_than_one(clock):
+    metrics = Metrics(steps=7, dispatches=7)
+    whole = clock.generate
+
+    def generate(prompts, params, **how):
+        metrics.steps += params[0].max_tokens
+        metrics.dispatches += params[0].max_tokens // 4
+        return whole(prompts, params, **how)
+
+    clock.generate = generate
+    (figure,) = Bench(clock, floors(CONFIG, "some GPU"), metrics).latency([4], [16], [])
+    assert figure.notes == {"steps a dispatch": 4}
+
+
 def test_prefill_is_the_time_to_one_token_and_its_first_try_does_not_count(clock):
     (figure,) = Bench(clock, floors(CONFIG, "NVIDIA H200"), repeats=2).latency([], [], [1000])
     assert figure.value == pytest.approx(1.0)

@@ -1,5 +1,7 @@
 """One config as two sides, under the names that users of vLLM and SGLang know."""
 
+import dataclasses
+
 import pytest
 
 from jaxllm.config import ConfigError, load, resolve, show
@@ -43,7 +45,9 @@ def test_the_prefill_side_is_the_decode_side_but_for_what_is_said():
     first, second = prefill_side(given), decode_side(given)
     assert first.disaggregation.role == second.disaggregation.role == "none"
     assert second.mesh == first.mesh == given.mesh
-    assert (first.scheduler, first.cache) == (second.scheduler, second.cache) == (given.scheduler, given.cache)
+    assert (second.scheduler, second.cache) == (given.scheduler, given.cache)
+    decodes_nothing = dataclasses.replace(given.scheduler, decode_steps=1)
+    assert (first.scheduler, first.cache) == (decodes_nothing, given.cache)
     assert first.compile.decode_buckets == (64,)
     other = config(
         role="both", tensor=2, prefill_tensor=1, prefill_max_num_seqs=4, prefill_token_budget=4096, prefill_num_pages=9
