@@ -240,7 +240,7 @@ def one_scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, metr
         max_model_len=config.model.max_model_len,
         max_prefill_chunk=config.scheduler.max_prefill_chunk,
         padding=Padding(config.compile.token_buckets, few),
-        decode_steps=config.scheduler.decode_steps,
+        decode_steps=config.scheduler.decode_steps or 1,  # AUTO: for a device to decide
         decode_steps_rows=max((rows for rows in config.compile.decode_buckets if rows <= MULTI_STEP_ROWS), default=0),
     )
     prefixes = PREFIX_INDEXES[config.cache.prefix_index](pool) if config.cache.prefix_cache else NoPrefixCache()
