@@ -52,7 +52,7 @@ def multi_step(
     def one(carry: Carry, _: None) -> tuple[Carry, Array]:
         tokens, kv_lens, kv, counts = carry
         inputs = one_a_row(tokens, kv_lens, first.state_rows, first.page_table, **size)
-        logits, kv, *_ = forward(graph, shape, params, kv, inputs)
+        logits, kv = forward(graph, shape, params, kv, inputs)[:2]
         if counts is None:
             tokens, bad = exchange.greedy(logits)
             told = jnp.where(bad, -1, tokens)
