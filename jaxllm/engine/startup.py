@@ -384,12 +384,12 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     directory = model_directory(config.model.path)
     model_config = with_scales(ModelConfig.from_directory(directory), directory, config.cache.kv_dtype)
     config = resolve(config, model_config.context_length, meshes[0][0].devices.flat[0].platform)
-    if config.compile.directory is None:
-        raise ConfigError("compile.cache_dir: must name the folder to build")
-    report.compile_cache = open_cache(config.compile.directory)
     scheme = _scheme(config, model_config)
     cost = step_cost(model_config, scheme.kind, scheme.group, jnp.dtype(config.model.dtype).itemsize)
     config = with_decode_steps(config, cost, meshes[0][0].devices.flat[0].device_kind)
+    if config.compile.directory is None:
+        raise ConfigError("compile.cache_dir: must name the folder to build")
+    report.compile_cache = open_cache(config.compile.directory)
     homes = homes_of(model_config, meshes[0], config.mesh, scheme)
     params = _shapes(config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))
