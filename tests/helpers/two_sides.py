@@ -89,7 +89,7 @@ class SlowRunner(FakeRunner):
         return launched.value.results
 
 
-def _scheduler(pages, seqs, budget, context, policy="fcfs", chunk=None):
+def _scheduler(pages, seqs, budget, context, policy="fcfs", chunk=None, decode_steps=1):
     pool = PagePool(pages, PAGE_SIZE)
     limits = Limits(
         token_budget=budget,
@@ -97,6 +97,8 @@ def _scheduler(pages, seqs, budget, context, policy="fcfs", chunk=None):
         page_size=PAGE_SIZE,
         max_model_len=context,
         max_prefill_chunk=chunk,
+        decode_steps=decode_steps,
+        decode_steps_rows=seqs,
     )
     return Scheduler(limits, pool, PrefixCache(pool), POLICIES[policy])
 
@@ -105,7 +107,7 @@ def _slots(group, page):
     return range(page * PAGE_SIZE + group.start, (page + 1) * PAGE_SIZE, len(GROUPS))
 
 
-def decode_side(prefill, *, pages=64, seqs=6, budget=16, context=120, policy="fcfs", dice=None):
+def decode_side(prefill, *, pages=64, seqs=6, budget=16, context=120, policy="fcfs", dice=None, decode_steps=3):
     """A DisaggregatedEngine on this prefill side."""
     config = resolve(load(environ={}, page_size=PAGE_SIZE), context, "cpu")
     model = ModelConfig(
@@ -121,7 +123,7 @@ def decode_side(prefill, *, pages=64, seqs=6, budget=16, context=120, policy="fc
         bos_token_id=None,
     )
     runner = SlowRunner(pages, PAGE_SIZE, seqs, VOCAB, dice=dice or random.Random(0), chance=1.0)
-    decode = Engine(config, model, _scheduler(pages, seqs, budget, context, policy), runner)
+    decode = Engine(config, model, _scheduler(pages, seqs, budget, context, policy, decode_steps=decode_steps), runner)
 
     def put(group, block, places):
         values = np.asarray(block).reshape(2, -1)
