@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.core import FinishReason, Grammar, Request, RequestError, SamplingParams, Sequence, TokenOutput
+from jaxllm.engine.buckets import UNPADDED
 from jaxllm.engine.decoding.structured import GrammarCompiler
 from jaxllm.engine.engine import Engine, Residency
 from jaxllm.engine.intake import Intake
@@ -111,7 +112,8 @@ class Schedulers:
     def config(self) -> Limits:
         """Of a sequence, those of any engine; of a step, of all of them together."""
         one, count = self.each[0].config, len(self.each)
-        return dataclasses.replace(one, max_num_seqs=one.max_num_seqs * count, token_budget=one.token_budget * count)
+        most = {"max_num_seqs": one.max_num_seqs * count, "token_budget": one.token_budget * count}
+        return dataclasses.replace(one, **most, padding=UNPADDED)  # each pads its own steps
 
     @property
     def pool(self) -> Pools:
