@@ -87,7 +87,11 @@ def pack(
 def unpack(
     shape: StepShape, packed: Int[Array, " n"], last_tokens: Int[Array, " S1"], *, page_size: int, num_pages: int
 ) -> StepInputs:
-    """The inverse of `pack`, in the trace: slices, then tokens, positions, rows and slots by arithmetic."""
+    """The inverse of `pack`, in the trace: slices, then tokens, positions, rows and slots by arithmetic.
+
+    Kernels read lengths and table as arrays of their own: XLA draws a slice that a custom call of ours reads into a
+    fusion around the call, and that stands outside the step's CUDA graph.
+    """
     at = shape.tokens
     token_ids, kv_lens = packed[:at], packed[at : at + shape.rows]
     token_ids = jnp.where(token_ids < 0, last_tokens[jnp.maximum(-1 - token_ids, 0)], token_ids)
@@ -96,6 +100,7 @@ def unpack(
     at += shape.rows
     table = packed[at : at + shape.rows * shape.width].reshape(shape.rows, shape.width)
     size = {"page_size": page_size, "num_pages": num_pages}
+    kv_lens, table = jax.lax.optimization_barrier((kv_lens, table))
     if shape.decode:
         return one_a_row(token_ids, kv_lens, state_rows, table, **size)
     starts = packed[at + shape.rows * shape.width :]

@@ -1,7 +1,9 @@
 """What the runner packs is what the step unpacks."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples, unpack, unpack_samples
 
@@ -42,6 +44,22 @@ def test_a_decode_step_has_one_token_a_row_and_drops_padding():
     assert inputs.slots.tolist() == [5 * 4 + 1, 8 * 4, PAGE * PAGES, PAGE * PAGES]
     assert inputs.query_starts is None
     assert inputs.last_token is None
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_no_kernel_is_given_a_slice_of_the_packed_integers(decode):
+    shape = StepShape(tokens=4, rows=4, width=2, decode=decode)
+    packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
+    last_tokens = jax.ShapeDtypeStruct((5,), jnp.int32)
+
+    def read(packed, last_tokens):
+        inputs = unpack(shape, packed, last_tokens, page_size=4, num_pages=8)
+        return inputs.kv_lens, inputs.page_table
+
+    traced = jax.make_jaxpr(read)(packed, last_tokens)
+    barriers = [each for each in traced.eqns if each.primitive.name == "optimization_barrier"]
+    behind = {variable for each in barriers for variable in each.outvars}
+    assert set(traced.jaxpr.outvars) <= behind
 
 
 def test_sampling_columns_travel_bit_for_bit():
