@@ -84,10 +84,15 @@ def paged_attention_decode_cases() -> Iterator[Case]:
         arrays = _paged(32, 32, 32, 8, H, 64, 128, narrow)
         yield Case("mosaic_sm90", f"H{H} e4m3 pages", scaled(attend), (*arrays, scales))
 
-    for N, rows, pages, page_size in ((32, 32, 512, 16), (64, 8, 64, 128)):
+    calls = {"cuda": cuda.paged_attention_decode, "cuda_many": cuda.many_decode}
+    for name, N, rows, pages, page_size in (
+        ("cuda", 32, 32, 512, 16),
+        ("cuda", 64, 8, 64, 128),
+        ("cuda_many", 32, 128, 32, 64),
+    ):
         arrays = _paged(rows, rows, N, 8, 128, page_size, pages, jnp.bfloat16)
-        attend = functools.partial(cuda.paged_attention_decode, scale=0.1)
-        yield Case("cuda", f"H128 B{rows} N{N} page {page_size}", attend, arrays)
+        attend = functools.partial(calls[name], scale=0.1)
+        yield Case(name, f"H128 B{rows} N{N} page {page_size}", attend, arrays)
 
     attend = functools.partial(triton.paged_attention_decode, scale=0.1)
     for H, rows, pages, page_size in ((128, 32, 512, 16), (128, 256, 512, 64), (64, 32, 128, 64)):
@@ -185,10 +190,11 @@ def decode_attention_cases() -> Iterator[Case]:
     from pallas_kernels.decode_attention import cuda
     from pallas_kernels.paged_attention import triton
 
-    for rows, norms, parts in ((256, False, 0), (32, True, 4)):
+    calls = {"cuda": cuda.decode_heads, "cuda_many": cuda.many_heads}
+    for name, rows, norms, parts in (("cuda_many", 256, False, 0), ("cuda", 32, True, 4)):
         _, *arrays = _paged(rows, rows, 32, 8, 128, 16, 512, jnp.bfloat16)
         heads = _heads(rows, 32, 8, 128, norms=norms, parts=parts)
-        yield Case("cuda", f"H128 B{rows}", functools.partial(cuda.decode_heads, scale=0.1), (heads, *arrays))
+        yield Case(name, f"H128 B{rows}", functools.partial(calls[name], scale=0.1), (heads, *arrays))
     attend = functools.partial(triton.decode_heads, scale=0.1)
     for rows, N, H, norms, parts in (
         (1, 32, 128, False, 0),
