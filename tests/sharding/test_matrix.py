@@ -7,6 +7,7 @@ was seen; a test fails where the committed page says something else.
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 from pathlib import Path
@@ -181,6 +182,14 @@ def observe_quantised(engine):
     short = [(prompt(n), GREEDY) for n in (3, 9, 17)]
     found = {"greedy": [s.output_token_ids for s in serve(engine, short)]}
     return found | {"log-probabilities": log_probabilities(engine, prompt(40, salt=4))}
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_is_given_back():
+    """Executables on a CPU are maps of memory, of which a process may have 65,530: XLA crashes at the 46th mesh."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @contextlib.contextmanager
