@@ -16,9 +16,8 @@ from pallas_kernels.roofline import StepCost, peak_of
 
 log = logging.getLogger(__name__)
 STEPS = 4  # where it pays: the host's turn is then shared by so many
-SHORT_S = (
-    2e-3  # floor of a step that the host's turn may outlast: it takes up to 1.5 ms, and steps reach half their floor
-)
+# Floor of a step that the host's turn may outlast: that takes up to 1.5 ms, and steps reach half their floor.
+SHORT_S = 2e-3
 CONTEXT = 1024  # tokens of each row, for the floor
 
 

@@ -383,10 +383,10 @@ DEVICE uint4 value_of(unsigned char* values, int key, int column, bool there) {
   return there ? *reinterpret_cast<const uint4*>(row_of(values, key) + column * 2) : uint4{0, 0, 0, 0};
 }
 
-// The two halves of two probabilities.
-DEVICE void halves(const float (&p)[2], uint32_t& high, uint32_t& low) {
-  high = narrow_pair(p[0], p[1]);
-  low = narrow_pair(p[0] - wide(uint16_t(high)), p[1] - wide(uint16_t(high >> 16)));
+// Two probabilities as two bf16 each: rounded, and what is then missing.
+DEVICE void split_in_two(const float (&p)[2], uint32_t& high, uint32_t& low) {
+  high = narrow(p[0], p[1]);
+  low = narrow(p[0] - wide(uint16_t(high)), p[1] - wide(uint16_t(high >> 16)));
 }
 
 // A tile's values times its probabilities. A register of the tensor core's first operand has two keys of one column, so
@@ -398,7 +398,7 @@ DEVICE void add_values(const Worker& w, unsigned char* values, const float (&p)[
   for (int pair = 0; pair < 2; ++pair) {
     uint32_t high[2], low[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) halves(p[2 * pair + i], high[i], low[i]);
+    for (int i = 0; i < 2; ++i) split_in_two(p[2 * pair + i], high[i], low[i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       union {
@@ -538,7 +538,7 @@ DEVICE void write_out(Worker& w, const Segment& s, const Sums& sums) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float(&out)[4] = sums.out[half * 4 + j];
-        pairs[j] = narrow_pair(out[h] * share.of[h], out[2 + h] * share.of[h]);
+        pairs[j] = narrow(out[h] * share.of[h], out[2 + h] * share.of[h]);
       }
       *reinterpret_cast<uint4*>(to + half * 64) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
     }

@@ -36,7 +36,7 @@ struct Head {  // a lane's columns of one: 2 lane and the next, and the two that
   }
   DEVICE void store(uint16_t* to, int lane) const {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    pairs[lane] = narrow_pair(first[0], first[1]), pairs[lane + 32] = narrow_pair(second[0], second[1]);
+    pairs[lane] = narrow(first[0], first[1]), pairs[lane + 32] = narrow(second[0], second[1]);
   }
 };
 

@@ -113,7 +113,6 @@ inline uint16_t narrow(float value) {
   if (std::isnan(value)) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline uint32_t narrow_pair(float low, float high) { return uint32_t(narrow(high)) << 16 | narrow(low); }
 inline float exp_(float x) { return std::exp(x); }
 inline float exp2_(float x) { return std::exp2(x); }
 inline float reciprocal_root(float x) { return 1.f / std::sqrt(x); }

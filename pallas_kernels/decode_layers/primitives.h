@@ -17,10 +17,6 @@ namespace {
 
 DEVICE float wide(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 DEVICE uint16_t narrow(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
-DEVICE uint32_t narrow_pair(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return uint32_t(__bfloat16_as_ushort(both.y)) << 16 | __bfloat16_as_ushort(both.x);
-}
 DEVICE float exp_(float x) { return __expf(x); }
 DEVICE float exp2_(float x) { return exp2f(x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
