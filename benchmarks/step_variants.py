@@ -71,7 +71,7 @@ def change(variant: str) -> None:
         reference = functools.partial(add_norm, implementation="reference")
         steps._add_norm = jax.jit(reference, static_argnames=("which", "eps"))
     if variant == "before":
-        steps.Graph.onward = lambda self, exchange: plainly
+        steps.Graph.onward = lambda self, exchange, shape: plainly
         sampling.api.draw = functools.partial(sampling.api.draw, implementation="reference")
         collectives.greedy = functools.partial(collectives.greedy, implementation="reference")
     if variant == "parts":

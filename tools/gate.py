@@ -70,7 +70,8 @@ class Report:
         flaws = (f", SPILLS {self.spilled_bytes} B" if self.spilled_bytes else "") + (
             ", SERIALISED" if self.serialised else ""
         )
-        return f"{self.kernel}: {self.registers} registers{flaws}; {counts or 'no tensor cores'}"
+        none = "no tensor cores" if self.instructions else "by nvcc"
+        return f"{self.kernel}: {self.registers} registers{flaws}; {counts or none}"
 
     def good(self, allowance: int) -> bool:
         return self.spilled_bytes <= allowance and not self.serialised

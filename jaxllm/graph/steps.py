@@ -48,7 +48,7 @@ _turn_and_write = jax.jit(rope_page_write, static_argnames="implementation")
 _write = jax.jit(page_write)
 _separated = jax.jit(separated)
 _partial = jax.jit(partial_attention, static_argnames=("scale", "implementation"))
-_onward = functools.partial(chained, jax.jit(decode_chain, static_argnames=("eps",)))
+_chain = jax.jit(decode_chain, static_argnames=("eps",))
 _add_norm = jax.jit(add_norm, static_argnames=("which", "eps", "implementation"))
 LOGPROB_BLOCK = 128  # prompt positions whose logits exist at one time
 
@@ -85,7 +85,7 @@ class Graph:
     num_pages: int
     # Pin jnp attention and single products: to tell a kernel's fault from the model's.
     reference_attention: bool = False
-    chained: bool = False  # one kernel from attention to attention: batch-invariant, not yet faster than XLA's products
+    chained: tuple[int, int] | None = None  # decode steps of so many rows, ends included: one kernel between attentions
     whole: bool = False  # one kernel for all layers of a decode step, where it takes the rows and the model
     parts: bool = False  # products of a few rows stay partial sums until a kernel adds them up: not yet measured
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
@@ -104,14 +104,15 @@ class Graph:
         share = self.context is not None and self.context.shares(shape.tokens)
         return self.placement.exchange(shape.tokens // self.placement.config.seq if share else shape.tokens)
 
-    def onward(self, exchange: Exchange) -> Onward:
+    def onward(self, exchange: Exchange, shape: StepShape) -> Onward:
         """What is done between two attentions: shards of a layer must meet on the way."""
         if exchange is not ALONE:
             return functools.partial(plainly, exchange=exchange)
-        if self.chained:
-            return _onward
         pinned = {"implementation": "reference"} if self.reference_attention else {}
-        return functools.partial(joined, functools.partial(_add_norm, **pinned), self.parts)
+        onward = functools.partial(joined, functools.partial(_add_norm, **pinned), self.parts)
+        if self.chained is None or not shape.decode or not self.chained[0] <= shape.rows <= self.chained[1]:
+            return onward
+        return functools.partial(chained, _chain, onward)
 
     @property
     def shards(self) -> int:
@@ -249,7 +250,7 @@ def forward(
     whole = graph.whole and shape.decode and exchange is ALONE and graph.context is None
     done = through_all(model, x, inputs, kv) if whole else None
     if done is None:
-        attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
+        attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange, shape)
         done = Through(model.through(x, own(inputs.positions), attend, onward, exchange), False, kv)
     logits, kv, hidden = done.out, done.kv, None
     if not done.headed:
@@ -287,7 +288,7 @@ def pass_on(
     kv, model, exchange = list(kv), graph.model(params), graph.exchange(shape)
     own, _, share = graph.dealt(shape)
     x = model.begin(own(inputs.token_ids), exchange) if starts else carry
-    attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange)
+    attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange, shape)
     return model.through(x, own(inputs.positions), attend, onward, exchange), kv
 
 

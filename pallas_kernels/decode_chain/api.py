@@ -1,9 +1,9 @@
 """Everything between two attentions of a dense decoder: argument checks, then the best implementation that accepts.
 
 In: attention's output, the residual stream and weights stored [out, in]. Out: the residual stream after the layer, and
-the next layer's merged queries, keys and values. Sums are f32; results have the inputs' dtype. A row's bits depend
-neither on the other rows nor on how many there are, where a kernel says so. A layer's two norm weights come as one
-array, because XLA keeps a kernel that gets a slice out of its CUDA graphs. This module knows no model and no heads.
+the next layer's merged queries, keys and values. Sums are f32; results have the inputs' dtype. A layer's two norm
+weights come as one array, because XLA keeps a kernel that gets a slice out of its CUDA graphs. This module knows no
+model and no heads.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import jax
 from pallas_kernels.dispatch import dispatch, imported, register
 
 _ROOM = "pallas_kernels.decode_chain"
-register("decode_chain", "mosaic_sm90", imported(f"{_ROOM}.mosaic_sm90:decode_chain"), platforms=("gpu",))
-register("decode_chain", "mosaic_sm90_interpret", imported(f"{_ROOM}.interpreted:decode_chain"), ("interpret",))
-register("decode_chain", "reference", imported(f"{_ROOM}.reference:decode_chain"))
+register("decode_chain", "cuda", imported(f"{_ROOM}.cuda:decode_chain"), platforms=("gpu",))
+register("decode_chain", "cuda_emulated", imported(f"{_ROOM}.emulated:decode_chain"), ("interpret",))
+# Not on a GPU: products one by one do better there than the reference.
+register("decode_chain", "reference", imported(f"{_ROOM}.reference:decode_chain"), platforms=("cpu",))
 
 
 @jax.tree_util.register_dataclass

@@ -58,8 +58,10 @@ CHAIN_SPECS = (
     replace(_SMALL, name="small_biases_odd_rows", T=11, biases=True),
     replace(_SMALL, name="small_last_layer", Q=0),
     replace(_SMALL, name="small_f32", T=3, dtype="float32"),
+    replace(_SMALL, name="small_127_rows", T=127),
+    replace(_SMALL, name="small_deep", T=19, D=256, O=256, F=320, Q=128),
     replace(_SMALL, name="small_too_many_rows", T=129),
 )
 REAL_CHAIN_SPECS = tuple(
-    replace(spec, name=f"{spec.name}_{T}", T=T) for spec in (_LLAMA, _QWEN) for T in (1, 8, 32, 64, 128)
+    replace(spec, name=f"{spec.name}_{T}", T=T) for spec in (_LLAMA, _QWEN) for T in (1, 32, 64, 96, 128)
 )

@@ -57,7 +57,15 @@ struct BlockState {
   std::vector<WarpState> warps;
 };
 
+struct Issued {  // a product of tensor cores that read shared memory: done when it is waited for
+  float* sums;
+  const char *a, *b;
+  int columns, group;
+};
+
 struct Fiber {
+  std::vector<Issued> products;
+  int groups = 0;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   BlockState* block;
@@ -66,8 +74,7 @@ struct Fiber {
 };
 
 struct Copy {
-  void* to;
-  const void* from;
+  std::function<void()> move;
   uint32_t bytes;
   uint64_t* barrier;
 };
@@ -115,6 +122,7 @@ inline uint16_t narrow(float value) {
 }
 inline float exp_(float x) { return std::exp(x); }
 inline float exp2_(float x) { return std::exp2(x); }
+inline float divided(float a, float b) { return a / b; }
 inline float reciprocal_root(float x) { return 1.f / std::sqrt(x); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float times(float a, float b) { return a * b; }
@@ -246,12 +254,15 @@ inline void arrive(uint64_t* at) {
 inline void wait_for(uint64_t* at, uint32_t parity) {
   while (bar(at).phase == (parity & 1)) yield();
 }
+inline void later(Copy copy) {
+  machine->copies.push_back(std::move(copy));
+  machine->moved = true;
+}
 inline void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     throw std::logic_error("the copy engine takes multiples of 16 bytes");
   std::memset(to, 0xff, bytes);  // NaN until it lands
-  machine->copies.push_back({to, from, bytes, barrier});
-  machine->moved = true;
+  later({[=] { std::memcpy(to, from, bytes); }, bytes, barrier});
 }
 
 inline void signal(uint32_t* counter, uint32_t amount) {
@@ -269,10 +280,10 @@ inline uint32_t count_up(uint32_t* counter, uint32_t by = 1) {
 inline void mark(int, int, int, int) {}
 
 inline void land(Machine& m, size_t at) {
-  const Copy copy = m.copies[at];
-  m.copies[at] = m.copies.back();
+  const Copy copy = std::move(m.copies[at]);
+  if (at + 1 < m.copies.size()) m.copies[at] = std::move(m.copies.back());
   m.copies.pop_back();
-  std::memcpy(copy.to, copy.from, copy.bytes);
+  copy.move();
   bar(copy.barrier).bytes -= int32_t(copy.bytes);
   settle(bar(copy.barrier));
 }

@@ -19,6 +19,7 @@ DEVICE float wide(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16);
 DEVICE uint16_t narrow(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 DEVICE float exp_(float x) { return __expf(x); }
 DEVICE float exp2_(float x) { return exp2f(x); }
+DEVICE float divided(float a, float b) { return __fdividef(a, b); }  // 0 above 2^126
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 // Rounded as written, so that no two copies of one line differ in what the compiler made of it.

@@ -1,33 +1,39 @@
 """What lies between two attentions as one op, where the layers are plain: dense, and their weights plain arrays.
 
-In and out as `decoder.plainly`, with the op itself bound first. The op chooses a kernel by platform and shape; on
-machines without one it is the same arithmetic as `plainly`. Layers of other kinds, and weights of leaf types with
-their own matmul, go plainly.
+In and out as `decoder.plainly`, with the op itself and another way bound first. Layers of other kinds, weights of leaf
+types with their own matmul, and what no kernel takes go the other way.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import jax
 
 from jaxllm.graph.layers.mlp import MLP
-from jaxllm.graph.models.decoder import Layer, plainly
+from jaxllm.graph.models.decoder import Layer, Onward
 from pallas_kernels.decode_chain.api import Dense, Following
+
+log = logging.getLogger(__name__)
 
 # decode_chain, or a jitted form of it
 Chain = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
 def chained(
-    chain: Chain, layer: Layer, following: Layer | None, x: jax.Array, mixed: jax.Array
+    chain: Chain, otherwise: Onward, layer: Layer, following: Layer | None, x: jax.Array, mixed: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """From one attention to the next in one kernel if there is one for this."""
     dense = _dense(layer)
     after = None if following is None else _following(following)
     if dense is None or x.ndim != 2 or (following is not None and after is None):
-        return plainly(layer, following, x, mixed)
-    return chain(x, mixed, dense, after, eps=layer.norm_eps)
+        return otherwise(layer, following, x, mixed)
+    try:
+        return chain(x, mixed, dense, after, eps=layer.norm_eps)
+    except* NotImplementedError as reasons:
+        log.info("products one by one: %s", "; ".join(map(str, reasons.exceptions)))
+    return otherwise(layer, following, x, mixed)
 
 
 def _dense(layer: Layer) -> Dense | None:

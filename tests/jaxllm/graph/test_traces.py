@@ -55,7 +55,7 @@ def test_a_profile_shows_what_the_executable_is(tmp_path):
     [
         (dataclasses.replace(GRAPH, num_pages=5), {}),
         (dataclasses.replace(GRAPH, config="another model"), {}),
-        (dataclasses.replace(GRAPH, chained=True), {}),
+        (dataclasses.replace(GRAPH, chained=(1, 8)), {}),
         (GRAPH, {"key": ("step", 2)}),
         (GRAPH, {"shape": (5, 8)}),
         (GRAPH, {"dtype": jnp.bfloat16}),

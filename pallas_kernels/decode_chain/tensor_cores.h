@@ -1,0 +1,197 @@
+// What decode_chain.cu asks of the machine beyond decode_layers/primitives.h: tiles by the copy engine, tensor cores that
+// read shared memory, clusters of two. For sm_90a, and for the emulator.
+#pragma once
+#include "../decode_layers/primitives.h"
+
+namespace {
+
+constexpr int kDepth = 64;         // of a block: 128 bytes of a row, the widest the copy engine turns about
+constexpr int kBlockThreads = 384; // two computing warpgroups; warps for weights, rows, scales and signals
+
+#ifdef JAXLLM_EMULATED
+
+struct TileMap {  // of a matrix [rows, columns], row after row
+  const uint16_t* base;
+  int64_t rows, columns;
+  int box;  // rows of a tile
+};
+
+inline void* const* emulated_blocks = nullptr;  // shared memory of each block
+
+template <typename T>
+DEVICE T* of_peer(T* mine, int peer) {  // of the cluster of two
+  const int own = machine->current->program, other = own / 2 * 2 + peer;
+  return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(emulated_blocks[other]) - static_cast<char*>(emulated_blocks[own])));
+}
+DEVICE void meet_cluster() { meet(machine->everyone); }
+DEVICE void arrive_at_cluster() { meet_cluster(); }
+DEVICE void await_cluster() {}
+DEVICE void arrive_at(uint64_t* barrier, int, int peer) { arrive(of_peer(barrier, peer)); }
+DEVICE void between_stores_and_copies() {}
+DEVICE uint32_t load_fresh_pair(const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
+
+// The 16-byte pieces of a row stand in another order in every row of eight, so that tensor cores find no bank twice.
+DEVICE uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
+
+template <typename RowOf>
+DEVICE void copy_rows_of(char* place, const TileMap* map, int column, uint64_t* barrier, RowOf row_of) {
+  const TileMap m = *map;
+  std::memset(place, 0xff, size_t(m.box) * kDepth * 2);
+  later({[=] {
+           for (int r = 0; r < m.box; ++r)
+             for (int c = 0; c < kDepth; ++c) {
+               const int64_t row = row_of(r);
+               const uint16_t value = row >= 0 && row < m.rows ? m.base[row * m.columns + column + c] : 0;
+               std::memcpy(place + swizzled(r * kDepth * 2 + c * 2), &value, 2);
+             }
+         },
+         uint32_t(m.box) * kDepth * 2, barrier});
+}
+DEVICE void copy_tile(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
+  copy_rows_of(static_cast<char*>(to), map, column, barrier, [=](int r) { return int64_t(row) + r; });
+}
+DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, uint64_t* barrier) {
+  const int64_t half = map->rows / 2;
+  copy_rows_of(static_cast<char*>(to), map, column, barrier, [=](int r) {
+    const int64_t row = (int64_t(eight) + r / 16) * 8 + r % 8;
+    return row < half ? row + r % 16 / 8 * half : -1;
+  });
+}
+DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int) {
+  for (int peer = 0; peer < 2; ++peer)
+    copy_rows_of(of_peer(static_cast<char*>(to), peer), map, column, of_peer(barrier, peer), [=](int r) { return int64_t(row) + r; });
+}
+
+// A product is done when it is waited for: an operand that was overwritten before shows.
+template <int N, int COUNT>
+DEVICE void multiply(float (&sums)[COUNT], const void* a, const void* b) {
+  Fiber& mine = *machine->current;
+  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups});
+}
+DEVICE void begin_products() {}
+DEVICE void end_products() { ++machine->current->groups; }
+template <int LEFT>
+DEVICE void await_products() {
+  Fiber& mine = *machine->current;
+  const int thread = mine.thread % 128, lane = thread % 32;
+  while (!mine.products.empty() && mine.products.front().group < mine.groups - LEFT) {
+    const Issued p = mine.products.front();
+    mine.products.erase(mine.products.begin());
+    const char* ground = static_cast<const char*>(emulated_blocks[mine.program]);
+    auto at = [&](const char* tile, int row, int k) {
+      uint16_t bits;
+      std::memcpy(&bits, ground + swizzled(uint32_t(tile - ground) + uint32_t(row) * kDepth * 2 + uint32_t(k) * 2), 2);
+      return wide(bits);
+    };
+    for (int i = 0; i < p.columns / 2; ++i) {
+      const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = 0.f;
+      for (int k = 0; k < 16; ++k) sum += at(p.a, row, k) * at(p.b, column, k);
+      p.sums[i] += sum;
+    }
+    machine->moved = true;
+  }
+  sync_warp();  // .sync.aligned: a warp does this as one, and a lane of it tells that all have read
+}
+
+#else
+#include <cuda.h>
+
+using TileMap = CUtensorMap;
+
+DEVICE uint32_t address_at(const void* mine, int peer) {  // of another block of the cluster
+  uint32_t at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(peer));
+  return at;
+}
+// All threads of the cluster. Without a word about memory but barriers that were published.
+DEVICE void arrive_at_cluster() {
+  sync_warp();  // .aligned: a warp arrives as one
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+DEVICE void await_cluster() {
+  sync_warp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void meet_cluster() { arrive_at_cluster(), await_cluster(); }
+// That what was in shared memory has been read. With .release.cluster it would be a fence of the whole device: 1.8 us.
+DEVICE void arrive_at(uint64_t* barrier, int, int peer) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(barrier, peer)) : "memory");
+}
+// Between ordinary stores to device memory and copies of tiles from there.
+DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+DEVICE uint32_t load_fresh_pair(const uint16_t* from) {
+  uint32_t pair;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(pair) : "l"(from) : "memory");
+  return pair;
+}
+
+// Weights, read once: first to leave the cache.
+DEVICE void copy_tile(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3}], [%4], policy;\n}" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+// The same of two halves of a matrix, eight rows of each in turn.
+DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %3, %4}], [%5], policy;\n}" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(0), "r"(eight), "r"(shared_address(barrier))
+      : "memory");
+}
+// To the same place of both blocks of the cluster; the barrier of each counts what came to it.
+DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(3))
+      : "memory");
+}
+
+// A matrix in shared memory whose rows are 128 bytes, swizzled: eight rows are 1,024 bytes (PTX ISA, "Matrix descriptor").
+DEVICE uint64_t matrix(const void* at) {
+  return uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+DEVICE void await_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+#define JAXLLM_R8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define JAXLLM_R16(i) JAXLLM_R8(i), JAXLLM_R8(i + 8)
+#define JAXLLM_R32(i) JAXLLM_R16(i), JAXLLM_R16(i + 16)
+#define JAXLLM_P8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define JAXLLM_P16 JAXLLM_P8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define JAXLLM_P32 JAXLLM_P16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define JAXLLM_P48 JAXLLM_P32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define JAXLLM_P64 JAXLLM_P48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define JAXLLM_MULTIPLY(N, places, a_at, b_at, registers)                                                             \
+  template <>                                                                                                         \
+  DEVICE void multiply<N, N / 2>(float(&d)[N / 2], const void* a, const void* b) {                                    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" places "}, %" a_at ", %" b_at           \
+                 ", 1, 1, 1, 0, 0;\n"                                                                                 \
+                 : registers                                                                                          \
+                 : "l"(matrix(a)), "l"(matrix(b)));                                                                   \
+  }
+
+// sums[64][N] += a[64][16] @ b[N][16].T. Thread t of the warpgroup has rows t / 32 * 16 + t % 32 / 4 and the one 8 below,
+// of each eight columns those at t % 4 * 2: {row, column}, {row, column + 1}, {row + 8, column}, {row + 8, column + 1}.
+template <int N, int COUNT>
+DEVICE void multiply(float (&d)[COUNT], const void* a, const void* b);
+JAXLLM_MULTIPLY(16, JAXLLM_P8, "8", "9", JAXLLM_R8(0))
+JAXLLM_MULTIPLY(32, JAXLLM_P16, "16", "17", JAXLLM_R16(0))
+JAXLLM_MULTIPLY(64, JAXLLM_P32, "32", "33", JAXLLM_R32(0))
+#define JAXLLM_COMMA ,
+JAXLLM_MULTIPLY(96, JAXLLM_P48, "48", "49", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R16(32))
+JAXLLM_MULTIPLY(128, JAXLLM_P64, "64", "65", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R32(32))
+
+#endif
+
+}  // namespace
