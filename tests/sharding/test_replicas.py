@@ -1,5 +1,7 @@
 """Two engines as one: requests are balanced by tokens, found again, and counted together; the loop can drive them."""
 
+import threading
+
 import pytest
 from helpers.byte_model import build_engine
 
@@ -9,8 +11,9 @@ from jaxllm.engine.messages import Abort, Add, Beat, Control, News, Ready, Reply
 from jaxllm.engine.replicas import ReplicaFailedError
 
 
-def pair(**options):
-    return build_engine(num_pages=64, replicas=2, **options)[0]
+@pytest.fixture(params=[False, True], ids=["one_thread", "threads"])
+def pair(request):
+    return lambda **options: build_engine(num_pages=64, replicas=2, apart=request.param, **options)[0]
 
 
 class OnceReady:
@@ -46,7 +49,7 @@ def ask(engine, name, length, tokens):
     return engine.add(engine.make_request(list(range(40, 40 + length)), params, request_id=name))[0]
 
 
-def test_a_request_goes_to_the_engine_with_the_fewest_tokens_before_it():
+def test_a_request_goes_to_the_engine_with_the_fewest_tokens_before_it(pair):
     engine = pair()
     ask(engine, "long", 20, 40)
     for name in "abc":
@@ -55,7 +58,7 @@ def test_a_request_goes_to_the_engine_with_the_fewest_tokens_before_it():
     assert engine.scheduler.num_waiting + engine.scheduler.num_running == 4
 
 
-def test_all_finish_and_nothing_stays_behind():
+def test_all_finish_and_nothing_stays_behind(pair):
     engine = pair()
     sequences = [ask(engine, f"r{i}", 3 + i, 6) for i in range(7)]
     while engine.has_work:
@@ -69,7 +72,7 @@ def test_all_finish_and_nothing_stays_behind():
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages
 
 
-def test_an_abort_finds_its_request_and_a_second_one_is_ignored():
+def test_an_abort_finds_its_request_and_a_second_one_is_ignored(pair):
     engine = pair()
     kept, gone = ask(engine, "kept", 5, 9), ask(engine, "gone", 5, 50)
     engine.step()
@@ -82,7 +85,7 @@ def test_an_abort_finds_its_request_and_a_second_one_is_ignored():
     assert gone.finish_reason is FinishReason.ABORT
 
 
-def test_an_engine_that_is_slow_holds_up_nobody_else():
+def test_an_engine_that_is_slow_holds_up_nobody_else(pair):
     engine = pair()
     busy = [True]
     engine.engines[0].runner = Paced(engine.engines[0].runner, lambda: not busy[0])
@@ -97,7 +100,39 @@ def test_an_engine_that_is_slow_holds_up_nobody_else():
     assert slow.num_output == 9
 
 
-def test_an_abort_between_the_halves_of_a_turn_leaves_nothing():
+class Stuck:
+    """A runner whose launches take until the test says so."""
+
+    def __init__(self, inner, goes):
+        self.inner, self.goes = inner, goes
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def launch(self, plan):
+        assert self.goes.wait(10), "nobody let the launch go on"
+        return self.inner.launch(plan)
+
+
+def test_a_launch_that_takes_long_holds_up_nobody_else_and_is_waited_for_by_who_touches_its_engine():
+    engine = build_engine(num_pages=64, replicas=2, apart=True)[0]
+    goes = threading.Event()
+    engine.engines[0].runner = Stuck(engine.engines[0].runner, goes)
+    slow, quick = ask(engine, "slow", 20, 9), ask(engine, "quick", 5, 9)
+    while not quick.finished:
+        engine.step()
+    assert slow.num_output == 0
+    threading.Timer(0.05, goes.set).start()
+    engine.abort("slow")  # its scheduler is in the other thread's hands until then
+    assert goes.is_set()
+    while engine.has_work:
+        engine.step()
+        engine.check()
+    assert slow.finish_reason is FinishReason.ABORT
+    assert engine.scheduler.pool.num_held == 0
+
+
+def test_an_abort_between_the_halves_of_a_turn_leaves_nothing(pair):
     engine = pair()
     busy = [True]
     engine.engines[0].runner = Paced(engine.engines[0].runner, lambda: not busy[0])
@@ -116,14 +151,14 @@ def test_an_abort_between_the_halves_of_a_turn_leaves_nothing():
     assert engine.scheduler.pool.num_held == 0
 
 
-def test_an_id_in_use_is_refused_whichever_engine_has_it():
+def test_an_id_in_use_is_refused_whichever_engine_has_it(pair):
     engine = pair()
     ask(engine, "same", 20, 40)
     with pytest.raises(RequestError, match="already in use"):
         ask(engine, "same", 4, 5)
 
 
-def test_what_others_said_in_a_turn_that_failed_is_not_lost():
+def test_what_others_said_in_a_turn_that_failed_is_not_lost(pair):
     engine = pair(fault="step:3:raise=1")
     hit, spared = ask(engine, "hit", 6, 12), ask(engine, "spared", 5, 12)
     said = []
@@ -170,14 +205,14 @@ def news_of(events, name):
     return [one for event in events if isinstance(event, Step) for one in event.news if one.request_id == name]
 
 
-def test_the_loop_says_what_all_engines_can_hold():
+def test_the_loop_says_what_all_engines_can_hold(pair):
     engine = pair()
     ready = drive(engine)[0]
     assert isinstance(ready, Ready)
     assert (ready.max_num_seqs, ready.capacity_tokens) == (16, 2 * 64 * 8)
 
 
-def test_a_failed_step_of_one_engine_ends_its_requests_and_no_others():
+def test_a_failed_step_of_one_engine_ends_its_requests_and_no_others(pair):
     engine = pair(fault="step:3:raise=1")
     events = drive(engine, [add(engine, "hit", 6, 12), add(engine, "spared", 5, 12)], [], [], [], [add(engine, "next")])
     assert news_of(events, "hit")[-1].error.startswith("engine_error")
@@ -187,14 +222,14 @@ def test_a_failed_step_of_one_engine_ends_its_requests_and_no_others():
     engine.check()
 
 
-def test_an_engine_that_fails_twice_in_a_row_breaks_the_whole_though_others_are_well():
+def test_an_engine_that_fails_twice_in_a_row_breaks_the_whole_though_others_are_well(pair):
     engine = pair(fault="step:3:raise=2")
     turns = [[add(engine, "a", 6, 12), add(engine, "b", 5, 60)], [], [], [], [], [], [add(engine, "c")], [], []]
     with pytest.raises(EngineBroken, match="two steps in a row failed"):
         drive(engine, *turns)
 
 
-def test_operations_reach_all_engines_or_say_why_not():
+def test_operations_reach_all_engines_or_say_why_not(pair):
     engine = pair()
     prompts = [add(engine, f"r{i}", 20 + i) for i in range(4)]
     quiet = [[]] * 12
@@ -221,7 +256,7 @@ def test_operations_reach_all_engines_or_say_why_not():
     assert engine.scheduler.metrics.as_dict()["compiles_after_ready"] == 0
 
 
-def test_an_abort_through_the_loop_ends_what_it_names():
+def test_an_abort_through_the_loop_ends_what_it_names(pair):
     engine = pair()
     events = drive(engine, [add(engine, "a", tokens=90), add(engine, "b", tokens=9)], [], [Abort("a")])
     assert news_of(events, "b")[-1].finish_reason == "length"
