@@ -26,6 +26,7 @@ from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
 from jaxllm.graph.multi_step import MultiStepped
 from jaxllm.graph.steps import Graph, SampleMode, Stepped
 from jaxllm.graph.traces import Job, Key, Traces
+from pallas_kernels.sampling.api import draws_alike
 
 log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
@@ -118,10 +119,14 @@ class Executables:
         return self.table["step", shape]
 
     def multi_step(self, steps: int, shape: StepShape, mode: SampleMode) -> Any:
-        return self.table["multi_step", steps, shape, mode]
+        return self._drawing("multi_step", steps, shape, mode)
 
     def sample(self, rows: int, mode: SampleMode) -> jax.stages.Compiled:
-        return self.table["sample", rows, mode]
+        return self._drawing("sample", rows, mode)
+
+    def _drawing(self, *key: Any) -> Any:
+        """Where top_k and its like cost nothing, one executable does with and without them."""
+        return self.table[key if key in self.table else (*key[:-1], SampleMode.SAMPLE)]
 
     def prompt_logprobs(self, tokens: int) -> Any:
         return self.table["prompt_logprobs", tokens]
@@ -198,7 +203,10 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         return spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, spec(jnp.uint32, rows, -(-vocab // 32))
 
+    spared = {SampleMode.RANDOM} if draws_alike(vocab) else set[SampleMode]()
     for shape, mode in itertools.product(ladder.multi_steps(), multi_step.MODES):
+        if mode in spared:
+            continue
         sampler = () if mode is SampleMode.GREEDY else (counts, *asked(shape.rows))
         function = functools.partial(multi_step.multi_step, graph, shape, ladder.decode_steps, mode)
         takes = ("params", KV, ROWS, ROWS, *[ROWS] * len(sampler))
@@ -208,7 +216,7 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         yield Job(key, spread(function, takes, gives), args, donated=(1, 2, 4) if sampler else (1, 2))
     for rows in ladder.decode_rows:
         args = counts, last_tokens, logits(rows), *asked(rows)
-        for mode in steps.SAMPLER_MODES:
+        for mode in (mode for mode in steps.SAMPLER_MODES if mode not in spared):
             function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
             yield Job(("sample", rows, mode), function, args, donated=(0, 1))
     for tokens in ladder.mixed_tokens:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import dispatch, imported, register
+from pallas_kernels.dispatch import current_platform, dispatch, imported, register
 
 _ROOM = "pallas_kernels.sampling"
 register("sampling.greedy", "triton", imported(f"{_ROOM}.adjust:greedy"), platforms=("gpu",))
@@ -174,6 +174,20 @@ def draw(
     _check_drawn(logits.shape[0], *drawn)
     run = dispatch("sampling.draw", implementation=implementation, platform=platform)
     return run(*asked, *drawn, truncates=truncates)
+
+
+def draws_alike(vocab_size: int) -> bool:
+    """Whether `draw` is one kernel here, which takes as long and gives the same bits whatever `truncates` says."""
+    if current_platform() != "gpu":
+        return False
+    from pallas_kernels.sampling import cuda
+
+    try:
+        cuda.refuse(jax.ShapeDtypeStruct((1, vocab_size), jnp.float32))
+        cuda.library()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def draw_apart(*arrays: jax.Array, truncates: bool = True) -> tuple[jax.Array, jax.Array]:

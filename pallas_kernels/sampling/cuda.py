@@ -37,7 +37,7 @@ def draw(*arrays: jax.Array, truncates: bool = True, blocks: int = BLOCKS) -> tu
     return call(TARGET, blocks, *arrays)
 
 
-def refuse(logits: jax.Array) -> None:
+def refuse(logits: jax.Array | jax.ShapeDtypeStruct) -> None:
     """NotImplementedError for what the kernel does not do."""
     if logits.shape[1] > LONGEST:
         raise NotImplementedError(f"a vocabulary of {logits.shape[1]} tokens, at most {LONGEST}")
