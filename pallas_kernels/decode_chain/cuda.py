@@ -28,7 +28,7 @@ SOURCE, INCLUDES = (
     ),
 )
 TARGET = "jaxllm_decode_chain"
-MOST_ROWS, DEPTH, WIDE, WIDEST = 128, 64, 128, 8192
+MOST_ROWS, DEPTH, WIDE, WIDEST, MOST_TILES = 128, 64, 128, 8192, 512
 
 
 def tiles_of(columns: int, gated: bool = False) -> int:
@@ -68,6 +68,8 @@ def refuse(x: jax.Array, mixed: jax.Array, layer: Dense, following: Following | 
         if array.dtype != jnp.bfloat16:
             raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
     wide = x.shape[1] if following is None else following.qkv.shape[0]
+    if (most := 2 * max(tiles_of(layer.down.shape[1], gated=True), tiles_of(wide))) > MOST_TILES:
+        raise NotImplementedError(f"{most} tiles of a product, at most {MOST_TILES}")
     for name, size in (("D", x.shape[1]), ("O", mixed.shape[1]), ("F", layer.down.shape[1]), ("Q", wide)):
         if size % DEPTH:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")

@@ -58,6 +58,8 @@ CHAIN_SPECS = (
     replace(_SMALL, name="small_biases_odd_rows", T=11, biases=True),
     replace(_SMALL, name="small_last_layer", Q=0),
     replace(_SMALL, name="small_f32", T=3, dtype="float32"),
+    replace(_SMALL, name="small_50_rows", T=50),
+    replace(_SMALL, name="small_96_rows", T=96),
     replace(_SMALL, name="small_127_rows", T=127),
     replace(_SMALL, name="small_deep", T=19, D=256, O=256, F=320, Q=128),
     replace(_SMALL, name="small_too_many_rows", T=129),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.kernel_backends import ON_GPU, declined, pairs
 
+from pallas_kernels.decode_chain import cuda
 from pallas_kernels.decode_chain.api import Dense, Following, decode_chain
 from pallas_kernels.decode_chain.specs import CHAIN_SPECS, EPS, REAL_CHAIN_SPECS, ChainSpec
 
@@ -74,3 +75,20 @@ def test_wrong_shapes_raise_an_error_that_names_them():
         decode_chain(x, mixed, wrong, following, eps=EPS)
     with pytest.raises(ValueError, match=r"mixed must be \[2, 64\]"):
         decode_chain(x, mixed[:1], layer, following, eps=EPS)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"T": 129}, "at most 128 rows"),
+        ({"D": 8256}, "at most 8192 numbers"),
+        ({"F": 33024}, "516 tiles of a product"),
+        ({"Q": 96}, "Q = 96 is no multiple of 64"),
+    ],
+)
+def test_what_the_cuda_kernel_does_not_do_it_refuses_before_it_runs(sizes, reason):
+    T, D, O, F, Q = ({"T": 8, "D": 256, "O": 128, "F": 192, "Q": 384} | sizes).values()  # noqa: E741
+    shapes = (T, D), (T, O), (D, O), (2, D), (2 * F, D), (D, F), (2, D), (Q, D)
+    x, mixed, o, norms, gate_up, down, after, qkv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    with pytest.raises(NotImplementedError, match=reason):
+        cuda.refuse(x, mixed, Dense(o, norms, gate_up, down), Following(after, qkv))

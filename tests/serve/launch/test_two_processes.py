@@ -239,7 +239,7 @@ def test_a_process_that_does_not_belong(folder, launched, change, said):
 
 
 def test_fewer_devices_than_the_mesh(launched):
-    place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "-cp", "2", "--timeout", "60"]
+    place = ["--coordinator", f"127.0.0.1:{free_ports()}", "--num-processes", "2", "-cp", "2", "--timeout", "20"]
     ranks = [launched(*place, "--process-id", str(rank)) for rank in range(2)]
     for rank in ranks:
         assert rank.ends() == 1
