@@ -6,6 +6,7 @@ bytes for this jaxlib. NotImplementedError says why there is none: dispatch then
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -73,3 +75,26 @@ def built(
     partial.replace(target)  # another process may have been first: both are the same
     total.with_suffix(f".{os.getpid()}.new").replace(total)
     return target
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A source's entry for XLA's FFI, `symbol`; `{symbol}_work` says how many bytes of memory a call works in."""
+
+    source: Path
+    includes: tuple[Path, ...]
+    symbol: str
+
+    @once
+    def library(self) -> ctypes.CDLL:
+        return self.load(built(self.source, self.includes, NVCC))
+
+    def load(self, path: Path) -> ctypes.CDLL:
+        loaded = ctypes.cdll.LoadLibrary(str(path))
+        getattr(loaded, f"{self.symbol}_work").restype = ctypes.c_int64
+        return loaded
+
+    @once
+    def register(self, loaded: ctypes.CDLL, target: str | None = None, platform: str = "CUDA") -> None:
+        pointer = jax.ffi.pycapsule(getattr(loaded, self.symbol))
+        jax.ffi.register_ffi_target(target or self.symbol, pointer, platform=platform)

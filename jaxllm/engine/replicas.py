@@ -47,7 +47,6 @@ class Pools:
     """The pages of all engines, as counts."""
 
     schedulers: tuple[Scheduler, ...]
-    rest: Callable[[], None] = lambda: None  # until nobody else is at work on them
 
     @property
     def page_size(self) -> int:
@@ -71,7 +70,6 @@ class Pools:
 
     def evict(self, count: int) -> None:
         """Of all that are cached."""
-        self.rest()
         for scheduler in self.schedulers:
             scheduler.cache.evict(min(count, scheduler.pool.num_cached))
 
@@ -122,11 +120,11 @@ class Schedulers:
 
     @property
     def pool(self) -> Pools:
-        return Pools(self.each, self.engine.rest)
+        return Pools(self.each)
 
     @property
     def cache(self) -> Pools:
-        return Pools(self.each, self.engine.rest)
+        return Pools(self.each)
 
     @property
     def metrics(self) -> Counts:
@@ -157,7 +155,7 @@ class ReplicatedEngine:
     _requests: list[dict[str, list[Sequence]]] = field(init=False)  # by engine; those that ended go when others come
     _failures: list[int] = field(init=False)  # in a row, by engine
     _begun: list[Future[None] | None] = field(init=False)  # the first half of each engine's turn
-    _threads: ThreadPoolExecutor | None = None
+    _threads: ThreadPoolExecutor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._requests = [{} for _ in self.engines]
@@ -283,6 +281,7 @@ class ReplicatedEngine:
             wait([begun])
 
     def rest(self) -> None:
+        """Until no engine is launching; none will before the next `step`."""
         for number in range(len(self.engines)):
             self._rest(number)
 

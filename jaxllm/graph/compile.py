@@ -203,10 +203,11 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
         return spec(jnp.int32, rows, SAMPLE_COLUMNS), *bias, spec(jnp.uint32, rows, -(-vocab // 32))
 
-    spared = {SampleMode.RANDOM} if draws_alike(vocab) else set[SampleMode]()
-    for shape, mode in itertools.product(ladder.multi_steps(), multi_step.MODES):
-        if mode in spared:
-            continue
+    def drawing(modes: Iterable[SampleMode]) -> list[SampleMode]:
+        return [mode for mode in modes if mode is not SampleMode.RANDOM or not alike]
+
+    alike = draws_alike(vocab)
+    for shape, mode in itertools.product(ladder.multi_steps(), drawing(multi_step.MODES)):
         sampler = () if mode is SampleMode.GREEDY else (counts, *asked(shape.rows))
         function = functools.partial(multi_step.multi_step, graph, shape, ladder.decode_steps, mode)
         takes = ("params", KV, ROWS, ROWS, *[ROWS] * len(sampler))
@@ -216,7 +217,7 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         yield Job(key, spread(function, takes, gives), args, donated=(1, 2, 4) if sampler else (1, 2))
     for rows in ladder.decode_rows:
         args = counts, last_tokens, logits(rows), *asked(rows)
-        for mode in (mode for mode in steps.SAMPLER_MODES if mode not in spared):
+        for mode in drawing(steps.SAMPLER_MODES):
             function = spread(functools.partial(steps.sample, graph.exchange(), mode), SAMPLE_TAKES, SAMPLE_GIVES)
             yield Job(("sample", rows, mode), function, args, donated=(0, 1))
     for tokens in ladder.mixed_tokens:

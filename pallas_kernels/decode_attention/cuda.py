@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compiled import NVCC, built, once
+from pallas_kernels.compiled import Handler
 from pallas_kernels.rope_page_write.heads import Heads
 
 HERE = Path(__file__).parent
@@ -27,6 +27,8 @@ SHARED = HERE.parent / "decode_layers"
 SOURCE = HERE / "decode_attention.cu"
 INCLUDES = (HERE / "call.h", HERE / "heads.h", SHARED / "primitives.h", SHARED / "emulator.h")
 TARGET = "jaxllm_decode_attention"
+_HANDLER = Handler(SOURCE, INCLUDES, TARGET)
+library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
 HEAD, TILE, MAX_GROUP, MAX_SEGMENTS = 128, 16, 8, 65536
 HEADS, NORMS, BIAS, AMONG = 1, 2, 4, 8  # bits of what a call has
 FASTER_FROM = 128  # rows, against Triton: benchmarks/results/decode_attention_h200
@@ -187,19 +189,3 @@ def ours() -> Kernel:
     loaded = library()
     register(loaded)
     return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132))
-
-
-@once
-def library() -> ctypes.CDLL:
-    return load(built(SOURCE, INCLUDES, NVCC))
-
-
-def load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.cdll.LoadLibrary(str(path))
-    loaded.jaxllm_decode_attention_work.restype = ctypes.c_int64
-    return loaded
-
-
-@once
-def register(loaded: ctypes.CDLL, target: str = TARGET, platform: str = "CUDA") -> None:
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded.jaxllm_decode_attention), platform=platform)

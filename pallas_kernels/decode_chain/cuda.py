@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compiled import NVCC, built, once
+from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_chain.api import Dense, Following
 
 HERE = Path(__file__).parent
@@ -28,6 +28,8 @@ SOURCE, INCLUDES = (
     ),
 )
 TARGET = "jaxllm_decode_chain"
+_HANDLER = Handler(SOURCE, INCLUDES, TARGET)
+library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
 MOST_ROWS, DEPTH, WIDE, WIDEST, MOST_TILES = 128, 64, 128, 8192, 512
 
 
@@ -110,19 +112,3 @@ def call(
     run = jax.ffi.ffi_call(target, results)
     out, _, *qkv = run(*operands, splits=np.asarray(splits, np.int64), **numbers, eps=np.float32(eps))
     return out, qkv[0] if qkv else None
-
-
-@once
-def library() -> ctypes.CDLL:
-    return load(built(SOURCE, INCLUDES, NVCC))
-
-
-def load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.cdll.LoadLibrary(str(path))
-    loaded.jaxllm_decode_chain_work.restype = ctypes.c_int64
-    return loaded
-
-
-@once
-def register(loaded: ctypes.CDLL, target: str = TARGET, platform: str = "CUDA") -> None:
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded.jaxllm_decode_chain), platform=platform)

@@ -46,6 +46,7 @@ struct Params {
 };
 
 // Counters that outlive launches, as zeros: stages' signals, a stage's and tile's, and blocks that have nothing more to do.
+// A device's own, so two launches must not run on it at one time; XLA's steps of a process do not.
 RESIDENT uint32_t done[kStages], arrived[kStages * kMostTiles], left;
 
 template <int T>
@@ -60,7 +61,7 @@ struct Shape {
 
 struct Control {  // behind the slots
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
-  uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended;
+  uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended, told;
   float scale[2][kMostRows];  // 1 / root mean square of x's rows, of the stages that want it
   float squares[kComputing / 32][kMostRows];  // of a warp's columns
 };
@@ -136,7 +137,7 @@ DEVICE void copy_rows(const Params& p, char* slots, Control& control, int block)
       uint64_t* there = &control.rows_there[turn.slot];
       expect_bytes(there, S::kRowBytes);
       char* to = slots + turn.slot * S::kRowBytes + block % 2 * (S::kRowBytes / 2);
-      copy_to_pair(to, &p.stages[number].x, (unit.first + i) * kDepth, block % 2 * (T / 2), there, block % 2);
+      copy_to_pair(to, &p.stages[number].x, (unit.first + i) * kDepth, block % 2 * (T / 2), there);
     }
   });
 }
@@ -189,6 +190,7 @@ DEVICE void tell(const Params& p, Control& control, int block, int lane) {
     uint32_t phase = 0;
     each_unit(p, block, [&](int number, const Unit&) {
       wait_for(&control.ended, phase);
+      arrive(&control.told);
       signal(&done[number], 1);
       phase ^= 1;
     });
@@ -308,7 +310,7 @@ DEVICE void add_up(const Params& p, const Stage& stage, const Unit& unit, const 
 
 template <int T>
 DEVICE void end_unit(const Params& p, int number, const Unit& unit, const Place& at, Control& control, const float* scale,
-                     const float (&sums)[T / 2], int& marks) {
+                     const float (&sums)[T / 2], int ended, int& marks) {
   constexpr int GROUPS = Shape<T>::kGroups;
   const Stage& stage = p.stages[number];
   const int begin = unit.split * GROUPS / stage.splits, end = (unit.split + 1) * GROUPS / stage.splits;
@@ -343,7 +345,10 @@ DEVICE void end_unit(const Params& p, int number, const Unit& unit, const Place&
   }
   between_stores_and_copies();
   sync_warp();
-  if (at.lane == 0) arrive(&control.ended);
+  if (at.lane == 0) {  // not twice before it was seen once: a phase that comes round again looks like none
+    if (ended > 0) wait_for(&control.told, uint32_t(ended - 1) & 1);
+    arrive(&control.ended);
+  }
   mark(at.block, at.thread, marks++, number * kPoints + kEnded);
 }
 
@@ -352,7 +357,7 @@ DEVICE void compute(const Params& p, char* slots, Control& control, const Place&
   using S = Shape<T>;
   Turn<S::kWeightSlots> weights;
   Turn<S::kRowSlots> rows;
-  int marks = 0;
+  int ended = 0, marks = 0;
   each_unit(p, at.block, [&](int number, const Unit& unit) {
     float sums[T / 2];
 #pragma unroll
@@ -360,7 +365,7 @@ DEVICE void compute(const Params& p, char* slots, Control& control, const Place&
     int weight_slot = 0, row_slot = 0;  // of the block before
     auto release = [&] {
       if (at.lane == 0) arrive(&control.weights_read[weight_slot]);
-      if (at.lane < 2) arrive_at(&control.rows_read[row_slot], at.block % 2, at.lane);
+      if (at.lane < 2) arrive_at(&control.rows_read[row_slot], at.lane);
     };
     mark(at.block, at.thread, marks++, number * kPoints + kBegun);
 #pragma unroll 1
@@ -385,7 +390,7 @@ DEVICE void compute(const Params& p, char* slots, Control& control, const Place&
     mark(at.block, at.thread, marks++, number * kPoints + kMultiplied);
     const bool wants = number % 2;
     if (wants) wait_for(&control.scaled[number / 2], 0);
-    end_unit<T>(p, number, unit, at, control, wants ? control.scale[number / 2] : nullptr, sums, marks);
+    end_unit<T>(p, number, unit, at, control, wants ? control.scale[number / 2] : nullptr, sums, ended++, marks);
   });
 }
 
@@ -403,7 +408,7 @@ DEVICE void decode(const Params& p, char* raw, int block, int thread) {
       for (int i = 0; i < S::kRowSlots; ++i)
         init_barrier(&control.rows_there[i], 1), init_barrier(&control.rows_read[i], kComputing / 32 * 2);
       for (int i = 0; i < 2; ++i) init_barrier(&control.scaled[i], 1);
-      init_barrier(&control.ended, kComputing / 32);
+      init_barrier(&control.ended, kComputing / 32), init_barrier(&control.told, 1);
       publish_barriers();
     }
     arrive_at_cluster();

@@ -61,6 +61,7 @@ CHAIN_SPECS = (
     replace(_SMALL, name="small_50_rows", T=50),
     replace(_SMALL, name="small_96_rows", T=96),
     replace(_SMALL, name="small_127_rows", T=127),
+    replace(_SMALL, name="small_wide", T=5, D=128, F=704),
     replace(_SMALL, name="small_deep", T=19, D=256, O=256, F=320, Q=128),
     replace(_SMALL, name="small_too_many_rows", T=129),
 )

@@ -26,7 +26,7 @@ DEVICE T* of_peer(T* mine, int peer) {  // of the cluster of two
 DEVICE void meet_cluster() { meet(machine->everyone); }
 DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
-DEVICE void arrive_at(uint64_t* barrier, int, int peer) { arrive(of_peer(barrier, peer)); }
+DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
 DEVICE void between_stores_and_copies() {}
 DEVICE uint32_t load_fresh_pair(const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 
@@ -57,7 +57,7 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
     return row < half ? row + r % 16 / 8 * half : -1;
   });
 }
-DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int) {
+DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
   for (int peer = 0; peer < 2; ++peer)
     copy_rows_of(of_peer(static_cast<char*>(to), peer), map, column, of_peer(barrier, peer), [=](int r) { return int64_t(row) + r; });
 }
@@ -115,7 +115,7 @@ DEVICE void await_cluster() {
 }
 DEVICE void meet_cluster() { arrive_at_cluster(), await_cluster(); }
 // That what was in shared memory has been read. With .release.cluster it would be a fence of the whole device: 1.8 us.
-DEVICE void arrive_at(uint64_t* barrier, int, int peer) {
+DEVICE void arrive_at(uint64_t* barrier, int peer) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(barrier, peer)) : "memory");
 }
 // Between ordinary stores to device memory and copies of tiles from there.
@@ -145,7 +145,7 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
       : "memory");
 }
 // To the same place of both blocks of the cluster; the barrier of each counts what came to it.
-DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int) {
+DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compiled import NVCC, built, once
+from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 HERE = Path(__file__).parent
@@ -25,6 +25,8 @@ SOURCE, INCLUDES = (
     tuple(HERE / name for name in ("primitives.h", "emulator.h", "attention.h", "launch.h")),
 )
 TARGET = "jaxllm_decode_layers"
+_HANDLER = Handler(SOURCE, INCLUDES, TARGET)
+library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
 ROWS, UNIT, DEPTH, HEAD, MAX_LAYERS, MAX_GROUP, MAX_K, KEPT = 8, 16, 64, 128, 80, 8, 32, 8
 
 
@@ -124,19 +126,3 @@ def call(
     run = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
     out, _, *written = run(*operands, eps=np.float32(eps), scale=np.float32(scale), **attributes)
     return out, list(zip(written[::2], written[1::2], strict=True))
-
-
-@once
-def library() -> ctypes.CDLL:
-    return load(built(SOURCE, INCLUDES, NVCC))
-
-
-def load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.cdll.LoadLibrary(str(path))
-    loaded.jaxllm_decode_layers_work.restype = ctypes.c_int64
-    return loaded
-
-
-@once
-def register(loaded: ctypes.CDLL, target: str = TARGET, platform: str = "CUDA") -> None:
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded.jaxllm_decode_layers), platform=platform)
