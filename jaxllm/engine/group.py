@@ -32,7 +32,8 @@ BEAT_S = 2.0
 SILENT_S = 20.0  # without a sign of life: the process is stopped or its host is gone
 HELLO_S = 10.0  # for one message of the beginning
 MAX_MESSAGE_BYTES = 2**28
-LOST = 72  # exit code of a process whose group is gone
+LOST = 72  # exit code of a process whose group is gone: another start may find a new one
+REFUSED = 1  # and of one whose leader cannot start: another start would not change that
 
 
 class GroupError(JaxLLMError, RuntimeError):
@@ -267,14 +268,19 @@ class Leading:
 
 @dataclass
 class Following:
-    """Another rank's hold on rank 0. From `join` on, the leader's end is told to `on_lost`, which ends this process."""
+    """Another rank's hold on rank 0. From `join` on, the leader's end is told to `on_lost` and what it cannot start for
+    to `on_refused`; either ends this process.
+    """
 
     line: Line
     on_lost: Callable[[str], None]
+    on_refused: Callable[[str], None]
     said: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
 
     @classmethod
-    def join(cls, place: GroupPlace, config: str, on_lost: Callable[[str], None]) -> Following:
+    def join(
+        cls, place: GroupPlace, config: str, on_lost: Callable[[str], None], on_refused: Callable[[str], None]
+    ) -> Following:
         """Calls until rank 0 answers. GroupError."""
         deadline = time.monotonic() + place.timeout_s
         line = _connect(place, deadline)
@@ -288,13 +294,13 @@ class Following:
         if isinstance(answer, Refused):
             line.close()
             raise GroupError(answer.why)
-        found = cls(line, on_lost)
+        found = cls(line, on_lost, on_refused)
         for body in (found._beat, found._listen):
             threading.Thread(target=body, daemon=True).start()
         return found
 
     def compare(self, ours: Devices | Built | Reached) -> None:
-        """Returns when rank 0 has compared all; a refusal ends this process through `on_lost`."""
+        """Returns when rank 0 has compared all; a refusal ends this process through `on_refused`."""
         self.line.send(ours)
         while not isinstance(self.said.get(), Welcome):
             continue
@@ -311,7 +317,7 @@ class Following:
             return  # nobody is left to be told
 
     def close(self) -> None:
-        self.on_lost = lambda why: None
+        self.on_lost = self.on_refused = lambda why: None
         self.line.close()
 
     def _beat(self) -> None:
@@ -330,7 +336,7 @@ class Following:
                 self.on_lost("the leader is gone")
                 return
             if isinstance(found, Refused):
-                self.on_lost(found.why)
+                self.on_refused(found.why)
                 return
             self.said.put(found)
 

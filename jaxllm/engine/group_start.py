@@ -24,6 +24,7 @@ from jaxllm.core import JaxLLMError, RowResult, StepPlan
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.group import (
     LOST,
+    REFUSED,
     SILENT_S,
     Built,
     Devices,
@@ -74,6 +75,11 @@ def check_devices(config: EngineConfig, place: GroupPlace) -> None:
 def lost(why: str) -> None:
     log.error("the group is lost: %s", why)
     os._exit(LOST)  # collectives of this process may wait for ever
+
+
+def refused(why: str) -> None:
+    log.error("there is no group: %s", why)
+    os._exit(REFUSED)
 
 
 class Together:
@@ -148,7 +154,7 @@ def lead(place: GroupPlace, config: EngineConfig) -> tuple[Engine | ReplicatedEn
 
 def follow(place: GroupPlace, config: EngineConfig) -> NoReturn:
     """Every other rank: until the leader ends."""
-    following = Following.join(place, shared(config), lost)
+    following = Following.join(place, shared(config), lost, refused)
     try:
         following.compare(join_devices(place))
         check_devices(config, place)

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -13,16 +12,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from helpers.ports import free_port
 from helpers.served import ROOT, SMALL, Served
 
 pytestmark = pytest.mark.faults
 PROMPTS = [f"def function_number_{i}(a, b):\n    " + "x = a + b\n    " * (3 * i) for i in range(8)]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def recipe(folder, **tables):

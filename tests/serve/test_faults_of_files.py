@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 from helpers.checkpoints import WEIGHTS, copy_of_bundled, drop, edit_json, join, split
+from helpers.ports import free_port
 from helpers.served import ROOT, SMALL, Served
 from helpers.server import REAL, Server
 
@@ -160,8 +161,7 @@ def listens(port):
 
 def refused_start(*flags, environ=None):
     """`jaxllm serve` on a port of ours: (code, last words), and nobody listens there afterwards."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "serve.cli", "serve", *flags, "--port", str(port)]
     own = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **(environ or {})}
     done = subprocess.run(command, env=own, capture_output=True, text=True, check=False, timeout=120)

@@ -21,6 +21,7 @@ import pytest
 import zmq
 from helpers import two_sides as sides
 from helpers.fake_runner import expected_tokens
+from helpers.ports import free_port
 from helpers.requests import request
 
 from jaxllm.config import ConfigError
@@ -30,9 +31,7 @@ from jaxllm.engine.disagg.messages import VERSION, Asked, Begin, Block, Hello, W
 
 
 def free_address():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 @contextlib.contextmanager

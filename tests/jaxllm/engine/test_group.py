@@ -7,16 +7,11 @@ import threading
 import time
 
 import pytest
+from helpers.ports import free_port
 
 from jaxllm.engine import group
 from jaxllm.engine.group import Built, Devices, Following, GroupError, GroupPlace, Leading
 from jaxllm.engine.replay import Blob, Call
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 OPEN = []
@@ -51,13 +46,13 @@ class Outcome:
 
     def __init__(self, function):
         self.found = queue.SimpleQueue()
-        self.lost = queue.SimpleQueue()
+        self.lost, self.refused = queue.SimpleQueue(), queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, args=(function,), daemon=True)
         self.thread.start()
 
     def _run(self, function):
         try:
-            member = function(self.lost.put)
+            member = function(self)
             OPEN.append(member)
             self.found.put(member)
         except GroupError as error:
@@ -68,11 +63,11 @@ class Outcome:
 
 
 def leads(place, config="c"):
-    return Outcome(lambda lost: Leading.gather(place, config, lost))
+    return Outcome(lambda own: Leading.gather(place, config, own.lost.put))
 
 
 def joins(place, config="c"):
-    return Outcome(lambda lost: Following.join(place, config, lost))
+    return Outcome(lambda own: Following.join(place, config, own.lost.put, own.refused.put))
 
 
 def test_calls_reach_every_follower_in_their_order(place):
@@ -98,7 +93,7 @@ def test_a_missing_process_is_named_after_the_stated_time(place):
     assert str(leader.get()) == "2 of 3 processes came within 1 s; missing: rank 2"
     assert time.monotonic() - began < 10
     assert isinstance(follower.get(), Following)
-    assert "missing: rank 2" in follower.lost.get(timeout=20)
+    assert "missing: rank 2" in follower.refused.get(timeout=20)
 
 
 def test_a_coordinator_that_is_not_there_is_said_after_the_stated_time(place):
@@ -182,7 +177,7 @@ def test_unequal_hosts_are_told_to_both_sides(place):
     why = "unequal hosts: rank 1 has 4 x H100 and rank 0 has 8 x H100"
     with pytest.raises(GroupError, match=why):
         leading.compare(Devices("H100", 8), "unequal hosts")
-    assert follower.lost.get(timeout=20) == why
+    assert follower.refused.get(timeout=20) == why
 
 
 def test_equal_members_are_welcome(place):
