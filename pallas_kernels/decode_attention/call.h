@@ -29,7 +29,7 @@ int64_t lay_out(Params& p, unsigned char* base) {
   const int splits = (keys + kSplit - 1) / kSplit;  // of the longest row that the table holds, and no more than kSplits
   p.slots = splits < kWhole ? splits : kWhole;
   p.most_runs = splits <= kWhole ? 0 : (splits < kSplits ? splits + kRun - 1 : kSplits) / kRun;
-  const int64_t parts = int64_t(p.programs) * kWarps * p.slots, runs = int64_t(p.rows) * p.kv_heads * p.most_runs;
+  const int64_t parts = int64_t(p.programs) * kWorkers * p.slots, runs = int64_t(p.rows) * p.kv_heads * p.most_runs;
   p.parts = take(parts * group * kHead), p.part_stats = take(parts * group * 2);
   p.runs = take(runs * group * kHead), p.run_stats = take(runs * group * 2);
   return at;
@@ -41,9 +41,9 @@ void size(Params& p, const Sizes& z) {
   while (kUnit << p.page_shift < z.page_size) ++p.page_shift;
 }
 
-std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+std::string fill(Call& p, const Sizes& z, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   size(p, z);
-  if (p.programs * kWarps > kMaxWorkers || p.rows * p.kv_heads > kMaxSegments) return "too many workers or rows";
+  if (p.programs * kWorkers > kMaxWorkers || p.rows * p.kv_heads > kMaxSegments) return "too many workers or rows";
   size_t at = 0;
   bool good = true;
   auto next = [&]() -> void* {
@@ -62,6 +62,7 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
     p.q = bits();
   }
   if (z.has & kAmong) p.tokens = ints(), next();  // the outputs that come in are the same memory
+  const int64_t pages = at < args.size() ? args.get<ffi::AnyBuffer>(at)->dimensions()[0] : 0;
   p.k_pages = bits(), p.v_pages = bits();         // where results, the same memory
   p.table = ints(), p.lens = ints();
   auto out = rets.get<ffi::AnyBuffer>(0), work = rets.get<ffi::AnyBuffer>(1);
@@ -69,7 +70,7 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
   p.out = static_cast<uint16_t*>((*out)->untyped_data());
   if (lay_out(p, static_cast<unsigned char*>((*work)->untyped_data())) > int64_t((*work)->size_bytes()))
     return "the work buffer is too small";
-  return "";
+  return map_pages(p, pages);
 }
 
 #define JAXLLM_SIZES                                                                                                   \
@@ -83,18 +84,19 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
 
 #ifdef JAXLLM_EMULATED
 
-std::string emulate(const Params& p) {
+std::string emulate(const Call& p) {
   std::vector<std::unique_ptr<Shared>> shared(p.programs);
+  std::vector<void*> places;
   for (auto& each : shared) {
     each = std::make_unique<Shared>();
-    std::memset(static_cast<void*>(each.get()), 0xff, sizeof(Shared));
+    std::memset(places.emplace_back(each.get()), 0xff, sizeof(Shared));
   }
-  return run_grid(p.programs, kThreads, kThreads, unsigned(p.rows),
-                  [&](int program, int thread) { run(p, *shared[program], program, thread); });
+  auto body = [&](int program, int thread) { run(p, *shared[program], program, thread); };
+  return run_grid(p.programs, kThreads, kComputing, unsigned(p.rows), body, places.data());
 }
 
 ffi::Error decode_attention_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
-  Params p{};
+  Call p{};
   p.eps = eps, p.scale = scale * kLog2e;
   const std::string why = fill(p, JAXLLM_SIZE_VALUES, args, rets);
   if (!why.empty()) return failure(why);
@@ -114,13 +116,13 @@ XLA_FFI_DEFINE_HANDLER(decode_attention_handler, decode_attention_impl,
 
 static_assert(sizeof(Shared) <= 232448, "shared memory of a multiprocessor");
 
-__global__ void __launch_bounds__(kThreads, 1) decode_attention(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) unsigned char raw[];
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) decode_attention(const __grid_constant__ Call p) {
+  extern __shared__ __align__(1024) unsigned char raw[];
   run(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
 }
 
 ffi::Error decode_attention_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
-  Params p{};
+  Call p{};
   p.eps = eps, p.scale = scale * kLog2e;
   const std::string why = fill(p, JAXLLM_SIZE_VALUES, args, rets);
   if (!why.empty()) return failure(why);
@@ -145,7 +147,7 @@ extern "C" XLA_FFI_Error* jaxllm_decode_attention(XLA_FFI_CallFrame* frame) { re
 
 extern "C" int64_t jaxllm_decode_attention_work(int64_t rows, int64_t programs, int64_t heads, int64_t kv_heads,
                                                 int64_t page_size, int64_t width) {
-  Params p{};
+  Call p{};
   size(p, {rows, programs, heads, kv_heads, page_size, width, 0, 0});
   return lay_out(p, nullptr);
 }

@@ -24,6 +24,16 @@ def machine(programs: int = PROGRAMS, warps: int = WARPS, slots: int = SLOTS) ->
     return cuda.Kernel(target, loaded, programs)
 
 
+@once
+def groups(programs: int = PROGRAMS, slots: int = SLOTS) -> cuda.Kernel:
+    """The kernel whose workers are warpgroups, two a multiprocessor."""
+    flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_SLOTS={slots}")
+    path = built(cuda.GROUPS_SOURCE, cuda.GROUPS_INCLUDES, (*GXX, *flags))
+    loaded, target = cuda.load(path), f"{cuda.TARGET}_groups_{slots}"
+    cuda.register(loaded, target, "cpu")
+    return cuda.Kernel(target, loaded, programs)
+
+
 def decode_heads(*arrays: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """cuda.decode_heads, emulated."""
     return cuda.decode_heads(*arrays, kernel=machine(), **options)

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 SOURCE, INCLUDES = (
     HERE / "decode_chain.cu",
     (
+        HERE / "maps.h",
         HERE / "tensor_cores.h",
         HERE / "launch.h",
         HERE.parent / "decode_layers" / "primitives.h",

@@ -1,5 +1,5 @@
-// What decode_chain.cu asks of the machine beyond decode_layers/primitives.h: tiles by the copy engine, tensor cores that
-// read shared memory, clusters of two. For sm_90a, and for the emulator.
+// What decode_chain.cu and decode_attention/warpgroups.cu ask of the machine beyond decode_layers/primitives.h: tiles by the copy
+// engine, tensor cores that read shared memory, clusters of two. For sm_90a, and for the emulator.
 #pragma once
 #include "../decode_layers/primitives.h"
 
@@ -7,6 +7,9 @@ namespace {
 
 constexpr int kDepth = 64;         // of a block: 128 bytes of a row, the widest the copy engine turns about
 constexpr int kBlockThreads = 384; // two computing warpgroups; warps for weights, rows, scales and signals
+
+// The 16-byte pieces of a row stand in another order in every row of eight, so that tensor cores find no bank twice.
+DEVICE uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 #ifdef JAXLLM_EMULATED
 
@@ -16,12 +19,10 @@ struct TileMap {  // of a matrix [rows, columns], row after row
   int box;  // rows of a tile
 };
 
-inline void* const* emulated_blocks = nullptr;  // shared memory of each block
-
 template <typename T>
 DEVICE T* of_peer(T* mine, int peer) {  // of the cluster of two
   const int own = machine->current->program, other = own / 2 * 2 + peer;
-  return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(emulated_blocks[other]) - static_cast<char*>(emulated_blocks[own])));
+  return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(machine->shared[other]) - static_cast<char*>(machine->shared[own])));
 }
 DEVICE void meet_cluster() { meet(machine->everyone); }
 DEVICE void arrive_at_cluster() { meet_cluster(); }
@@ -29,9 +30,6 @@ DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
 DEVICE void between_stores_and_copies() {}
 DEVICE uint32_t load_fresh_pair(const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
-
-// The 16-byte pieces of a row stand in another order in every row of eight, so that tensor cores find no bank twice.
-DEVICE uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 template <typename RowOf>
 DEVICE void copy_rows_of(char* place, const TileMap* map, int column, uint64_t* barrier, RowOf row_of) {
@@ -66,7 +64,32 @@ DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint
 template <int N, int COUNT>
 DEVICE void multiply(float (&sums)[COUNT], const void* a, const void* b) {
   Fiber& mine = *machine->current;
-  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups});
+  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups, {}, true});
+}
+// What a warp's lanes hold of a[16][16] as the first operand of mma.
+inline Issued held_product(float* sums, const uint32_t (&a)[4], const void* b, int columns, bool adds) {
+  Fiber& mine = *machine->current;
+  WarpState& warp = my_warp();
+  std::memcpy(warp.a[mine.lane], a, sizeof a);
+  sync_warp();
+  Issued found = {sums, nullptr, static_cast<const char*>(b), columns, mine.groups, {}, adds};
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t pair = warp.a[mine.lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
+      found.held[half][k] = wide(uint16_t(pair >> 16 * (k % 2)));
+    }
+  sync_warp();
+  return found;
+}
+template <int N, bool ADDS>
+DEVICE void multiply_held(float (&sums)[N / 2], const uint32_t (&a)[4], const void* b) {
+  machine->current->products.push_back(held_product(sums, a, b, N, ADDS));
+}
+template <int N, int PART, bool ADDS>
+DEVICE void multiply_across(float (&sums)[N / 2], const uint32_t (&a)[4], const void* b) {
+  Issued product = held_product(sums, a, b, N, ADDS);
+  product.across = true, product.part = PART;
+  machine->current->products.push_back(product);
 }
 DEVICE void begin_products() {}
 DEVICE void end_products() { ++machine->current->groups; }
@@ -77,17 +100,20 @@ DEVICE void await_products() {
   while (!mine.products.empty() && mine.products.front().group < mine.groups - LEFT) {
     const Issued p = mine.products.front();
     mine.products.erase(mine.products.begin());
-    const char* ground = static_cast<const char*>(emulated_blocks[mine.program]);
+    const char* ground = static_cast<const char*>(machine->shared[mine.program]);
     auto at = [&](const char* tile, int row, int k) {
       uint16_t bits;
       std::memcpy(&bits, ground + swizzled(uint32_t(tile - ground) + uint32_t(row) * kDepth * 2 + uint32_t(k) * 2), 2);
       return wide(bits);
     };
+    auto right = [&](int column, int k) {
+      return p.across ? at(p.b + column / kDepth * p.part, k, column % kDepth) : at(p.b, column, k);
+    };
     for (int i = 0; i < p.columns / 2; ++i) {
       const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       float sum = 0.f;
-      for (int k = 0; k < 16; ++k) sum += at(p.a, row, k) * at(p.b, column, k);
-      p.sums[i] += sum;
+      for (int k = 0; k < 16; ++k) sum += (p.a != nullptr ? at(p.a, row, k) : p.held[i / 2 % 2][k]) * right(column, k);
+      p.sums[i] = p.adds ? p.sums[i] + sum : sum;
     }
     machine->moved = true;
   }
@@ -154,8 +180,9 @@ DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint
 }
 
 // A matrix in shared memory whose rows are 128 bytes, swizzled: eight rows are 1,024 bytes (PTX ISA, "Matrix descriptor").
-DEVICE uint64_t matrix(const void* at) {
-  return uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+// `part`: bytes from 64 columns to the next, of one that is read across.
+DEVICE uint64_t matrix(const void* at, uint32_t part = 16) {
+  return uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(part >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -189,6 +216,22 @@ JAXLLM_MULTIPLY(16, JAXLLM_P8, "8", "9", JAXLLM_R8(0))
 JAXLLM_MULTIPLY(32, JAXLLM_P16, "16", "17", JAXLLM_R16(0))
 JAXLLM_MULTIPLY(64, JAXLLM_P32, "32", "33", JAXLLM_R32(0))
 #define JAXLLM_COMMA ,
+// The same with a[16][16] of each warp in its lanes' registers, as mma takes it; or not adding to what the sums were.
+template <int N, bool ADDS>
+DEVICE void multiply_held(float (&d)[N / 2], const uint32_t (&a)[4], const void* b) {
+  static_assert(N == 64);
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" JAXLLM_P32 "}, {%32,%33,%34,%35}, %36, %37, 1, 1, 0;\n"
+               : JAXLLM_R32(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix(b)), "n"(int(ADDS)));
+}
+// sums[64][N] = a[64][16] @ b[16][N], whose rows are 128 bytes of 64 columns, each 64 columns PART bytes from the last.
+template <int N, int PART, bool ADDS>
+DEVICE void multiply_across(float (&d)[N / 2], const uint32_t (&a)[4], const void* b) {
+  static_assert(N == 128);
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" JAXLLM_P64 "}, {%64,%65,%66,%67}, %68, %69, 1, 1, 1;\n"
+               : JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R32(32)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix(b, PART)), "n"(int(ADDS)));
+}
 JAXLLM_MULTIPLY(96, JAXLLM_P48, "48", "49", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R16(32))
 JAXLLM_MULTIPLY(128, JAXLLM_P64, "64", "65", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R32(32))
 

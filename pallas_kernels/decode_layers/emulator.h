@@ -53,14 +53,17 @@ struct WarpState {
 };
 
 struct BlockState {
-  Meeting all, computing;
+  Meeting all, computing, groups[4];
   std::vector<WarpState> warps;
 };
 
 struct Issued {  // a product of tensor cores that read shared memory: done when it is waited for
   float* sums;
-  const char *a, *b;
+  const char *a, *b;  // a: null where it was in registers, `held`
   int columns, group;
+  float held[2][16];  // of the rows of this thread
+  bool adds, across;  // across: b[16][columns], in parts of 64 columns `part` bytes apart
+  int part;
 };
 
 struct Fiber {
@@ -85,6 +88,7 @@ struct Machine {
   std::vector<Copy> copies;
   Fiber* current = nullptr;
   Meeting everyone;  // all fibers, where the grid is one cluster
+  void* const* shared = nullptr;  // memory of each block, where somebody asks for another's or for its beginning
   std::function<void(int, int)> body;  // program, thread
   std::mt19937 random;
   bool moved = false;  // something happened in this turn that a wait may end by
@@ -136,6 +140,7 @@ inline T load_fresh(const T* from) {
 inline void sync_warp() { meet(my_warp().meeting); }
 inline void sync_all() { meet(machine->current->block->all); }
 inline void sync_computing() { meet(machine->current->block->computing); }
+inline void sync_group(int group) { meet(machine->current->block->groups[group]); }
 
 inline float from_lane(float value, int lane) {
   WarpState& warp = my_warp();
@@ -300,9 +305,11 @@ inline void enter_fiber() {
 }
 
 // Runs body(program, thread) for the whole grid. What went wrong, or nothing.
-inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body) {
+inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body,
+                            void* const* shared = nullptr) {
   Machine m;
   machine = &m;
+  m.shared = shared;
   m.body = std::move(body);
   m.random.seed(seed);
   m.everyone.size = programs * threads;
@@ -312,6 +319,7 @@ inline std::string run_grid(int programs, int threads, int computing, unsigned s
     Fiber& fiber = m.fibers[i];
     BlockState& block = blocks[i / threads];
     block.all.size = threads, block.computing.size = computing;
+    for (Meeting& group : block.groups) group.size = 4 * kWarpLanes;
     block.warps.resize(threads / kWarpLanes);
     fiber.block = &block, fiber.program = int(i / threads), fiber.thread = int(i % threads);
     fiber.lane = fiber.thread % kWarpLanes, fiber.warp = fiber.thread / kWarpLanes;

@@ -1,4 +1,4 @@
-// What decode_layers.cu and decode_attention.cu ask of the machine, on sm_90a. emulator.h has the same names for a CPU.
+// What our CUDA kernels ask of the machine, on sm_90a. emulator.h has the same names for a CPU.
 #pragma once
 #ifdef JAXLLM_EMULATED
 #include "emulator.h"
@@ -73,6 +73,7 @@ DEVICE int most_of_warp(int value) { return __reduce_max_sync(~0u, value); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_all() { __syncthreads(); }
 DEVICE void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+DEVICE void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); }  // one of warpgroups
 
 template <int count>
 DEVICE void give_registers() {

@@ -22,3 +22,4 @@ def free_port():
             except OSError:
                 continue
             return port
+    return None

@@ -13,7 +13,6 @@ from jaxllm.engine import group
 from jaxllm.engine.group import Built, Devices, Following, GroupError, GroupPlace, Leading
 from jaxllm.engine.replay import Blob, Call
 
-
 OPEN = []
 
 

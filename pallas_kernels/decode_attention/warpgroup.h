@@ -1,0 +1,424 @@
+// Attention as a warpgroup does it: where tiles of 64 keys or values lie, products of the warpgroup's tensor cores, folds, results.
+// Who includes it says where tiles come from: a Feed that can take() the next one and give it back.
+#pragma once
+#include "../decode_chain/tensor_cores.h"
+
+#ifndef JAXLLM_SPLIT  // a benchmark may try others
+#define JAXLLM_SPLIT 64
+#endif
+#ifndef JAXLLM_EVEN
+#define JAXLLM_EVEN 63
+#endif
+
+namespace {
+
+constexpr int kHead = 128, kTile = 64, kUnit = 16, kWarps = 4, kGroupThreads = kWarps * 32, kWorkers = 2;
+constexpr int kRowBytes = 128, kPartBytes = kTile * kRowBytes, kTileBytes = 2 * kPartBytes;  // of a tile: two parts of 64 columns
+constexpr int kSplit = JAXLLM_SPLIT;
+
+}  // namespace
+
+#include "dealing.h"
+#include "heads.h"
+
+namespace {
+
+struct Own {  // a worker's, in shared memory
+  alignas(16) uint16_t queries[kMaxGroup][kHead], fresh[2][kHead];  // fresh: the row's new key and value
+  float before[2 + kHead / 4][32];  // the first warp's sums of a run, while it works on a split of several tiles
+  bool last[2];
+};
+
+struct Worker {
+  const Params& p;
+  Own& s;
+  int number, warp, lane, g, t, group;
+  Deal deal;
+  uint32_t folds = 0;
+  DEVICE int thread() const { return warp * 32 + lane; }
+  DEVICE void sync() const { sync_group(number % kWorkers); }
+};
+
+// ---- copies ----
+
+constexpr int kMostShift = 2;  // of a box: a tile at most
+DEVICE int box_units(const Params& p) { return 1 << least(p.page_shift, kMostShift); }
+
+// Where a worker's tiles lie, one after the other; all lanes of a warp together.
+struct Walk {
+  Cursor at;
+  int pages = 0;  // lane i: page of unit `window` + i of row `window_row`
+  int window_row = -1, window = 0;
+
+  // Boxes of the tile; this lane's, two lanes for each: the unit of the tile with which it begins, and its row of the map.
+  DEVICE int boxes(const Params& p, int lane, int& unit, int& row) {
+    const int each = box_units(p), units = (at.length + kUnit - 1) / kUnit, first = at.tile * (kTile / kUnit);
+    if (at.row != window_row || first < window || first + kTile / kUnit > window + 32) {
+      window_row = at.row, window = first;
+      pages = first + lane < units ? p.table[int64_t(at.row) * p.width + ((first + lane) >> p.page_shift)] : 0;
+    }
+    unit = least(lane / 2 * each, kTile / kUnit - 1);
+    const int page = shuffle(pages, first + unit - window), inside = (first + unit) & ((1 << p.page_shift) - 1);
+    row = (((page * p.kv_heads + at.head) << p.page_shift) + inside) * kUnit;
+    return (least(units - first, kTile / kUnit) + each - 1) / each;
+  }
+};
+
+// Keys or values of a tile into a slot; the barrier is told what to expect.
+DEVICE void copy_boxes(const Params& p, const TileMap* map, int boxes, int unit, int row, int lane, char* slot, uint64_t* full) {
+  if (lane == 0) expect_bytes(full, boxes * (kUnit << least(p.page_shift, kMostShift)) * kRowBytes * 2);
+  sync_warp();
+  if (lane < 2 * boxes) copy_tile(slot + lane % 2 * kPartBytes + unit * kUnit * kRowBytes, map, lane % 2 * kDepth, row, full);
+}
+
+// ---- queries, new keys and values ----
+
+DEVICE int64_t last_place(const Params& p, const Segment& s) {  // where the row's last key and value go
+  const int at = s.length - 1;
+  const int64_t page = p.table[int64_t(s.row) * p.width + (at / kUnit >> p.page_shift)], page_size = kUnit << p.page_shift;
+  return ((page * p.kv_heads + s.head) * page_size + at % page_size) * kHead;
+}
+
+// A head of the row's, rotated if it is one of queries or keys.
+DEVICE Head made(const Params& p, int row, int head, int lane) {
+  Head found;
+  found.project(p, row, head, lane);
+  const bool key = head >= p.heads;
+  if (head < p.heads + p.kv_heads) Turn(p, row, lane, p.norms == nullptr ? nullptr : p.norms + (key ? kHead : 0)).apply(p, found);
+  return found;
+}
+
+// The group's queries, and the new key and value where `enters`, each by a warp; nobody reads those of before any more.
+SELDOM void prepare(const Params& p, Own& own, const Segment s, int group, int warp, int lane, bool enters) {
+#pragma unroll 1
+  for (int i = warp; i < group; i += kWarps) {
+    Head head;
+    if (p.q != nullptr) {
+      const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
+      head.load(p.q + (int64_t(token) * p.heads + s.head * group + i) * kHead, lane);
+    } else {
+      head = made(p, s.row, s.head * group + i, lane);
+    }
+    head.store(own.queries[i], lane);
+  }
+  if (enters && warp >= 2) {  // they have the fewest queries
+    const int value = warp - 2;
+    const Head head = made(p, s.row, p.heads + s.head + value * p.kv_heads, lane);
+    head.store(own.fresh[value], lane);
+    head.store((value ? p.v_pages : p.k_pages) + last_place(p, s), lane);
+  }
+}
+
+// This lane's queries, as the products take them; other warps than the first have none.
+DEVICE void load_queries(const Worker& w, uint32_t (&queries)[kHead / 16][4]) {
+  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.s.queries[w.g]);
+  const bool there = w.warp == 0 && w.g < w.group;
+#pragma unroll
+  for (int k = 0; k < kHead / 16; ++k) {
+    queries[k][0] = there ? pairs[k * 8 + w.t] : 0, queries[k][2] = there ? pairs[k * 8 + 4 + w.t] : 0;
+    queries[k][1] = queries[k][3] = 0;
+  }
+}
+
+// Puts the row's new key, or value, in its place and nothing where no key is: zero times whatever lay there may be NaN.
+DEVICE void mend(Worker& w, char* slot, int live, bool enters, int value) {
+  if (value)
+    for (int at = live * 16 + w.thread(); at < kTile * 16; at += kGroupThreads)
+      *reinterpret_cast<uint4*>(slot + at / 8 % 2 * kPartBytes + at / 16 * kRowBytes + at % 8 * 16) = uint4{0, 0, 0, 0};
+  if (enters && w.warp == 0)
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<uint32_t*>(slot + half * kPartBytes + swizzled((live - 1) * kRowBytes + w.lane * 4)) =
+          reinterpret_cast<const uint32_t*>(w.s.fresh[value])[half * 32 + w.lane];
+  before_copy_in();
+  w.sync();
+}
+
+// ---- sums ----
+
+// Of a group's queries, in the first warp. A lane has of query g the columns 8n + 2t and the one behind it.
+struct Sums {
+  float most = -INFINITY, total = 0.f, out[kHead / 8][2] = {};
+};
+
+// What came before and what comes next as one. All folds are this formula.
+struct Fold {
+  float a, b;
+  DEVICE Fold(float& most, float& total, float next_most, float next_total) {
+    const float both = larger(most, next_most);
+    a = exp2_(most - both), b = exp2_(next_most - both);
+    total = fused(next_total, b, times(total, a)), most = both;
+  }
+  DEVICE float operator()(float before, float next) const { return fused(next, b, times(before, a)); }
+};
+
+DEVICE void fold(Sums& sums, const Sums& next) {
+  const Fold both(sums.most, sums.total, next.most, next.total);
+#pragma unroll
+  for (int n = 0; n < kHead / 8; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sums.out[n][h] = both(sums.out[n][h], next.out[n][h]);
+}
+
+// What the run had before this split, if it is not the first, and the split; kept for the next one.
+DEVICE void fold_split(const Worker& w, bool first, Sums& sums) {
+  float(*kept)[32] = w.s.before;
+  if (!first) {
+    Sums before;
+    before.most = kept[0][w.lane], before.total = kept[1][w.lane];
+#pragma unroll
+    for (int i = 0; i < kHead / 4; ++i) before.out[i / 2][i % 2] = kept[2 + i][w.lane];
+    fold(before, sums);
+    sums = before;
+  }
+  kept[0][w.lane] = sums.most, kept[1][w.lane] = sums.total;
+#pragma unroll
+  for (int i = 0; i < kHead / 4; ++i) kept[2 + i][w.lane] = sums.out[i / 2][i % 2];
+}
+
+// Scores of row g to probabilities, as the second product takes them: rounded, and in the rows behind what is then missing.
+DEVICE void exponentials(const Worker& w, int live, const float (&scores)[kTile / 2], uint32_t (&probabilities)[kTile / 16][4], float& most,
+                         float& total) {
+  float own[kTile / 8][2];
+#pragma unroll
+  for (int j = 0; j < kTile / 8; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      own[j][h] = 8 * j + 2 * w.t + h < live ? times(scores[4 * j + h], w.p.scale) : -INFINITY;
+      most = larger(most, own[j][h]);
+    }
+  for (int mask = 1; mask < 4; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
+#pragma unroll
+  for (int j = 0; j < kTile / 8; ++j) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) total += own[j][h] = exp2_(own[j][h] - most);
+    const uint32_t high = narrow(own[j][0], own[j][1]);
+    probabilities[j / 2][j % 2 * 2] = high;
+    probabilities[j / 2][j % 2 * 2 + 1] = narrow(own[j][0] - wide(uint16_t(high)), own[j][1] - wide(uint16_t(high >> 16)));
+  }
+  for (int mask = 1; mask < 4; mask <<= 1) total += shuffle_xor(total, mask);
+}
+
+// A tile of 64 keys and values, or as many as there are, folded into what came before.
+template <typename Feed>
+DEVICE void attend(Worker& w, Feed& feed, const Segment& s, int tile, Sums& sums) {
+  const int live = s.length - tile * kTile;
+  const bool enters = w.p.q == nullptr && live <= kTile;
+  uint32_t queries[kHead / 16][4];
+  load_queries(w, queries);
+  char* keys = feed.take();
+  if (enters) mend(w, keys, live, true, 0);
+  float scores[kTile / 2];
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kHead / 16; ++k) {
+    const char* from = keys + k / 4 * kPartBytes + k % 4 * 32;
+    if (k == 0)
+      multiply_held<kTile, false>(scores, queries[k], from);
+    else
+      multiply_held<kTile, true>(scores, queries[k], from);
+  }
+  end_products();
+  await_products<0>();
+  feed.give_back();
+  uint32_t probabilities[kTile / 16][4] = {};
+  float most = -INFINITY, total = 0.f;
+  if (w.warp == 0) exponentials(w, live, scores, probabilities, most, total);
+  char* values = feed.take();
+  if (live < kTile || enters) mend(w, values, live, enters, 1);
+  float out[kHead / 2];
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kTile / 16; ++k) {
+    const char* from = values + k * 16 * kRowBytes;
+    if (k == 0)
+      multiply_across<kHead, kPartBytes, false>(out, probabilities[k], from);
+    else
+      multiply_across<kHead, kPartBytes, true>(out, probabilities[k], from);
+  }
+  end_products();
+  await_products<0>();
+  feed.give_back();
+  if (w.warp > 0) return;
+  const Fold both(sums.most, sums.total, most, total);
+#pragma unroll
+  for (int n = 0; n < kHead / 8; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sums.out[n][h] = both(sums.out[n][h], out[4 * n + h] + out[4 * n + 2 + h]);
+}
+
+// A split's tiles; all warps, with sums in the first.
+template <typename Feed>
+DEVICE void attend_split(Worker& w, Feed& feed, const Segment& s, int split, Sums& sums) {
+  const int first = split * s.split, last = least(first + s.split, s.tiles);
+#pragma unroll 1
+  for (int tile = first; tile < last; ++tile) attend(w, feed, s, tile, sums);
+}
+
+// ---- results in memory ----
+
+DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Sums& sums) {
+  if (w.warp > 0 || w.g >= w.group) return;
+  to += (at * w.group + w.g) * kHead + 2 * w.t, stats += (at * w.group + w.g) * 2;
+  if (w.t == 0) stats[0] = sums.most, stats[1] = sums.total;
+#pragma unroll
+  for (int n = 0; n < kHead / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = {sums.out[n][0], sums.out[n][1]};
+}
+
+// Eight columns of a query, in every thread of the four warps.
+struct Piece {
+  float most, total, out[8];
+};
+
+// Everything the first warp stored is there for whoever counts up last; true, in all: that is this worker, and all counts are there.
+DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
+  bool& told = w.s.last[w.folds++ % 2];  // read before it is written again: there is a barrier between
+  sync_warp();
+  if (w.thread() == 0) {
+    told = count_up(&arrivals[counter], uint32_t(by)) + by == uint32_t(all);
+    if (told) arrivals[counter] = 0;
+  }
+  w.sync();
+  return told;
+}
+
+// Stored results: the base-th, then first .. last - 1 behind it, folded in order; some of them are on their way at a time.
+SELDOM Piece fold_stored(int group, int thread, const float* from, const float* stats, int64_t base, int first, int last) {
+  constexpr int kBatch = 6;
+  const int query = thread / 16, column = thread % 16 * 8, place = least(query, group - 1);
+  auto load = [&](int64_t at, Piece& to) {
+    const float2 known = load_fresh(reinterpret_cast<const float2*>(stats + (at * group + place) * 2));
+    const float4* own = reinterpret_cast<const float4*>(from + (at * group + place) * kHead + column);
+    const float4 low = load_fresh(own), high = load_fresh(own + 1);
+    to = {known.x, known.y, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+  };
+  Piece piece;
+  load(base, piece);
+#pragma unroll 1
+  for (int at = first; at < last; at += kBatch) {
+    Piece next[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (at + i < last) load(base + at + i, next[i]);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (at + i >= last) break;
+      const Fold both(piece.most, piece.total, next[i].most, next[i].total);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) piece.out[c] = both(piece.out[c], next[i].out[c]);
+    }
+  }
+  return piece;
+}
+
+DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Piece& piece) {
+  const int query = w.thread() / 16, column = w.thread() % 16 * 8;
+  if (query >= w.group) return;
+  const int64_t place = at * w.group + query;
+  if (column == 0) stats[2 * place] = piece.most, stats[2 * place + 1] = piece.total;
+  float4* own = reinterpret_cast<float4*>(to + place * kHead + column);
+  own[0] = {piece.out[0], piece.out[1], piece.out[2], piece.out[3]}, own[1] = {piece.out[4], piece.out[5], piece.out[6], piece.out[7]};
+}
+
+DEVICE uint16_t* out_of(const Worker& w, const Segment& s, int query) {
+  const Params& p = w.p;
+  const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
+  return p.out + (int64_t(token) * p.heads + s.head * w.group + query) * kHead;
+}
+
+DEVICE void write_out(const Worker& w, const Segment& s, const Sums& sums) {
+  if (w.warp > 0 || w.g >= w.group) return;
+  const float share = 1.f / sums.total;
+  uint32_t* to = reinterpret_cast<uint32_t*>(out_of(w, s, w.g));
+#pragma unroll
+  for (int n = 0; n < kHead / 8; ++n) to[4 * n + w.t] = narrow(sums.out[n][0] * share, sums.out[n][1] * share);
+}
+
+DEVICE void write_out(const Worker& w, const Segment& s, const Piece& piece) {
+  const int query = w.thread() / 16, column = w.thread() % 16 * 8;
+  if (query >= w.group) return;
+  const float share = 1.f / piece.total;
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = narrow(piece.out[2 * i] * share, piece.out[2 * i + 1] * share);
+  *reinterpret_cast<uint4*>(out_of(w, s, query) + column) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// ---- runs ----
+
+// A run is done: the row, if it is its only one or the last to arrive. Kept: Sums or Piece.
+template <typename Kept>
+DEVICE void finish_run(Worker& w, const Segment& s, const Run& run, const Kept& kept) {
+  const Params& p = w.p;
+  if (run.runs == 1) return write_out(w, s, kept);
+  const int segment = s.row * p.kv_heads + s.head;
+  const int64_t base = int64_t(segment) * p.most_runs;
+  store(w, p.runs, p.run_stats, base + run.number, kept);
+  if constexpr (sizeof(Kept) == sizeof(Piece)) w.sync();  // all warps stored
+  if (!last_to_arrive(w, kMaxWorkers + segment, 1, run.runs)) return;
+  write_out(w, s, fold_stored(w.group, w.thread(), p.runs, p.run_stats, base, 1, run.runs));
+}
+
+// The splits first .. last - 1 of a run, all that this worker has of it.
+template <typename Feed>
+DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int first, int last) {
+  const Params& p = w.p;
+  const int at = s.base + run.first * s.split;
+  const bool begins = first == run.first;
+  const int owner = begins ? w.number : owner_of(w.deal, s, at);
+  const int64_t base = int64_t(owner) * p.slots;
+  const bool apart = !begins || s.split > 1;  // a split of one tile is folded where it is made
+  Sums sums;
+#pragma unroll 1
+  for (int split = first; split < last; ++split) {
+    if (apart) sums = {};
+    attend_split(w, feed, s, split, sums);
+    if (!begins)
+      store(w, p.parts, p.part_stats, base + split - run.first, sums);
+    else if (apart && w.warp == 0)
+      fold_split(w, split == first, sums);
+  }
+  if (begins && last == run.last) return finish_run(w, s, run, sums);
+  if (begins) store(w, p.parts, p.part_stats, base, sums);
+  if (!last_to_arrive(w, owner, last - first, run.last - run.first)) return;
+  // How far the one that begins the run came: where the next worker begins.
+  const int next = snapped(w.deal, s, boundary(w.deal, owner + 1)), done = (next - at) / s.split;
+  finish_run(w, s, run, fold_stored(w.group, w.thread(), p.parts, p.part_stats, base, done, run.last - run.first));
+}
+
+// ---- the whole ----
+
+DEVICE void clear_empty_rows(const Params& p, int worker, int thread) {
+  if (p.tokens != nullptr) return;
+  for (int row = worker; row < p.rows; row += p.programs * kWorkers)
+    if (p.lens[row] == 0)
+      for (int at = thread; at < p.heads * kHead / 8; at += kGroupThreads)
+        reinterpret_cast<uint4*>(p.out + int64_t(row) * p.heads * kHead)[at] = uint4{0, 0, 0, 0};
+}
+
+// All that a worker has to do.
+template <typename Feed>
+DEVICE void attend_share(Worker& w, Feed& feed, const Share& share) {
+  const Params& p = w.p;
+  Cursor c = cursor_of(p, share);
+  int at = share.begin;
+#pragma unroll 1
+  while (c.left > 0) {
+    Segment s{c.row, c.head, c.length, tiles_of(c.length), 0, at - c.tile};
+    s.split = split_of(s.length);
+    const int tiles = least(s.tiles - c.tile, c.left), first = c.tile / s.split, last = (c.tile + tiles + s.split - 1) / s.split;
+    w.sync();  // all have read the queries of before
+    prepare(p, w.s, s, w.group, w.warp, w.lane, p.q == nullptr && c.tile + tiles == s.tiles);
+    w.sync();
+#pragma unroll 1
+    for (int split = first; split < last;) {
+      const Run run = run_of(s, split);
+      const int end = least(run.last, last);
+      work_on(w, feed, s, run, split, end);
+      split = end;
+    }
+    at += tiles;
+    advance(p, c, tiles);
+  }
+}
+
+}  // namespace

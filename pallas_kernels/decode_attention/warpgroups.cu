@@ -1,0 +1,105 @@
+// Attention of one query a row over paged keys and values, by warpgroups whose tensor cores read keys and values where they land.
+//
+// One block a multiprocessor, of two workers: for each a warp that asks the copy engine for keys and values, 64 of one head at a
+// time, as far ahead as shared memory allows, and four that multiply. Both products are the warpgroup's (WGMMA): queries, from
+// registers, times keys; probabilities, from registers, times values. Of the 64 rows that these instructions have a group's
+// queries are the first eight, so the first warp alone has anything to exponentiate or to fold, and no warp waits for another. In
+// the next eight rows stands what rounding took from the probabilities: they have 16 bits together.
+//
+// A row's new key and value are made, where that is asked for, together with the queries; who has a row's last keys writes them to
+// their page and over what the copy brought of it.
+//
+// Splits, runs and shares are dealing.h's, in tiles of 64 keys. A cut run is folded by all four warps from memory, every thread
+// some columns of one query, in the order and by the formula of the fold in registers: a row's bits depend on its own length only.
+#ifndef JAXLLM_SLOTS  // a benchmark may try others
+#define JAXLLM_SLOTS 6
+#endif
+
+#include "warpgroup.h"
+#include "../decode_chain/maps.h"
+
+namespace {
+
+constexpr int kComputing = kWorkers * kGroupThreads, kThreads = kComputing + kGroupThreads;  // registers are taken by fours of warps
+constexpr int kSlots = JAXLLM_SLOTS, kBlocksAtOnce = 1;
+
+struct Call : Params {
+  TileMap keys, values;  // the pages as [P * kv_heads * page_size][H], in boxes of 64 columns
+};
+
+struct Ring {  // of tiles on their way to a worker
+  alignas(1024) char slots[kSlots][kTileBytes];
+  uint64_t full[kSlots], empty[kSlots];
+};
+
+struct Shared {
+  Ring rings[kWorkers];
+  Own own[kWorkers];
+};
+
+DEVICE void fetch(const Call& p, Ring& ring, Walk walk, int lane) {
+  uint32_t asked = 0;
+#pragma unroll 1
+  while (walk.at.left > 0) {
+    int unit, row;
+    const int boxes = walk.boxes(p, lane, unit, row);
+#pragma unroll 1
+    for (int values = 0; values < 2; ++values, ++asked) {
+      const uint32_t slot = asked % kSlots, round = asked / kSlots;
+      if (round > 0) wait_for(&ring.empty[slot], (round - 1) & 1);
+      copy_boxes(p, values ? &p.values : &p.keys, boxes, unit, row, lane, ring.slots[slot], &ring.full[slot]);
+    }
+    advance(p, walk.at, 1);
+  }
+}
+
+struct Feed {
+  Ring& ring;
+  int lane;
+  uint32_t taken = 0;
+  DEVICE char* take() {
+    wait_for(&ring.full[taken % kSlots], taken / kSlots & 1);
+    return ring.slots[taken % kSlots];
+  }
+  DEVICE void give_back() {
+    sync_warp();
+    if (lane == 0) arrive(&ring.empty[taken % kSlots]);
+    ++taken;
+  }
+};
+
+DEVICE void run(const Call& p, Shared& shared, int program, int thread) {
+  const int group = thread / kGroupThreads, warp = thread / 32 % kWarps, lane = thread % 32;
+  const bool fetches = group == kWorkers;
+  if (fetches && warp < kWorkers && lane == 0) {
+    Ring& ring = shared.rings[warp];
+    for (int slot = 0; slot < kSlots; ++slot) init_barrier(&ring.full[slot], 1), init_barrier(&ring.empty[slot], kWarps);
+    publish_barriers();
+  }
+  sync_all();
+  const int mine = fetches ? warp : group, number = program * kWorkers + mine;
+  Deal deal;
+  Share share;
+  if (fetches) {
+    give_registers<40>();
+    if (mine >= kWorkers || !find_share(p, number, lane, deal, share)) return;
+    return fetch(p, shared.rings[mine], Walk{cursor_of(p, share)}, lane);
+  }
+  take_registers<232>();
+  clear_empty_rows(p, number, thread % kGroupThreads);
+  if (!find_share(p, number, lane, deal, share)) return;
+  Worker w{p, shared.own[mine], number, warp, lane, lane / 4, lane % 4, p.heads / p.kv_heads, deal};
+  Feed feed{shared.rings[mine], lane};
+  attend_share(w, feed, share);
+}
+
+std::string map_pages(Call& p, int64_t pages) {
+  const int64_t rows = pages * p.kv_heads * (int64_t(kUnit) << p.page_shift);
+  const int box = kUnit << (p.page_shift < kMostShift ? p.page_shift : kMostShift);
+  std::string fault = map_of(p.keys, p.k_pages, rows, kHead, box, false);
+  return fault.empty() ? map_of(p.values, p.v_pages, rows, kHead, box, false) : fault;
+}
+
+}  // namespace
+
+#include "call.h"

@@ -1,0 +1,40 @@
+// Matrices in device memory as the copy engine takes them, in tiles of kDepth columns. Host code.
+#pragma once
+#include <string>
+
+namespace {
+
+#ifdef JAXLLM_EMULATED
+
+std::string map_of(TileMap& map, const void* base, int64_t rows, int64_t columns, int box, bool) {
+  map = {static_cast<const uint16_t*>(base), rows, columns, box};
+  return "";
+}
+
+#else
+
+// `turns`: two halves of a matrix, eight rows of each in turn.
+std::string map_of(TileMap& map, const void* base, int64_t rows, int64_t columns, int box, bool turns) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult answer;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &answer);
+    return error == cudaSuccess && answer == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  }();
+  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
+  const cuuint64_t line = cuuint64_t(columns) * 2, half = cuuint64_t(rows) / 2;
+  const cuuint64_t sizes[4] = {cuuint64_t(columns), turns ? 8 : cuuint64_t(rows), 2, half / 8};
+  const cuuint64_t pitches[3] = {line, half * line, 8 * line};
+  const cuuint32_t tile[4] = {kDepth, turns ? 8 : cuuint32_t(box), 2, cuuint32_t(box / 16)}, steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, turns ? 4 : 2, const_cast<void*>(base), sizes, pitches, tile, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? "" : "no tensor map: error " + std::to_string(int(result));
+}
+
+#endif
+
+}  // namespace
