@@ -211,9 +211,9 @@ class CompileConfig:
     token_buckets: tuple[int, ...] = _knob((), _ladder)  # tokens; the last is token_budget
     cache_dir: str = _knob("~/.cache/jaxllm", _text)  # "" = keep nothing
     threads: int = _knob(AUTO, _integer(1, 256, auto=True))  # AUTO: one a core
-    # auto: what measured fastest. apart: a kernel an op. layers: decode steps of up to 8 rows in one kernel (auto on a
-    # GPU). chain: between two attentions of a decode step one kernel (auto on a GPU at 33 to 96 rows). reference:
-    # attention in plain jnp, whatever the device. Each where a kernel takes the model.
+    # auto: what measured fastest. apart: a kernel an op. layers: decode steps of up to 128 rows in one kernel (auto on
+    # a GPU up to 8). chain: between two attentions of a decode step one kernel (auto on a GPU at 33 to 96 rows).
+    # reference: attention in plain jnp, whatever the device. Each where a kernel takes the model.
     kernels: str = _knob("auto", _choice("auto", "apart", "layers", "chain", "reference"))
 
     def __post_init__(self) -> None:

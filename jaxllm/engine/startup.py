@@ -67,9 +67,9 @@ from jaxllm.tokenizer import Tokenizer
 from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
-# Of decode steps, ends included: where one kernel between two attentions is ahead of products one by one
-# (benchmarks/results/decode_chain_h200), and where it can be asked for.
-CHAINED_ROWS, EVERY_ROWS = (33, 96), (1, 128)
+# Of decode steps, ends included: where one kernel for all layers is ahead of kernels one by one, where one between
+# two attentions is (benchmarks/results/decode_layers_h200, decode_chain_h200), and where either can be asked for.
+WHOLE_ROWS, CHAINED_ROWS, EVERY_ROWS = (1, 8), (33, 96), (1, 128)
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 Compiled = tuple[Executables, Ladder, list[KVCacheSpec]]  # and the pages of each stage they are compiled for
@@ -353,7 +353,7 @@ def _compile(
     kernels = config.compile.kernels
     fastest = kernels == "auto" and homes[0].device.platform != "cpu"
     chained = EVERY_ROWS if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
-    whole, pinned = kernels == "layers" or fastest, kernels == "reference"
+    whole = EVERY_ROWS if kernels == "layers" else WHOLE_ROWS if fastest else None
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"
@@ -362,7 +362,16 @@ def _compile(
         report.memory, specs = _plan(config, homes, params, workspace)
         pages = specs[0].num_pages
         graphs = [
-            Graph(graphdef, home.model, page_size, pages, pinned, chained, whole, placement=home.placed(own))
+            Graph(
+                graphdef,
+                home.model,
+                page_size,
+                pages,
+                kernels == "reference",
+                chained,
+                whole,
+                placement=home.placed(own),
+            )
             for graphdef, home, own in zip(graphdefs, homes, params)
         ]
         kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]

@@ -75,6 +75,11 @@ class Sampled(NamedTuple):
     top_logprobs: Float[Array, "B n"] | None = None
 
 
+def _among(rows: tuple[int, int] | None, shape: StepShape) -> bool:
+    """A decode step of so many rows, ends included?"""
+    return rows is not None and shape.decode and rows[0] <= shape.rows <= rows[1]
+
+
 @dataclass(frozen=True)
 class Graph:
     """A model as static structure plus the cache geometry its steps are traced for."""
@@ -86,7 +91,7 @@ class Graph:
     # Pin jnp attention and single products: to tell a kernel's fault from the model's.
     reference_attention: bool = False
     chained: tuple[int, int] | None = None  # decode steps of so many rows, ends included: one kernel between attentions
-    whole: bool = False  # one kernel for all layers of a decode step, where it takes the rows and the model
+    whole: tuple[int, int] | None = None  # of so many: one kernel for all layers, where it takes the model
     parts: bool = False  # products of a few rows stay partial sums until a kernel adds them up: not yet measured
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
     placement: Placement | None = None
@@ -110,7 +115,7 @@ class Graph:
             return functools.partial(plainly, exchange=exchange)
         pinned = {"implementation": "reference"} if self.reference_attention else {}
         onward = functools.partial(joined, functools.partial(_add_norm, **pinned), self.parts)
-        if self.chained is None or not shape.decode or not self.chained[0] <= shape.rows <= self.chained[1]:
+        if not _among(self.chained, shape):
             return onward
         return functools.partial(chained, _chain, onward)
 
@@ -247,8 +252,8 @@ def forward(
     own, together, share = graph.dealt(shape)
     exchange = graph.exchange(shape)
     x = model.begin(own(inputs.token_ids), exchange) if x is None else x
-    whole = graph.whole and shape.decode and exchange is ALONE and graph.context is None
-    done = through_all(model, x, inputs, kv) if whole else None
+    alone = exchange is ALONE and graph.context is None
+    done = through_all(model, x, inputs, kv) if alone and _among(graph.whole, shape) else None
     if done is None:
         attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange, shape)
         done = Through(model.through(x, own(inputs.positions), attend, onward, exchange), False, kv)

@@ -29,6 +29,7 @@ from jaxllm.graph.steps import Graph, Sampled, Stepped
 from pallas_kernels.decode_attention import cuda as decode_attention
 from pallas_kernels.decode_chain import cuda as decode_chain
 from pallas_kernels.decode_layers import cuda as decode_layers
+from pallas_kernels.decode_layers import wide as wide_layers
 from pallas_kernels.sampling import cuda as sampling
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 READ_BY_TRACING = ("jaxllm/core.py", "jaxllm/graph", "pallas_kernels", "sharding")
 # Kernels as custom calls. JAX promises nothing of them between its versions, but the one that wrote a file reads it.
 # CUDA sources: built, or found built, when a step that calls them is read
-LIBRARIES = (decode_attention, decode_chain, decode_layers, sampling)
+LIBRARIES = (decode_attention, decode_chain, decode_layers, wide_layers, sampling)
 OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", *(each.TARGET for each in LIBRARIES))
 
 for kind in (Stepped, Sampled, MultiStepped):

@@ -25,13 +25,9 @@ int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t lay_out(Params& p, unsigned char* base) {
   int64_t at = 0;
   auto take = [&](int64_t floats) { return reinterpret_cast<float*>(base + std::exchange(at, at + up(floats * 4))); };
-  const int keys = p.width * (kUnit << p.page_shift), group = p.heads / p.kv_heads;
-  const int splits = (keys + kSplit - 1) / kSplit;  // of the longest row that the table holds, and no more than kSplits
-  p.slots = splits < kWhole ? splits : kWhole;
-  p.most_runs = splits <= kWhole ? 0 : (splits < kSplits ? splits + kRun - 1 : kSplits) / kRun;
-  const int64_t parts = int64_t(p.programs) * kWorkers * p.slots, runs = int64_t(p.rows) * p.kv_heads * p.most_runs;
-  p.parts = take(parts * group * kHead), p.part_stats = take(parts * group * 2);
-  p.runs = take(runs * group * kHead), p.run_stats = take(runs * group * 2);
+  const Results kept = results_of(p);
+  p.parts = take(kept.parts * kHead), p.part_stats = take(kept.parts * 2);
+  p.runs = take(kept.runs * kHead), p.run_stats = take(kept.runs * 2);
   return at;
 }
 

@@ -176,4 +176,17 @@ DEVICE Run run_of(const Segment& s, int split) {
   return {number * kRun, least((number + 1) * kRun, splits), number, (splits + kRun - 1) / kRun};
 }
 
+// How many queries' results there may be in memory at one time, of splits and of runs; says it to `p` too.
+struct Results {
+  int64_t parts, runs;
+};
+
+inline Results results_of(Params& p) {
+  const int keys = p.width * (kUnit << p.page_shift), group = p.heads / p.kv_heads;
+  const int splits = (keys + kSplit - 1) / kSplit;  // of the longest row that the table holds, and no more than kSplits
+  p.slots = splits < kWhole ? splits : kWhole;
+  p.most_runs = splits <= kWhole ? 0 : (splits < kSplits ? splits + kRun - 1 : kSplits) / kRun;
+  return {int64_t(p.programs) * kWorkers * p.slots * group, int64_t(p.rows) * p.kv_heads * p.most_runs * group};
+}
+
 }  // namespace

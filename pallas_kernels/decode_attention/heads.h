@@ -1,4 +1,4 @@
-// A row's heads from the projection's result: norms and rotation, in the middle of decode_attention.cu.
+// A row's heads from the projection's result: norms and rotation.
 #pragma once
 
 namespace {
@@ -26,8 +26,11 @@ struct Head {  // a lane's columns of one: 2 lane and the next, and the two that
     set(pairs[lane], pairs[lane + 32]);
   }
   DEVICE void project(const Params& p, int row, int head, int lane) {
-    if (p.addends == 0)
-      return load(static_cast<const uint16_t*>(p.qkv) + (int64_t(row) * (p.heads + 2 * p.kv_heads) + head) * kHead, lane);
+    if (p.addends == 0) {  // made in this launch, where a kernel does all layers
+      const int64_t at = (int64_t(row) * (p.heads + 2 * p.kv_heads) + head) * kHead;
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.qkv) + at);
+      return set(load_fresh(pairs + lane), load_fresh(pairs + lane + 32));
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       first[i] = projected(p, row, head * kHead + 2 * lane + i);

@@ -231,7 +231,7 @@ DEVICE Pairs residual_of(const Params& p, const Stage& stage, const Unit& unit, 
   for (int half = 0; half < 2; ++half) {
     const int column = unit.tile * kWide + sixteen_of(at) + half * 8 + at.lane % 4 * 2;
     if (row < p.M && column < stage.N)
-      pairs.of[half] = load_fresh_pair(stage.residual + int64_t(row) * stage.N + column);
+      pairs.of[half] = load_fresh(reinterpret_cast<const uint32_t*>(stage.residual + int64_t(row) * stage.N + column));
   }
   return pairs;
 }

@@ -29,7 +29,6 @@ DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
 DEVICE void between_stores_and_copies() {}
-DEVICE uint32_t load_fresh_pair(const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 
 template <typename RowOf>
 DEVICE void copy_rows_of(char* place, const TileMap* map, int column, uint64_t* barrier, RowOf row_of) {
@@ -146,11 +145,6 @@ DEVICE void arrive_at(uint64_t* barrier, int peer) {
 }
 // Between ordinary stores to device memory and copies of tiles from there.
 DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-DEVICE uint32_t load_fresh_pair(const uint16_t* from) {
-  uint32_t pair;
-  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(pair) : "l"(from) : "memory");
-  return pair;
-}
 
 // Weights, read once: first to leave the cache.
 DEVICE void copy_tile(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {

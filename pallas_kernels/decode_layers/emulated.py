@@ -1,4 +1,4 @@
-"""decode_layers.cu on a CPU: the same source, its threads as fibers that one thread runs in random turns (emulator.h).
+"""decode_layers.cu and wide.cu on a CPU: threads are fibers that one of them runs in random turns (emulator.h).
 
 For tests: slow, but the indices, the barriers and the order of stages are the kernel's own. Copies land late, memory
 that nobody wrote is NaN, and a wait that nobody will end is an error.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from pallas_kernels.compiled import GXX, built, once
-from pallas_kernels.decode_layers import cuda
+from pallas_kernels.decode_layers import cuda, wide
 from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 TARGET = "jaxllm_decode_layers_emulated"
@@ -32,6 +33,20 @@ def decode_layers(
     cuda.refuse(x, layers, pages, head)
     cuda.register(library(), TARGET, "cpu")
     return cuda.call(TARGET, library(), PROGRAMS, x, layers, pages, *rows, eps=eps, scale=scale, head=head)
+
+
+def wide_layers(
+    x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages], *rows: jax.Array, **options: Any
+) -> tuple[jax.Array, list[Pages]]:
+    """See api.decode_layers."""
+    return wide.decode_layers(x, layers, pages, *rows, **options, kernel=machine(PROGRAMS))
+
+
+@once
+def machine(blocks: int) -> wide.Kernel:
+    loaded = wide.load(built(wide.SOURCE, wide.INCLUDES, (*GXX, "-DJAXLLM_EMULATED")))
+    wide.register(loaded, f"{wide.TARGET}_emulated", "cpu")
+    return wide.Kernel(f"{wide.TARGET}_emulated", loaded, blocks)
 
 
 @once

@@ -34,6 +34,12 @@ DEVICE float load_fresh(const float* from) {
   return value;
 }
 
+DEVICE uint32_t load_fresh(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 DEVICE uint4 load_fresh(const uint4* from) {
   uint4 value;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"

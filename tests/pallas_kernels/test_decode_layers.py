@@ -62,7 +62,11 @@ def test_the_layers_in_one_agree_with_the_reference_and_leave_other_pages_alone(
             assert own[~new].tobytes() == np.asarray(old)[~new].tobytes()  # NaN too
 
 
-@pytest.mark.parametrize(("name", "spec"), kernels([LAYERS_SPECS[0], HEAD]))
+# The wide kernel leaves the head to XLA, which adds in another order for another number of rows.
+OWN_BITS = [pair for pair in kernels([LAYERS_SPECS[0], HEAD]) if "wide" not in pair.values[0] or not pair.values[1].V]
+
+
+@pytest.mark.parametrize(("name", "spec"), OWN_BITS)
 def test_a_row_has_the_same_bits_in_company_and_alone(name, spec):
     given = spec.inputs()
     together, pages = run(name, spec, given)
@@ -103,6 +107,27 @@ def test_probabilities_keep_more_bits_than_the_values_they_are_multiplied_with(n
             pages[page, 0, offset] = what[at]
     want = p @ value.astype(float) / p.sum()
     assert error(run(name, spec, given)[0][0], want) < 1e-2
+
+
+WIDE = (
+    LayersSpec("two_dozen", (17, 300, 0, 64, 5, 1) * 4, L=3, K=1),
+    LayersSpec("a_row_cut_between_all", (1200,), L=2, width=80, page_size=64),
+    LayersSpec("more_than_64", (40,) * 65 + (1, 0, 100), qk_norm=True, qkv_bias=True, o_bias=True, V=96),
+)
+
+
+@cpu_only
+@pytest.mark.parametrize("spec", WIDE, ids=lambda spec: spec.name)
+def test_many_rows_agree_with_the_reference_on_any_machine(spec, monkeypatch):
+    given, live = spec.inputs(), np.array(spec.lengths) > 0
+    expected, written = run("reference", spec, given)
+    for blocks in (2, 6):  # of other numbers products have other splits
+        monkeypatch.setattr(emulated, "PROGRAMS", blocks)
+        x, pages = run("wide_emulated", spec, given)
+        assert error(x[live], expected[live]) < 1.5e-2
+        for got, want in zip(jax.tree.leaves(pages), jax.tree.leaves(written), strict=True):
+            near = np.testing.assert_allclose
+            near(got.astype(np.float32), want.astype(np.float32), rtol=2**-6, atol=2**-5, equal_nan=True)
 
 
 @cpu_only

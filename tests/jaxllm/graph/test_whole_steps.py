@@ -27,7 +27,14 @@ def stepped(config, params, *, whole):
     held = (PAGES, config.num_kv_heads, PAGE, config.head_dim)
     keys = jax.random.split(jax.random.key(1), (config.num_layers, 2))
     kv = [tuple(jax.random.normal(key, held, jnp.float32) for key in pair) for pair in keys]
-    graph = Graph(abstract(config, jnp.float32)[0], config, PAGE, PAGES, whole=whole, reference_attention=True)
+    graph = Graph(
+        abstract(config, jnp.float32)[0],
+        config,
+        PAGE,
+        PAGES,
+        whole=(1, 128) if whole else None,
+        reference_attention=True,
+    )
     run = jax.jit(functools.partial(step, graph, shape))
     return run(params, kv, jnp.asarray([1, 7, 3, 0], jnp.int32), jnp.zeros((ROWS, config.vocab_size)), packed)
 

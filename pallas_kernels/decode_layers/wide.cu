@@ -1,0 +1,592 @@
+// All layers of a dense decoder for one token each of up to 128 rows, in one kernel whose blocks all run at one time.
+//
+// decode_layers.cu does the same for up to 8 rows with warps' tensor cores; here a layer is warpgroup.h's attention and the four
+// products of decode_chain.cu, which begin with what follows the attention and end with the next layer's qkv. Weights, keys and
+// values come through one ring in shared memory, in the order in which they are used, as far ahead as there is room: across the
+// ends of stages and layers, since none of them depends on anything.
+//
+// A product is out[m][n] = sum over k of x[m][k] * w[n][k]. A block takes tiles of 128 rows of w, the tensor cores' left
+// operand, and all rows of x, the right one; both come in blocks of 64 of k. Two neighbouring blocks are a cluster with tiles
+// side by side, each of which loads half of x for both. Of a narrow product each tile is cut into splits of k; blocks give their
+// sums to memory, and each adds up all splits, first to last, for a share of the rows.
+//
+// In an attention the two warpgroups of a block are two workers; their tiles stand in the ring in turns.
+//
+// An RMS norm is split: the stage that makes x also writes x * weight and the sums of squares of its columns; the stage that
+// reads it scales its sums. Gate and up stand in turns of eight rows in a tile, so that one thread has both of a column.
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define JAXLLM_EVEN 63
+#include "../decode_attention/warpgroup.h"
+
+namespace {
+
+constexpr int kMostLayers = 37, kAttention = 4;  // the latter: its signal, behind the stages'
+constexpr int kMostRows = 128, kMostSums = 64, kStages = 4, kWide = 128, kComputing = 256, kMostTiles = 512;
+constexpr int kWeightBytes = kWide * kDepth * 2, kMostWeightSlots = 12, kMostRowSlots = 12;
+constexpr int kSharedBytes = 227 * 1024, kRowSlotBytes = 64 * 1024, kControlBytes = 24 * 1024;
+
+enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
+
+struct Stage {  // o, gate and up, down, the next layer's qkv: what is alike in all layers
+  TileMap x;
+  const float* squares_in;   // [kMostRows, kMostSums], of the second and the fourth: sums of squares of x's rows, tile by tile
+  const uint16_t* residual;  // [M, N], of kResidual; the first layer's first stage has another
+  uint16_t *out, *scaled;    // [M, N]
+  float* squares;            // [kMostRows, kMostSums]
+  int N, K;                  // kGated: N columns out, 2N rows of the weight
+  int kind, tiles_in, splits;
+  int units;  // of work, for a cluster: pairs of tiles * splits
+};
+
+struct Maps {  // of a layer: the stages' weights, of which the last layer has three; the pages as warpgroup.h takes them
+  TileMap weights[kStages], keys, values;
+};
+
+struct Layer {
+  const uint16_t *o_bias, *qkv_bias;         // [N] or null
+  const uint16_t *middle_norm, *next_norm;   // [D]: what o and down scale for the stage behind them; the last layer has one
+  const uint16_t *qk_norms;                  // [2][H] or null
+  uint16_t *k_pages, *v_pages;
+};
+
+struct Steps {
+  Maps maps[kMostLayers];  // apart from what follows, since maps are aligned and arguments of a kernel have 32,764 bytes
+  Layer layers[kMostLayers];
+  Stage stages[kStages];
+  Params attention;             // but for what differs between layers
+  const uint16_t *x, *qkv;      // [M, D], [M, Q]: what the first layer begins with
+  float4* sums;                 // [tiles, splits, a block's sums]
+  int M, num_layers, blocks;
+  float eps;
+};
+
+// Counters that outlive launches, as zeros: stages' signals and attention's, a stage's and tile's, which count on through all
+// layers, and blocks that have nothing more to do.
+// A device's own, so two launches must not run on it at one time; XLA's steps of a process do not.
+RESIDENT uint32_t done[kStages + 1], arrived[kStages * kMostTiles], left;
+
+template <int T>
+struct Shape {
+  static constexpr int kGroups = T / 8;  // of rows of x, in a thread's sums
+  static constexpr int kRowBytes = T * kDepth * 2;
+  static constexpr int kFits = kRowSlotBytes / kRowBytes, kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
+  static constexpr int kRoom = (kSharedBytes - kControlBytes - kRowSlots * kRowBytes) / kWeightBytes;
+  static constexpr int kWeightSlots = kRoom < kMostWeightSlots ? kRoom : kMostWeightSlots;
+  static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
+};
+
+struct Control {  // behind the slots
+  uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
+  uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended, told;
+  Deal deal;
+  Share shares[kWorkers];
+  int tiles[kWorkers];  // of the shares
+  Own own[kWorkers];
+  Params attention[kWorkers];  // of the present layer, as the worker sees it
+  float scale[2][kMostRows];  // 1 / root mean square of x's rows, of the stages that want it
+  float squares[kComputing / 32][kMostRows];  // of a warp's columns
+};
+static_assert(sizeof(Control) <= kControlBytes);
+
+// A ring's next slot, and the phase of its barrier.
+template <int SLOTS>
+struct Slot {
+  int slot = 0;
+  uint32_t phase = 0;
+  DEVICE void next() {
+    if (++slot == SLOTS) slot = 0, phase ^= 1;
+  }
+};
+
+struct Unit {
+  int tile, split, first, count;  // this block's tile; blocks of depth
+};
+
+DEVICE int stages_of(const Steps& p, int layer) { return layer + 1 < p.num_layers ? kStages : kStages - 1; }
+
+// Calls attend(layer) and use(layer, stage, unit) for what this block has to do, in order. All warps go through the same.
+template <typename Attend, typename Use>
+DEVICE void each_unit(const Steps& p, int block, Attend attend, Use use) {
+#pragma unroll 1
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    attend(layer);
+#pragma unroll 1
+    for (int number = 0; number < stages_of(p, layer); ++number) {
+      const Stage& stage = p.stages[number];
+      const int depth = stage.K / kDepth;
+#pragma unroll 1
+      for (int unit = block / 2; unit < stage.units; unit += p.blocks / 2) {
+        const int split = unit % stage.splits, first = split * depth / stage.splits;
+        use(layer, number, Unit{unit / stage.splits * 2 + block % 2, split, first, (split + 1) * depth / stage.splits - first});
+      }
+    }
+  }
+}
+
+// Calls use(worker, values) for a block's tiles of an attention, in their order in the ring.
+template <typename Use>
+DEVICE void each_tile(const Control& control, Use use) {
+  const int most = control.tiles[0] > control.tiles[1] ? control.tiles[0] : control.tiles[1];
+#pragma unroll 1
+  for (int i = 0; i < 4 * most; ++i)
+    if (i / 4 < control.tiles[i % kWorkers]) use(i % kWorkers, i / kWorkers % 2);
+}
+
+// Everything that goes through the ring, by a warp: its first lane asks for weights, all of them for keys and values.
+template <int T>
+DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int block, int lane) {
+  using S = Shape<T>;
+  Slot<S::kWeightSlots> turn;
+  int asked = 0;
+  auto next = [&] {
+    if (asked++ >= S::kWeightSlots) wait_for(&control.weights_read[turn.slot], turn.phase ^ 1);
+    return slots + turn.slot * kWeightBytes;
+  };
+  auto attend = [&](int layer) {
+    Walk walks[kWorkers];
+#pragma unroll
+    for (int w = 0; w < kWorkers; ++w)
+      if (control.tiles[w] > 0) walks[w].at = cursor_of(p.attention, control.shares[w]);
+    auto copy = [&](Walk& walk, int values) {
+      int unit, row;
+      const int boxes = walk.boxes(p.attention, lane, unit, row);
+      char* to = next();
+      const Maps& maps = p.maps[layer];
+      copy_boxes(p.attention, values ? &maps.values : &maps.keys, boxes, unit, row, lane, to, &control.weights_there[turn.slot]);
+      turn.next();
+      if (values) advance(p.attention, walk.at, 1);
+    };
+    each_tile(control, [&](int worker, int values) { worker == 0 ? copy(walks[0], values) : copy(walks[1], values); });
+  };
+  each_unit(p, block, attend, [&](int layer, int number, const Unit& unit) {
+    const Stage& stage = p.stages[number];
+    const TileMap* weight = &p.maps[layer].weights[number];
+#pragma unroll 1
+    for (int i = 0; i < unit.count; ++i, turn.next()) {
+      char* to = next();
+      uint64_t* there = &control.weights_there[turn.slot];
+      sync_warp();
+      if (lane > 0) continue;
+      expect_bytes(there, kWeightBytes);
+      const int column = (unit.first + i) * kDepth;
+      if (stage.kind == kGated)
+        copy_in_turns(to, weight, column, unit.tile * (kWide / 16), there);
+      else
+        copy_tile(to, weight, column, unit.tile * kWide, there);
+    }
+  });
+}
+
+// Signals of a layer's stage: one a block and unit. Of an attention: one a block.
+DEVICE void await_stage(const Steps& p, int layer, int number) {
+  await(&done[number], uint32_t(p.stages[number].units * 2) * (layer + 1));
+  between_stores_and_copies();
+}
+DEVICE void await_attention(const Steps& p, int layer) {
+  await(&done[kAttention], uint32_t(p.blocks) * (layer + 1));
+  between_stores_and_copies();
+}
+
+template <int T>
+DEVICE void copy_rows(const Steps& p, char* slots, Control& control, int block) {
+  using S = Shape<T>;
+  Slot<S::kRowSlots> turn;
+  int asked = 0, awaited = -1;
+  each_unit(p, block, [&](int layer) { awaited = -1; }, [&](int layer, int number, const Unit& unit) {
+    if (awaited != number) number == 0 ? await_attention(p, layer) : await_stage(p, layer, number - 1);
+    awaited = number;
+#pragma unroll 1
+    for (int i = 0; i < unit.count; ++i, turn.next()) {
+      if (asked++ >= S::kRowSlots) wait_for(&control.rows_read[turn.slot], turn.phase ^ 1);
+      uint64_t* there = &control.rows_there[turn.slot];
+      expect_bytes(there, S::kRowBytes);
+      char* to = slots + turn.slot * S::kRowBytes + block % 2 * (S::kRowBytes / 2);
+      copy_to_pair(to, &p.stages[number].x, (unit.first + i) * kDepth, block % 2 * (T / 2), there);
+    }
+  });
+}
+
+constexpr int kRowsAtOnce = 8;  // of scale_rows: loads on their way together
+
+// What the norms divide by, by one warp while the others multiply.
+DEVICE void scale_rows(const Steps& p, Control& control, int block, int lane) {
+#pragma unroll 1
+  for (int step = 0; step < 2 * p.num_layers - 1; ++step) {  // after each of the two stages of a layer that write a norm's x
+    const int layer = step / 2, turn = step % 2, number = 1 + 2 * turn;
+    const Stage& stage = p.stages[number];
+    if (block / 2 >= stage.units) continue;  // nobody here waits for it
+    if (lane == 0) await_stage(p, layer, number - 1);
+    sync_warp();
+    for (int rows = 0; rows < p.M; rows += 4 * kRowsAtOnce) {  // eight lanes a row, four tiles a load
+      const int begin = rows + lane / 8;
+      float sums[kRowsAtOnce] = {};
+      for (int tile = lane % 8 * 4; tile < kMostSums; tile += 32) {
+        float4 four[kRowsAtOnce];
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r)
+          if (tile < stage.tiles_in && begin + 4 * r < p.M)
+            four[r] = load_fresh(reinterpret_cast<const float4*>(stage.squares_in + (begin + 4 * r) * kMostSums + tile));
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          if (tile < stage.tiles_in) sums[r] += four[r].x;
+          if (tile + 1 < stage.tiles_in) sums[r] += four[r].y;
+          if (tile + 2 < stage.tiles_in) sums[r] += four[r].z;
+          if (tile + 3 < stage.tiles_in) sums[r] += four[r].w;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        for (int mask = 4; mask; mask /= 2) sums[r] += shuffle_xor(sums[r], mask);
+        const int m = begin + 4 * r;
+        if (lane % 8 == 0 && m < p.M) control.scale[turn][m] = reciprocal_root(sums[r] / float(stage.K) + p.eps);
+      }
+    }
+    sync_warp();
+    if (lane == 0) arrive(&control.scaled[turn]);
+  }
+}
+
+// Tells all blocks what this one has ended: a release of the whole device, which no computing warp has to wait for. When
+// all blocks have ended everything nobody waits for a counter any more, and the last warp here clears them.
+DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
+  int last = 0;
+  if (lane == 0) {
+    uint32_t phase = 0;
+    auto tell_one = [&](int number) {
+      wait_for(&control.ended, phase);
+      arrive(&control.told);
+      signal(&done[number], 1);
+      phase ^= 1;
+    };
+    each_unit(p, block, [&](int) { tell_one(kAttention); }, [&](int, int number, const Unit&) { tell_one(number); });
+    last = count_up(&left) == uint32_t(p.blocks - 1);
+  }
+  if (!shuffle(last, 0)) return;
+#pragma unroll 1
+  for (int i = lane; i < kStages * kMostTiles; i += 32) arrived[i] = 0;
+  if (lane <= kAttention) done[lane] = 0;
+  if (lane == 0) left = 0;
+}
+
+struct Place {  // of a thread
+  int block, thread, warp, group, lane;
+};
+
+struct Now {  // what a tile's end is about
+  const Stage& stage;
+  const uint16_t *bias, *norm, *residual;  // norm: also write `scaled` and `squares`
+};
+
+// Of a timeline (benchmarks/decode_chain.py): what a block's first computing thread has come to, a stage.
+enum Point { kBegun, kWeightsThere, kRowsThere, kMultiplied, kOthersThere, kEnded, kPoints };
+
+DEVICE float gated(float gate, float up) { return divided(gate, 1.f + exp_(-gate)) * up; }
+DEVICE float low(uint32_t pair) { return wide(uint16_t(pair)); }
+DEVICE float high(uint32_t pair) { return wide(uint16_t(pair >> 16)); }
+
+// A group is eight rows of x. sums = {row 2t, row 2t + 1} of column g of a warp's sixteen, then of column g + 8, where the
+// lane is 4g + t; finish() turns that about, so that a lane has two columns of row g.
+DEVICE int sixteen_of(const Place& at) { return at.group * 64 + at.warp % 4 * 16; }  // in the block's tile
+
+struct Pairs {  // two columns of row g, of either half of the sixteen
+  uint32_t of[2];
+};
+
+// What is to be added to a group's sums.
+DEVICE Pairs residual_of(const Steps& p, const Now& now, const Unit& unit, const Place& at, int group) {
+  const Stage& stage = now.stage;
+  Pairs pairs = {};
+  if (stage.kind != kResidual) return pairs;
+  const int row = group * 8 + at.lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = unit.tile * kWide + sixteen_of(at) + half * 8 + at.lane % 4 * 2;
+    if (row < p.M && column < stage.N)
+      pairs.of[half] = load_fresh(reinterpret_cast<const uint32_t*>(now.residual + int64_t(row) * stage.N + column));
+  }
+  return pairs;
+}
+
+// Of a gated stage: the first half of the sixteen are gates, the second their ups.
+DEVICE void finish_gated(const Steps& p, const Stage& stage, const Unit& unit, const Place& at, const float* scale, int group,
+                         float4 sums) {
+  const int g = at.lane / 4, t = at.lane % 4, row = group * 8 + g;
+  const float first = scale[group * 8 + 2 * t], second = scale[group * 8 + 2 * t + 1];
+  const float a = gated(wide(narrow(times(sums.x, first))), wide(narrow(times(sums.z, first))));
+  const float b = gated(wide(narrow(times(sums.y, second))), wide(narrow(times(sums.w, second))));
+  const uint32_t pair = transposed(narrow(a, b));
+  const int column = unit.tile * (kWide / 2) + sixteen_of(at) / 2 + 2 * t;
+  if (row < p.M && column < stage.N) *reinterpret_cast<uint32_t*>(stage.out + int64_t(row) * stage.N + column) = pair;
+}
+
+DEVICE void finish(const Steps& p, const Now& now, const Unit& unit, const Place& at, Control& control,
+                   const float* scale, int group, float4 sums, Pairs residual) {
+  const Stage& stage = now.stage;
+  if (stage.kind == kGated) return finish_gated(p, stage, unit, at, scale, group, sums);
+  const int g = at.lane / 4, t = at.lane % 4, row = group * 8 + g, sixteen = unit.tile * kWide + sixteen_of(at);
+  if (scale != nullptr) {
+    const float first = scale[group * 8 + 2 * t], second = scale[group * 8 + 2 * t + 1];
+    sums = {times(sums.x, first), times(sums.y, second), times(sums.z, first), times(sums.w, second)};
+  }
+  float squares = 0.f;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int own = sixteen + half * 8 + g, column = sixteen + half * 8 + 2 * t;
+    const float bias = now.bias != nullptr && own < stage.N ? wide(now.bias[own]) : 0.f;
+    uint32_t pair = transposed(half ? narrow(sums.z + bias, sums.w + bias) : narrow(sums.x + bias, sums.y + bias));
+    if (row >= p.M || column >= stage.N) continue;
+    const int64_t place = int64_t(row) * stage.N + column;
+    if (stage.kind == kResidual) {
+      const uint32_t other = residual.of[half];
+      pair = narrow(low(pair) + low(other), high(pair) + high(other));
+    }
+    *reinterpret_cast<uint32_t*>(stage.out + place) = pair;
+    if (now.norm == nullptr) continue;
+    const uint32_t weight = *reinterpret_cast<const uint32_t*>(now.norm + column);
+    *reinterpret_cast<uint32_t*>(stage.scaled + place) = narrow(times(low(pair), low(weight)), times(high(pair), high(weight)));
+    squares += times(low(pair), low(pair)) + times(high(pair), high(pair));
+  }
+  if (now.norm == nullptr) return;
+  squares += shuffle_xor(squares, 1);
+  squares += shuffle_xor(squares, 2);
+  if (t == 0) control.squares[at.warp][row] = squares;
+}
+
+// All splits' sums of this block's share of the rows. Loads of four groups and two splits are on their way together.
+template <int T>
+DEVICE void add_up(const Steps& p, const Now& now, const Unit& unit, const Place& at, Control& control,
+                   const float* scale, int begin, int end) {
+  constexpr int GROUPS = Shape<T>::kGroups, AT_ONCE = GROUPS < 4 ? GROUPS : 4;
+  const Stage& stage = now.stage;
+#pragma unroll 1
+  for (int group = begin; group < end; group += AT_ONCE) {
+    float4 sums[AT_ONCE];
+    Pairs residual[AT_ONCE];
+#pragma unroll
+    for (int r = 0; r < AT_ONCE; ++r)
+      residual[r] = residual_of(p, now, unit, at, group + r < end ? group + r : end - 1);
+#pragma unroll 2
+    for (int split = 0; split < stage.splits; ++split) {
+      const float4* block = p.sums + (int64_t(unit.tile) * stage.splits + split) * (GROUPS * kComputing);
+#pragma unroll
+      for (int r = 0; r < AT_ONCE; ++r) {
+        const float4 more = load_fresh(block + (group + r < end ? group + r : end - 1) * kComputing + at.thread);
+        float4& sum = sums[r];
+        sum = split ? float4{sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w} : more;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < AT_ONCE; ++r)
+      if (group + r < end) finish(p, now, unit, at, control, scale, group + r, sums[r], residual[r]);
+  }
+}
+
+// This block's warps are done with something: told to all by the warp that tells.
+DEVICE void end_part(Control& control, const Place& at, int& ended) {
+  between_stores_and_copies();
+  sync_warp();
+  if (at.lane == 0) {  // not twice before it was seen once: a phase that comes round again looks like none
+    if (ended > 0) wait_for(&control.told, uint32_t(ended - 1) & 1);
+    arrive(&control.ended);
+  }
+  ++ended;
+}
+
+template <int T>
+DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, const Place& at, Control& control, const float* scale,
+                     const float (&sums)[T / 2], int& marks) {
+  constexpr int GROUPS = Shape<T>::kGroups;
+  const Stage& stage = p.stages[number];
+  const Layer& l = p.layers[layer];
+  const uint16_t* bias = number == 0 ? l.o_bias : number == 3 ? l.qkv_bias : nullptr;
+  const uint16_t* norm = number == 0 ? l.middle_norm : number == 2 ? l.next_norm : nullptr;
+  const Now now = {stage, bias, norm, layer + number == 0 ? p.x : stage.residual};
+  const int begin = unit.split * GROUPS / stage.splits, end = (unit.split + 1) * GROUPS / stage.splits;
+  auto group_of = [&](int group) {
+    return float4{sums[group * 4], sums[group * 4 + 1], sums[group * 4 + 2], sums[group * 4 + 3]};
+  };
+  if (stage.splits == 1 && stage.kind == kGated) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) finish_gated(p, stage, unit, at, scale, group, group_of(group));
+  } else {
+    float4* block = p.sums + (int64_t(unit.tile) * stage.splits + unit.split) * (GROUPS * kComputing);
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) block[group * kComputing + at.thread] = group_of(group);
+    sync_computing();
+    if (at.thread == 0) {
+      uint32_t* counter = &arrived[number * kMostTiles + unit.tile];
+      signal(counter, 1);
+      await(counter, uint32_t(stage.splits) * (layer + 1));
+    }
+    sync_computing();
+    mark(at.block, at.thread, marks++, number * kPoints + kOthersThere);
+    add_up<T>(p, now, unit, at, control, scale, begin, end);
+  }
+  if (now.norm != nullptr) {
+    sync_computing();
+    const int m = begin * 8 + at.thread;
+    if (m < end * 8 && m < p.M) {
+      float sum = 0.f;
+      for (int warp = 0; warp < kComputing / 32; ++warp) sum += control.squares[warp][m];
+      stage.squares[m * kMostSums + unit.tile] = sum;
+    }
+  }
+}
+
+// ---- attention ----
+
+template <int T>
+struct Feed {  // a worker's tiles of those in the ring. The other's are passed over, and given back, once they are there: else
+               // a slot could be filled twice while nobody looks
+  using Slots = Slot<Shape<T>::kWeightSlots>;
+  Slots& turn;
+  char* slots;
+  Control& control;
+  int lane, worker, others;  // others: tiles of the other worker
+  int tile = 0, values = 0;
+  DEVICE void leave() {
+    sync_warp();
+    if (lane == 0) arrive(&control.weights_read[turn.slot]);
+    turn.next();
+  }
+  DEVICE void pass() {
+    wait_for(&control.weights_there[turn.slot], turn.phase);
+    leave();
+  }
+  DEVICE char* take() {
+    if (worker == 1 && tile < others) pass();
+    wait_for(&control.weights_there[turn.slot], turn.phase);
+    return slots + turn.slot * kWeightBytes;
+  }
+  DEVICE void give_back() {
+    leave();
+    if (worker == 0 && tile < others) pass();
+    tile += values, values ^= 1;
+  }
+  DEVICE void pass_rest() {
+#pragma unroll 1
+    for (; tile < others; ++tile) pass(), pass();
+  }
+};
+
+template <int T>
+DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& control, const Place& at, Slot<Shape<T>::kWeightSlots>& turn) {
+  Params& view = control.attention[at.group];
+  if (at.thread % kGroupThreads == 0) {
+    if (layer > 0) await(&done[kStages - 1], uint32_t(p.stages[kStages - 1].units * 2) * layer);
+    const Layer& l = p.layers[layer];  // all warps have ended the layer before
+    view.qkv = layer > 0 ? p.attention.qkv : p.qkv, view.norms = l.qk_norms, view.k_pages = l.k_pages, view.v_pages = l.v_pages;
+  }
+  Worker w{view, control.own[at.group], at.block * kWorkers + at.group, at.warp % kWarps, at.lane, at.lane / 4, at.lane % 4,
+           p.attention.heads / p.attention.kv_heads, control.deal};
+  Feed<T> feed{turn, slots, control, at.lane, at.group, control.tiles[1 - at.group]};
+  if (control.tiles[at.group] > 0) attend_share(w, feed, control.shares[at.group]);
+  feed.pass_rest();
+}
+
+// ---- the whole ----
+
+template <int T>
+DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& at) {
+  using S = Shape<T>;
+  Slot<S::kWeightSlots> weights;
+  Slot<S::kRowSlots> rows;
+  int ended = 0, marks = 0;
+  auto attend = [&](int layer) {
+    attend_layer<T>(p, layer, slots, control, at, weights);
+    end_part(control, at, ended);
+  };
+  each_unit(p, at.block, attend, [&](int layer, int number, const Unit& unit) {
+    float sums[T / 2];
+#pragma unroll
+    for (int i = 0; i < T / 2; ++i) sums[i] = 0.f;
+    int weight_slot = 0, row_slot = 0;  // of the block before
+    auto release = [&] {
+      if (at.lane == 0) arrive(&control.weights_read[weight_slot]);
+      if (at.lane < 2) arrive_at(&control.rows_read[row_slot], at.lane);
+    };
+    mark(at.block, at.thread, marks++, number * kPoints + kBegun);
+#pragma unroll 1
+    for (int i = 0; i < unit.count; ++i) {
+      wait_for(&control.weights_there[weights.slot], weights.phase);
+      if (i == 0) mark(at.block, at.thread, marks++, number * kPoints + kWeightsThere);
+      wait_for(&control.rows_there[rows.slot], rows.phase);
+      if (i == 0) mark(at.block, at.thread, marks++, number * kPoints + kRowsThere);
+      const char* w = slots + weights.slot * kWeightBytes + at.group * 64 * kDepth * 2;
+      const char* x = slots + S::kRowsAt + rows.slot * S::kRowBytes;
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < kDepth; k += 16) multiply<T>(sums, w + k * 2, x + k * 2);
+      end_products();
+      await_products<1>();
+      if (i > 0) release();
+      weight_slot = weights.slot, row_slot = rows.slot;
+      weights.next(), rows.next();
+    }
+    await_products<0>();
+    release();
+    mark(at.block, at.thread, marks++, number * kPoints + kMultiplied);
+    const bool wants = number % 2;
+    if (wants) wait_for(&control.scaled[number / 2], layer & 1);
+    end_unit<T>(p, layer, number, unit, at, control, wants ? control.scale[number / 2] : nullptr, sums, marks);
+    end_part(control, at, ended);
+    mark(at.block, at.thread, marks++, number * kPoints + kEnded);
+  });
+}
+
+DEVICE void begin(const Steps& p, Control& control, const Place& at) {
+  if (at.group >= kWorkers) return;
+  if (at.thread % kGroupThreads == 0) control.attention[at.group] = p.attention;
+  if (at.warp % kWarps > 0) return;
+  Deal deal;
+  Share share;
+  const bool any = find_share(p.attention, at.block * kWorkers + at.group, at.lane, deal, share);
+  if (at.lane > 0) return;
+  control.tiles[at.group] = any ? share.end - share.begin : 0;
+  if (any) control.shares[at.group] = share;
+  if (at.group == 0) control.deal = deal;
+}
+
+template <int T>
+DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
+  using S = Shape<T>;
+  Control& control = *reinterpret_cast<Control*>(raw + S::kControlAt);
+  const Place at = {block, thread, thread / 32, thread / kGroupThreads, thread % 32};
+  const int role = at.warp - kComputing / 32;
+  if (role == 0 && at.lane == 0) {
+#pragma unroll 1
+    for (int i = 0; i < S::kWeightSlots; ++i)
+      init_barrier(&control.weights_there[i], 1), init_barrier(&control.weights_read[i], kComputing / 32);
+#pragma unroll 1
+    for (int i = 0; i < S::kRowSlots; ++i)
+      init_barrier(&control.rows_there[i], 1), init_barrier(&control.rows_read[i], kComputing / 32 * 2);
+    for (int i = 0; i < 2; ++i) init_barrier(&control.scaled[i], 1);
+    init_barrier(&control.ended, kComputing / 32), init_barrier(&control.told, 1);
+    publish_barriers();
+  }
+  begin(p, control, at);
+  sync_all();
+  arrive_at_cluster();
+  await_cluster();  // barriers are there before others count on them
+  if (role < 0) {
+    take_registers<216>();
+    clear_empty_rows(p.attention, block * kWorkers + at.group, thread % kGroupThreads);
+    compute<T>(p, raw, control, at);
+  } else {
+    give_registers<72>();
+    if (role == 0) copy_weights<T>(p, raw, control, block, at.lane);
+    if (role == 1 && at.lane == 0) copy_rows<T>(p, raw + S::kRowsAt, control, block);
+    if (role == 2) scale_rows(p, control, block, at.lane);
+    if (role == 3) tell(p, control, block, at.lane);
+  }
+  meet_cluster();  // nobody leaves while the other copies to it
+}
+
+}  // namespace
+
+#include "wide_launch.h"

@@ -1,0 +1,140 @@
+"""decode_layers for up to 128 rows as one CUDA kernel (wide.cu), called through XLA's FFI and kept in the step's graph.
+
+In: arrays that api.py has checked. Out: results, the pages in place. The first layer's qkv and the head are XLA's: they
+are products like any other, with nothing before or behind them to stream across. Declines what the kernel does not do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.compiled import Handler
+from pallas_kernels.decode_attention import cuda as attention
+from pallas_kernels.decode_chain import cuda as chain
+from pallas_kernels.decode_chain.reference import rms_norm
+from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
+
+HERE = Path(__file__).parent
+SOURCE, INCLUDES = HERE / "wide.cu", (HERE / "wide_launch.h", *attention.GROUPS_INCLUDES)
+TARGET = "jaxllm_wide_layers"
+_HANDLER = Handler(SOURCE, INCLUDES, TARGET)
+library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
+MOST_ROWS, MOST_LAYERS, DEPTH, HEAD, MOST_GROUP = 128, 37, 64, 128, 8
+
+
+class Kernel(NamedTuple):
+    """A built library, the name it is registered under, and the blocks that run at one time."""
+
+    target: str
+    library: ctypes.CDLL
+    blocks: int
+
+
+def decode_layers(
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cosines: jax.Array,
+    sines: jax.Array,
+    *,
+    eps: float,
+    scale: float,
+    head: Head | None = None,
+    kernel: Kernel | None = None,
+) -> tuple[jax.Array, list[Pages]]:
+    """See api.decode_layers."""
+    refuse(x, layers, pages, head, scale)
+    first = layers[0]
+    qkv = _product(rms_norm(x, first.norms[0], eps), first.qkv)
+    qkv = (qkv if first.qkv_bias is None else qkv + first.qkv_bias.astype(jnp.float32)).astype(x.dtype)
+    rows = page_table, kv_lens, cosines, sines
+    out, written = call(kernel or ours(), x, qkv, layers, pages, *rows, eps=eps, scale=scale)
+    return (out if head is None else _product(rms_norm(out, head.norm, eps), head.table)), written
+
+
+def refuse(
+    x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages], head: Head | None, scale: float
+) -> None:
+    """NotImplementedError for what the kernel does not do."""
+    (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
+    NH, F = first.o.shape[1], first.down.shape[1]
+    if B > MOST_ROWS:
+        raise NotImplementedError(f"at most {MOST_ROWS} rows, got {B}")
+    for array in jax.tree.leaves((x, tuple(layers), tuple(pages), head)):
+        if array.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
+    if HEAD != H or page_size < attention.TILE or page_size & (page_size - 1):
+        raise NotImplementedError(f"heads of {HEAD}, pages of 16 tokens or a power of two more; got {H}, {page_size}")
+    if scale <= 0:
+        raise NotImplementedError(f"the running maximum assumes a positive scale, got {scale}")
+    if NH // H % K or NH // H // K > MOST_GROUP:
+        raise NotImplementedError(f"{NH // H} heads over {K}: at most {MOST_GROUP} queries a key")
+    if D > chain.WIDEST:
+        raise NotImplementedError(f"a residual stream of at most {chain.WIDEST} numbers, got {D}")
+    wide = first.qkv.shape[0]
+    if (most := 2 * max(chain.tiles_of(F, gated=True), chain.tiles_of(wide))) > chain.MOST_TILES:
+        raise NotImplementedError(f"{most} tiles of a product, at most {chain.MOST_TILES}")
+    for name, size in (("D", D), ("N * H", NH), ("F", F)):
+        if size % DEPTH:
+            raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
+    if len(layers) > MOST_LAYERS:
+        raise NotImplementedError(f"{len(layers)} layers, at most {MOST_LAYERS}")
+
+
+def call(
+    kernel: Kernel,
+    x: jax.Array,
+    qkv: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    *rows: jax.Array,
+    eps: float,
+    scale: float,
+) -> tuple[jax.Array, list[Pages]]:
+    """The FFI call, with the library's word on how much memory it works in."""
+    (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
+    NH, F, width = first.o.shape[1], first.down.shape[1], rows[0].shape[1]
+    products = ((D, NH, False), (F, D, True), (D, F, False), (qkv.shape[1], D, False))
+    splits = [chain.splits_for(*product, kernel.blocks) for product in products]
+    parts = max(
+        2 * chain.tiles_of(columns, gated) * n if n > 1 or not gated else 0
+        for (columns, _, gated), n in zip(products, splits, strict=True)
+    )
+    sizes = dict(num_layers=len(layers), rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // H, kv_heads=K)
+    sizes |= dict(page_size=page_size, width=width, parts=parts)
+    optional = (first.qkv_bias, first.o_bias, first.qk_norms)
+    has = sum(1 << bit for bit, given in enumerate(optional) if given is not None)
+    work = kernel.library.jaxllm_wide_layers_work(*map(ctypes.c_int64, sizes.values()))
+    operands, aliases = [x, qkv, *rows], dict[int, int]()
+    for number, (layer, own) in enumerate(zip(layers, pages, strict=True)):
+        weights = (layer.qkv if number else None, layer.o, layer.norms, layer.gate_up, layer.down)
+        biases = (layer.qkv_bias if number else None, layer.o_bias, layer.qk_norms)
+        operands += [array for array in (*weights, *biases) if array is not None]
+        aliases |= {len(operands) + i: 2 + 2 * number + i for i in range(2)}
+        operands += own
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((work,), jnp.uint8)]
+    results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
+    attributes = {name: np.int64(value) for name, value in (*sizes.items(), ("has", has))}
+    run = jax.ffi.ffi_call(kernel.target, results, input_output_aliases=aliases)
+    numbers = dict(eps=np.float32(eps), scale=np.float32(scale))
+    out, _, *written = run(*operands, splits=np.asarray(splits, np.int64), **attributes, **numbers)
+    return out, list(zip(written[::2], written[1::2], strict=True))
+
+
+def ours() -> Kernel:
+    """The kernel for the present device, built on first use."""
+    register(library())
+    return Kernel(TARGET, library(), getattr(jax.devices()[0], "core_count", 132) // 2 * 2)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
