@@ -25,7 +25,6 @@ namespace {
 
 struct Own {  // a worker's, in shared memory
   alignas(16) uint16_t queries[kMaxGroup][kHead], fresh[2][kHead];  // fresh: the row's new key and value
-  float before[2 + kHead / 4][32];  // the first warp's sums of a run, while it works on a split of several tiles
   bool last[2];
 };
 
@@ -159,22 +158,6 @@ DEVICE void fold(Sums& sums, const Sums& next) {
     for (int h = 0; h < 2; ++h) sums.out[n][h] = both(sums.out[n][h], next.out[n][h]);
 }
 
-// What the run had before this split, if it is not the first, and the split; kept for the next one.
-DEVICE void fold_split(const Worker& w, bool first, Sums& sums) {
-  float(*kept)[32] = w.s.before;
-  if (!first) {
-    Sums before;
-    before.most = kept[0][w.lane], before.total = kept[1][w.lane];
-#pragma unroll
-    for (int i = 0; i < kHead / 4; ++i) before.out[i / 2][i % 2] = kept[2 + i][w.lane];
-    fold(before, sums);
-    sums = before;
-  }
-  kept[0][w.lane] = sums.most, kept[1][w.lane] = sums.total;
-#pragma unroll
-  for (int i = 0; i < kHead / 4; ++i) kept[2 + i][w.lane] = sums.out[i / 2][i % 2];
-}
-
 // Scores of row g to probabilities, as the second product takes them: rounded, and in the rows behind what is then missing.
 DEVICE void exponentials(const Worker& w, int live, const float (&scores)[kTile / 2], uint32_t (&probabilities)[kTile / 16][4], float& most,
                          float& total) {
@@ -262,6 +245,27 @@ DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Su
   if (w.t == 0) stats[0] = sums.most, stats[1] = sums.total;
 #pragma unroll
   for (int n = 0; n < kHead / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = {sums.out[n][0], sums.out[n][1]};
+}
+
+// What the run had before this split, if it is not the first, and the split; kept for the next one where a cut run's beginning goes.
+DEVICE void fold_split(const Worker& w, int64_t at, bool first, Sums& sums) {
+  if (!first) {
+    const int query = least(w.g, w.group - 1);
+    const float* from = w.p.parts + (at * w.group + query) * kHead + 2 * w.t;
+    const float2 known = load_fresh(reinterpret_cast<const float2*>(w.p.part_stats + (at * w.group + query) * 2));
+    Sums before;
+    before.most = known.x, before.total = known.y;
+#pragma unroll
+    for (int n = 0; n < kHead / 8; ++n) {
+      const float2 pair = load_fresh(reinterpret_cast<const float2*>(from + 8 * n));
+      before.out[n][0] = pair.x, before.out[n][1] = pair.y;
+    }
+    fold(before, sums);
+    sums = before;
+  }
+  sync_warp();  // all have read the statistics
+  store(w, w.p.parts, w.p.part_stats, at, sums);
+  sync_warp();
 }
 
 // Eight columns of a query, in every thread of the four warps.
@@ -375,7 +379,7 @@ DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int
     if (!begins)
       store(w, p.parts, p.part_stats, base + split - run.first, sums);
     else if (apart && w.warp == 0)
-      fold_split(w, split == first, sums);
+      fold_split(w, base, split == first, sums);
   }
   if (begins && last == run.last) return finish_run(w, s, run, sums);
   if (begins) store(w, p.parts, p.part_stats, base, sums);

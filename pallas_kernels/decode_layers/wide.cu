@@ -20,7 +20,10 @@
 #include <utility>
 #include <vector>
 
-#define JAXLLM_EVEN 63
+#ifndef JAXLLM_ROW_ROOM  // KiB of x on their way; a benchmark may try others
+#define JAXLLM_ROW_ROOM 64
+#endif
+
 #include "../decode_attention/warpgroup.h"
 
 namespace {
@@ -28,7 +31,7 @@ namespace {
 constexpr int kMostLayers = 37, kAttention = 4;  // the latter: its signal, behind the stages'
 constexpr int kMostRows = 128, kMostSums = 64, kStages = 4, kWide = 128, kComputing = 256, kMostTiles = 512;
 constexpr int kWeightBytes = kWide * kDepth * 2, kMostWeightSlots = 12, kMostRowSlots = 12;
-constexpr int kSharedBytes = 227 * 1024, kRowSlotBytes = 64 * 1024, kControlBytes = 24 * 1024;
+constexpr int kSharedBytes = 227 * 1024, kRowSlotBytes = JAXLLM_ROW_ROOM * 1024;
 
 enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
 
@@ -70,16 +73,6 @@ struct Steps {
 // A device's own, so two launches must not run on it at one time; XLA's steps of a process do not.
 RESIDENT uint32_t done[kStages + 1], arrived[kStages * kMostTiles], left;
 
-template <int T>
-struct Shape {
-  static constexpr int kGroups = T / 8;  // of rows of x, in a thread's sums
-  static constexpr int kRowBytes = T * kDepth * 2;
-  static constexpr int kFits = kRowSlotBytes / kRowBytes, kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
-  static constexpr int kRoom = (kSharedBytes - kControlBytes - kRowSlots * kRowBytes) / kWeightBytes;
-  static constexpr int kWeightSlots = kRoom < kMostWeightSlots ? kRoom : kMostWeightSlots;
-  static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
-};
-
 struct Control {  // behind the slots
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
   uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended, told;
@@ -91,7 +84,16 @@ struct Control {  // behind the slots
   float scale[2][kMostRows];  // 1 / root mean square of x's rows, of the stages that want it
   float squares[kComputing / 32][kMostRows];  // of a warp's columns
 };
-static_assert(sizeof(Control) <= kControlBytes);
+
+template <int T>
+struct Shape {
+  static constexpr int kGroups = T / 8;  // of rows of x, in a thread's sums
+  static constexpr int kRowBytes = T * kDepth * 2;
+  static constexpr int kFits = kRowSlotBytes / kRowBytes, kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
+  static constexpr int kRoom = (kSharedBytes - int(sizeof(Control)) - kRowSlots * kRowBytes) / kWeightBytes;
+  static constexpr int kWeightSlots = kRoom < kMostWeightSlots ? kRoom : kMostWeightSlots;
+  static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
+};
 
 // A ring's next slot, and the phase of its barrier.
 template <int SLOTS>
@@ -282,8 +284,9 @@ struct Now {  // what a tile's end is about
   const uint16_t *bias, *norm, *residual;  // norm: also write `scaled` and `squares`
 };
 
-// Of a timeline (benchmarks/decode_chain.py): what a block's first computing thread has come to, a stage.
+// Of a timeline (benchmarks/wide_layers.py): what a block's first computing thread has come to, a stage.
 enum Point { kBegun, kWeightsThere, kRowsThere, kMultiplied, kOthersThere, kEnded, kPoints };
+enum AttentionPoint { kWaits = kStages * kPoints, kQkvThere, kAttended };
 
 DEVICE float gated(float gate, float up) { return divided(gate, 1.f + exp_(-gate)) * up; }
 DEVICE float low(uint32_t pair) { return wide(uint16_t(pair)); }
@@ -475,18 +478,22 @@ struct Feed {  // a worker's tiles of those in the ring. The other's are passed 
 };
 
 template <int T>
-DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& control, const Place& at, Slot<Shape<T>::kWeightSlots>& turn) {
+DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& control, const Place& at, Slot<Shape<T>::kWeightSlots>& turn,
+                         int& marks) {
   Params& view = control.attention[at.group];
+  mark(at.block, at.thread, marks++, kWaits);
   if (at.thread % kGroupThreads == 0) {
     if (layer > 0) await(&done[kStages - 1], uint32_t(p.stages[kStages - 1].units * 2) * layer);
     const Layer& l = p.layers[layer];  // all warps have ended the layer before
     view.qkv = layer > 0 ? p.attention.qkv : p.qkv, view.norms = l.qk_norms, view.k_pages = l.k_pages, view.v_pages = l.v_pages;
   }
+  mark(at.block, at.thread, marks++, kQkvThere);
   Worker w{view, control.own[at.group], at.block * kWorkers + at.group, at.warp % kWarps, at.lane, at.lane / 4, at.lane % 4,
            p.attention.heads / p.attention.kv_heads, control.deal};
   Feed<T> feed{turn, slots, control, at.lane, at.group, control.tiles[1 - at.group]};
   if (control.tiles[at.group] > 0) attend_share(w, feed, control.shares[at.group]);
   feed.pass_rest();
+  mark(at.block, at.thread, marks++, kAttended);
 }
 
 // ---- the whole ----
@@ -498,7 +505,7 @@ DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& 
   Slot<S::kRowSlots> rows;
   int ended = 0, marks = 0;
   auto attend = [&](int layer) {
-    attend_layer<T>(p, layer, slots, control, at, weights);
+    attend_layer<T>(p, layer, slots, control, at, weights, marks);
     end_part(control, at, ended);
   };
   each_unit(p, at.block, attend, [&](int layer, int number, const Unit& unit) {
