@@ -29,14 +29,21 @@ from pallas_kernels.decode_attention.specs import DECODE_ATTENTION_SPECS, Decode
 from pallas_kernels.paged_attention import triton
 from pallas_kernels.rope_page_write.heads import Heads
 
+Variant = tuple[str, tuple[str, ...]]
 N, K, H = 32, 8, 128  # Llama-3.1-8B's heads
 LOOPS, BODY = 10, 8  # a body of fewer kernels is not recorded as a graph
 CHAIN_BYTES = 1.2e9  # what a chain of calls reads: many times the L2
 BARS = {"32x8192": 4.2, "128x1024": 4.0, "32x1024": 3.6, "8x1024": 2.6, "1x8192": 2.3, "1x32768": 3.6}  # TB/s
 PREDICTED = {"32x8192": 4.35, "128x1024": 4.2, "32x1024": 3.8, "8x1024": 2.8, "1x8192": 2.6, "1x32768": 3.8}
-HEADS = {"256x1088": 4.1, "32x1088": 3.7, "8x1088": 2.7}  # with new keys and values; predictions
-VARIANTS = {"8x3": (8, 3), "8x2": (8, 2), "6x4": (6, 4)}  # warps, slots
-SPLITS = (32, 128)  # keys of the smallest split, beside the 64 of every other figure
+HEADS = {"256x1088": 4.1, "128x1088": 4.0, "32x1088": 3.7, "8x1088": 2.7}  # with new keys and values; predictions
+VARIANTS: dict[str, Variant] = {  # the kernel, and constants other than its own
+    "warps": ("warps", ()),
+    "groups": ("groups", ()),
+    "groups, 5 slots": ("groups", ("-DJAXLLM_SLOTS=5",)),
+    "groups, 4 slots": ("groups", ("-DJAXLLM_SLOTS=4",)),
+    "groups, cut seldom": ("groups", ("-DJAXLLM_EVEN=56",)),
+}
+SPLITS: dict[str, Variant] = {f"groups, split {keys}": ("groups", (f"-DJAXLLM_SPLIT={keys}",)) for keys in (128, 256)}
 CHECKED = (
     *(spec for spec in DECODE_ATTENTION_SPECS if spec.H == H and spec.dtype == "bfloat16" and spec.window is None),
     DecodeAttentionSpec("long", N=32, K=8, H=H, lengths=(9000, 1, 0, 2048, 2049, 4097, 300), page_size=64),
@@ -51,15 +58,13 @@ def say(**row: Any) -> None:
 
 
 @functools.cache
-def kernel(warps: int = 8, slots: int = 3, split: int = 64) -> cuda.Kernel:
-    """The kernel built with other constants, under a name of its own."""
-    if (warps, slots, split) == (8, 3, 64):
-        return cuda.ours()
-    flags = (f"-DJAXLLM_WARPS={warps}", f"-DJAXLLM_SLOTS={slots}", f"-DJAXLLM_SPLIT={split}")
-    loaded, target = (
-        cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *flags))),
-        f"{cuda.TARGET}_{warps}_{slots}_{split}",
-    )
+def kernel(which: str = "groups", flags: tuple[str, ...] = ()) -> cuda.Kernel:
+    """One of the two kernels, or built with other constants under a name of its own."""
+    if not flags:
+        return cuda.ours() if which == "warps" else cuda.groups()
+    source = (cuda.SOURCE, cuda.INCLUDES) if which == "warps" else (cuda.GROUPS_SOURCE, cuda.GROUPS_INCLUDES)
+    loaded = cuda.load(built(*source, (*NVCC, *flags)))
+    target = f"{cuda.TARGET}_{which}" + "".join(flag.replace("-D", "_").replace("=", "") for flag in flags)
     cuda.register(loaded, target)
     return cuda.Kernel(target, loaded, jax.devices()[0].core_count)
 
@@ -157,16 +162,12 @@ class _Bound:
         return lambda state: compiled(state, self.fixed)
 
 
-def of(**constants: int) -> Attend:
-    return functools.partial(cuda.paged_attention_decode, kernel=kernel(**constants))
-
-
-def built_all(wanted: dict[str, dict[str, int]]) -> dict[str, Attend]:
+def built_all(wanted: dict[str, Variant]) -> dict[str, Attend]:
     """Several builds at a time; what cannot be built is said, and missing."""
 
-    def one(item: tuple[str, dict[str, int]]) -> tuple[str, Attend | None]:
+    def one(item: tuple[str, Variant]) -> tuple[str, Attend | None]:
         try:
-            return item[0], of(**item[1])
+            return item[0], functools.partial(cuda.paged_attention_decode, kernel=kernel(*item[1]))
         except Exception as error:
             say(what="build", kernel=item[0], failed=str(error)[-600:])
             return item[0], None
@@ -176,13 +177,11 @@ def built_all(wanted: dict[str, dict[str, int]]) -> dict[str, Attend]:
 
 
 def timed() -> None:
-    names = built_all({name: dict(warps=warps, slots=slots) for name, (warps, slots) in VARIANTS.items()})
-    plain({**names, "triton": triton.paged_attention_decode}, "time", BARS, (64,))
+    plain({**built_all(VARIANTS), "triton": triton.paged_attention_decode}, "time", BARS, (64,))
 
 
 def splits() -> None:
-    names = built_all({f"split {split}": dict(split=split) for split in SPLITS})
-    plain(names, "splits", {shape: BARS[shape] for shape in ("32x1024", "8x1024", "1x8192")}, (64,))
+    plain(built_all(SPLITS), "splits", {shape: BARS[shape] for shape in ("32x1024", "8x1024", "1x8192")}, (64,))
 
 
 def heads() -> None:
@@ -206,7 +205,8 @@ def heads() -> None:
             return jax.jit(functools.partial(looped, layers), donate_argnums=0)
 
         state = jnp.zeros((B, N, H), jnp.bfloat16), pools
-        names: dict[str, Attend] = {"8x3": cuda.decode_heads, "triton": triton.decode_heads}
+        ours = {name: functools.partial(cuda.decode_heads, kernel=kernel(name)) for name in ("warps", "groups")}
+        names: dict[str, Attend] = {**ours, "triton": triton.decode_heads}
         report("heads", names, step, state, bytes_of(B, S), calls, shape=shape, page=page, predicted=predicted)
         del pools, state
 
@@ -217,17 +217,18 @@ def bits(array: Any) -> np.ndarray:
 
 def check() -> None:
     """Hostile shapes against the reference; the same bits again, alone, and in the kernel's other calls."""
-    for spec in CHECKED:
-        try:
-            _check(spec)
-        except Exception:
-            say(what="check", spec=spec.name, failed=traceback.format_exc()[-1200:])
+    for name in ("groups", "warps"):
+        for spec in CHECKED:
+            try:
+                _check(name, spec)
+            except Exception:
+                say(what="check", kernel=name, spec=spec.name, failed=traceback.format_exc()[-1200:])
 
 
-def _check(spec: DecodeAttentionSpec) -> None:
+def _check(name: str, spec: DecodeAttentionSpec) -> None:
     given, *pools, table, lengths = jax.tree.map(jnp.asarray, spec.inputs())
     scale = spec.paged.scale
-    ours = jax.jit(functools.partial(cuda.decode_heads, scale=scale))
+    ours = jax.jit(functools.partial(cuda.decode_heads, scale=scale, kernel=kernel(name)))
     want = jax.jit(functools.partial(reference, scale=scale))(given, *pools, table, lengths)
     got = ours(given, *pools, table, lengths)
     live = np.flatnonzero(np.asarray(lengths))
@@ -247,7 +248,12 @@ def _check(spec: DecodeAttentionSpec) -> None:
     zeros = not out[np.asarray(lengths) == 0].any()
     row = dict(zeros=zeros, pages_right=near, repeats_equal=again, alone_equal=alone)
     say(
-        what="check", spec=spec.name, error=error, **row, good=bool(error < 1e-2 and all((*near, zeros, again, *alone)))
+        what="check",
+        kernel=name,
+        spec=spec.name,
+        error=error,
+        **row,
+        good=bool(error < 1e-2 and all((*near, zeros, again, *alone))),
     )
 
 

@@ -1,4 +1,4 @@
-"""All layers of a decode step of 9 to 128 rows in one kernel on a GPU: checked, timed against the bytes, and where time goes.
+"""All layers of a decode step of 9 to 128 rows in one kernel on a GPU: checked, timed, and where time goes.
 
 In: nothing but a GPU and nvcc, or libraries that lie in the cache. Out: JSON lines on the terminal. Layers have weights
 and pages of their own; times are of one jitted call of all layers, host clock over calls in a row, the best of several,
@@ -85,7 +85,7 @@ def seconds_of(model: str, B: int, of: wide.Kernel, reps: int = 20) -> float:
 
 
 def check(rows: tuple[int, ...]) -> None:
-    """Two real layers at every padded number of rows, lengths of all kinds, against the reference; the same bits again."""
+    """Two real layers at every padded number of rows against the reference; the same bits again."""
     real = dataclasses.replace(MODELS["llama-3.1-8b"], name="8b", L=2, width=68, V=0)
     lengths = (1088, 3, 0, 700, 64, 129, 16, 1, 4000, 65, 1023)
     specs = [
