@@ -28,7 +28,7 @@ from pallas_kernels.decode_layers import wide
 from pallas_kernels.decode_layers.reference import decode_layers as reference
 from pallas_kernels.decode_layers.specs import EPS, LayersSpec
 
-ROWS = (16, 32, 64, 96, 128)
+ROWS = (1, 8, 16, 32, 64, 96, 128)
 PREDICTED = {  # ms of the layers: bytes at 4.0 TB/s, products of 128 rows at 3.2
     ("llama-3.1-8b", 16): 4.1,
     ("llama-3.1-8b", 32): 4.7,

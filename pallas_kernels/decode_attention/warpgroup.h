@@ -23,16 +23,16 @@ constexpr int kSplit = JAXLLM_SPLIT;
 
 namespace {
 
-struct Own {  // a worker's, in shared memory
+struct Own {  // a worker's, in shared memory; `deal` is written before a warp asks for it
   alignas(16) uint16_t queries[kMaxGroup][kHead], fresh[2][kHead];  // fresh: the row's new key and value
   bool last[2];
+  Deal deal;
 };
 
 struct Worker {
   const Params& p;
   Own& s;
   int number, warp, lane, g, t, group;
-  Deal deal;
   uint32_t folds = 0;
   DEVICE int thread() const { return warp * 32 + lane; }
   DEVICE void sync() const { sync_group(number % kWorkers); }
@@ -368,7 +368,7 @@ DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int
   const Params& p = w.p;
   const int at = s.base + run.first * s.split;
   const bool begins = first == run.first;
-  const int owner = begins ? w.number : owner_of(w.deal, s, at);
+  const int owner = begins ? w.number : owner_of(w.s.deal, s, at);
   const int64_t base = int64_t(owner) * p.slots;
   const bool apart = !begins || s.split > 1;  // a split of one tile is folded where it is made
   Sums sums;
@@ -385,7 +385,7 @@ DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int
   if (begins) store(w, p.parts, p.part_stats, base, sums);
   if (!last_to_arrive(w, owner, last - first, run.last - run.first)) return;
   // How far the one that begins the run came: where the next worker begins.
-  const int next = snapped(w.deal, s, boundary(w.deal, owner + 1)), done = (next - at) / s.split;
+  const int next = snapped(w.s.deal, s, boundary(w.s.deal, owner + 1)), done = (next - at) / s.split;
   finish_run(w, s, run, fold_stored(w.group, w.thread(), p.parts, p.part_stats, base, done, run.last - run.first));
 }
 

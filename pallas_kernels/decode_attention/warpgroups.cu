@@ -88,7 +88,8 @@ DEVICE void run(const Call& p, Shared& shared, int program, int thread) {
   take_registers<232>();
   clear_empty_rows(p, number, thread % kGroupThreads);
   if (!find_share(p, number, lane, deal, share)) return;
-  Worker w{p, shared.own[mine], number, warp, lane, lane / 4, lane % 4, p.heads / p.kv_heads, deal};
+  shared.own[mine].deal = deal;  // by all, the same
+  Worker w{p, shared.own[mine], number, warp, lane, lane / 4, lane % 4, p.heads / p.kv_heads};
   Feed feed{shared.rings[mine], lane};
   attend_share(w, feed, share);
 }

@@ -76,7 +76,6 @@ RESIDENT uint32_t done[kStages + 1], arrived[kStages * kMostTiles], left;
 struct Control {  // behind the slots
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
   uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended, told;
-  Deal deal;
   Share shares[kWorkers];
   int tiles[kWorkers];  // of the shares
   Own own[kWorkers];
@@ -489,7 +488,7 @@ DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& contro
   }
   mark(at.block, at.thread, marks++, kQkvThere);
   Worker w{view, control.own[at.group], at.block * kWorkers + at.group, at.warp % kWarps, at.lane, at.lane / 4, at.lane % 4,
-           p.attention.heads / p.attention.kv_heads, control.deal};
+           p.attention.heads / p.attention.kv_heads};
   Feed<T> feed{turn, slots, control, at.lane, at.group, control.tiles[1 - at.group]};
   if (control.tiles[at.group] > 0) attend_share(w, feed, control.shares[at.group]);
   feed.pass_rest();
@@ -556,7 +555,7 @@ DEVICE void begin(const Steps& p, Control& control, const Place& at) {
   if (at.lane > 0) return;
   control.tiles[at.group] = any ? share.end - share.begin : 0;
   if (any) control.shares[at.group] = share;
-  if (at.group == 0) control.deal = deal;
+  control.own[at.group].deal = deal;
 }
 
 template <int T>
@@ -581,11 +580,11 @@ DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
   arrive_at_cluster();
   await_cluster();  // barriers are there before others count on them
   if (role < 0) {
-    take_registers<216>();
+    take_registers<208>();
     clear_empty_rows(p.attention, block * kWorkers + at.group, thread % kGroupThreads);
     compute<T>(p, raw, control, at);
   } else {
-    give_registers<72>();
+    give_registers<88>();
     if (role == 0) copy_weights<T>(p, raw, control, block, at.lane);
     if (role == 1 && at.lane == 0) copy_rows<T>(p, raw + S::kRowsAt, control, block);
     if (role == 2) scale_rows(p, control, block, at.lane);
