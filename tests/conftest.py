@@ -34,3 +34,14 @@ def vocabulary_directories(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizers_by_kind(vocabulary_directories):
     return {name: Tokenizer.from_directory(path) for name, path in vocabulary_directories.items()}
+
+
+@pytest.fixture(scope="module")
+def compiled_in_haste():
+    """Machine code without LLVM's costly passes: for modules that compile many engines and promise no bits."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -2,6 +2,7 @@
 // turns. Copies land late, a random while after they were issued; memory a copy goes to is poison until then. A wait that
 // nobody will end is found and said. What it cannot show is speed, and the order in which a GPU makes writes visible.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -69,11 +70,15 @@ struct Issued {  // a product of tensor cores that read shared memory: done when
 struct Fiber {
   std::vector<Issued> products;
   int groups = 0;
-  ucontext_t context;
+  ucontext_t begin;
+  jmp_buf left;
+  bool begun = false;
   std::unique_ptr<char[]> stack;
   BlockState* block;
   int program, thread, lane, warp;
   bool done = false;
+  const void* awaited = nullptr;  // what it waits for, on its own stack, and whether that has come
+  bool (*come)(const void*) = nullptr;
 };
 
 struct Copy {
@@ -83,7 +88,7 @@ struct Copy {
 };
 
 struct Machine {
-  ucontext_t scheduler;
+  jmp_buf left;  // where the scheduler is while a fiber has its turn
   std::vector<Fiber> fibers;
   std::vector<Copy> copies;
   Fiber* current = nullptr;
@@ -97,7 +102,21 @@ struct Machine {
 
 Machine* machine = nullptr;
 
-inline void yield() { swapcontext(&machine->current->context, &machine->scheduler); }
+// _setjmp, not swapcontext, which asks the system for the signal mask at each turn.
+__attribute__((noinline)) inline void yield() {
+  if (!_setjmp(machine->current->left)) _longjmp(machine->left, 1);
+}
+
+// A fiber gets no turn before what it waits for has come: it would only look and give the turn back.
+template <typename Come>
+inline void wait_until(const Come& come) {
+  if (come()) return;
+  Fiber& own = *machine->current;
+  own.awaited = &come;
+  own.come = [](const void* what) { return (*static_cast<const Come*>(what))(); };
+  yield();
+  own.come = nullptr;
+}
 
 inline void meet(Meeting& meeting) {
   const uint64_t round = meeting.rounds;
@@ -107,7 +126,7 @@ inline void meet(Meeting& meeting) {
     ++meeting.rounds;
     return;
   }
-  while (meeting.rounds == round) yield();
+  wait_until([&] { return meeting.rounds != round; });
 }
 
 inline WarpState& my_warp() { return machine->current->block->warps[machine->current->warp]; }
@@ -257,7 +276,7 @@ inline void arrive(uint64_t* at) {
   settle(bar(at));
 }
 inline void wait_for(uint64_t* at, uint32_t parity) {
-  while (bar(at).phase == (parity & 1)) yield();
+  wait_until([=] { return bar(at).phase != (parity & 1); });
 }
 inline void later(Copy copy) {
   machine->copies.push_back(std::move(copy));
@@ -275,7 +294,7 @@ inline void signal(uint32_t* counter, uint32_t amount) {
   machine->moved = true;
 }
 inline void await(const uint32_t* counter, uint32_t count) {
-  while (*reinterpret_cast<const volatile uint32_t*>(counter) < count) yield();
+  wait_until([=] { return *counter >= count; });
 }
 inline uint32_t count_up(uint32_t* counter, uint32_t by = 1) {
   machine->moved = true;
@@ -304,6 +323,14 @@ inline void enter_fiber() {
   yield();
 }
 
+__attribute__((noinline)) inline void give_turn(Machine& m, Fiber& fiber) {
+  m.current = &fiber;
+  if (_setjmp(m.left)) return;
+  if (fiber.begun) _longjmp(fiber.left, 1);
+  fiber.begun = true;
+  setcontext(&fiber.begin);
+}
+
 // Runs body(program, thread) for the whole grid. What went wrong, or nothing.
 inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body,
                             void* const* shared = nullptr) {
@@ -324,11 +351,11 @@ inline std::string run_grid(int programs, int threads, int computing, unsigned s
     fiber.block = &block, fiber.program = int(i / threads), fiber.thread = int(i % threads);
     fiber.lane = fiber.thread % kWarpLanes, fiber.warp = fiber.thread / kWarpLanes;
     fiber.stack = std::make_unique<char[]>(kStack);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &m.scheduler;
-    makecontext(&fiber.context, enter_fiber, 0);
+    getcontext(&fiber.begin);
+    fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+    fiber.begin.uc_stack.ss_size = kStack;
+    fiber.begin.uc_link = nullptr;
+    makecontext(&fiber.begin, enter_fiber, 0);
   }
   size_t left = m.fibers.size();
   for (int quiet = 0; left && quiet < 64 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
@@ -339,8 +366,8 @@ inline std::string run_grid(int programs, int threads, int computing, unsigned s
     for (size_t i = 0; i < m.fibers.size(); ++i) {
       Fiber& fiber = m.fibers[(start + i) % m.fibers.size()];
       if (fiber.done || m.random() % 4 == 0) continue;  // a warp may be late: others do not wait for it unasked
-      m.current = &fiber;
-      swapcontext(&m.scheduler, &fiber.context);
+      if (fiber.come && !fiber.come(fiber.awaited)) continue;
+      give_turn(m, fiber);
       left -= fiber.done;
     }
   }

@@ -10,10 +10,15 @@ import pytest
 from pallas_kernels.dispatch import current_platform, implementations
 
 ON_GPU = current_platform() == "gpu"
+WARPGROUPS = "mosaic_sm90_interpret"
 
 
-def pairs(op, specs):
-    """Parameters (implementation name, spec) for pytest.mark.parametrize("name, spec", pairs(...))."""
+def pairs(op, specs, reduced=None):
+    """Parameters (implementation name, spec) for pytest.mark.parametrize("name, spec", pairs(...)).
+
+    `reduced`: name of a spec -> the same path in small. The interpreter of warpgroups is given that, and by
+    `make test-kernels` the spec itself.
+    """
     here = ("gpu",) if ON_GPU else ("cpu", "interpret")
     found = []
     for implementation in implementations(op):
@@ -25,11 +30,15 @@ def pairs(op, specs):
             marks = [pytest.mark.skip(reason="runs on a machine without a GPU")]
         else:
             marks = [pytest.mark.gpu] if ON_GPU else []
-        found += [
-            pytest.param(implementation.name, spec, marks=marks, id=f"{implementation.name}-{spec.name}")
-            for spec in specs
-        ]
+        for spec in specs:
+            twin = reduced.get(spec.name) if reduced and implementation.name == WARPGROUPS else None
+            found += [parameter(implementation.name, twin, marks)] if twin else []
+            found += [parameter(implementation.name, spec, [*marks, pytest.mark.kernels] if twin else marks)]
     return found
+
+
+def parameter(name, spec, marks):
+    return pytest.param(name, spec, marks=marks, id=f"{name}-{spec.name}")
 
 
 def declined(reason):

@@ -12,6 +12,7 @@ from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.api import paged_attention, paged_attention_decode, paged_attention_verify
 from pallas_kernels.paged_attention.specs import (
     PAGED_ATTENTION_DECODE_SPECS,
+    PAGED_ATTENTION_REDUCED,
     PAGED_ATTENTION_SPECS,
     PagedAttentionSpec,
 )
@@ -32,7 +33,7 @@ def check(got, spec, inputs):
     assert (got[padding] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "spec"), pairs("paged_attention", PAGED_ATTENTION_SPECS))
+@pytest.mark.parametrize(("name", "spec"), pairs("paged_attention", PAGED_ATTENTION_SPECS, PAGED_ATTENTION_REDUCED))
 def test_ragged_attention_matches_a_float64_oracle(name, spec):
     inputs = spec.inputs()
     check(jitted(paged_attention, name, **spec.options)(*inputs), spec, inputs)
@@ -75,16 +76,20 @@ def test_decode_attention_gives_the_logarithms_of_its_denominators(name, spec):
     np.testing.assert_allclose(lse[lengths == 0], -1e30, rtol=1e-6)
 
 
+VERIFIED = PagedAttentionSpec("llama_heads", N=32, K=8, H=128, rows=((4, 300), (4, 4), (4, 513)))
+
+
 @pytest.mark.parametrize(
     ("name", "spec"),
     pairs(
         "paged_attention.verify",
         [
-            PagedAttentionSpec("llama_heads", N=32, K=8, H=128, rows=((4, 300), (4, 4), (4, 513))),
+            VERIFIED,
             PagedAttentionSpec("sinks", N=4, K=2, H=64, rows=((3, 70), (3, 3)), with_sinks=True),
             PagedAttentionSpec("window_cap", N=4, K=2, H=64, rows=((5, 200), (5, 7)), window=20, soft_cap=2.0),
             PagedAttentionSpec("f32", N=4, K=2, H=32, rows=((3, 200), (3, 7)), dtype="float32"),
         ],
+        {VERIFIED.name: dataclasses.replace(VERIFIED, name="llama_heads_a_quarter", N=8, K=2)},
     ),
 )
 def test_verification_matches_a_float64_oracle(name, spec):
