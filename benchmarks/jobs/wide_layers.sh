@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The kernels of ADRs 32 and 33. One H200, repository root, results under $OUT.
+# PART picks stages (build,attention,time,heads,check,wide,timeline,variants,engine); default all, about 9 minutes. README.md says what each answers.
+set -uo pipefail
+OUT=${OUT:-build/wide_layers}
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+mkdir -p "$OUT"
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+exec > >(tee -a "$OUT/job.log") 2>&1
+part() { [ -z "${PART:-}" ] || [[ ",$PART," == *",$1,"* ]]; }
+stage() { # name, at most seconds, what it answers, command
+  part "$1" || return 0
+  echo "== $1: $3 (at most $2 s)"; date -u +%T
+  timeout "$2" python3 -W ignore -m "${@:4}" || echo "rc $?"
+}
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader
+part build && python3 -W ignore - <<'P'
+from concurrent.futures import ThreadPoolExecutor
+from benchmarks import decode_attention, wide_layers
+from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.decode_attention import cuda
+from pallas_kernels.decode_layers import wide
+
+jobs = [(wide.SOURCE, wide.INCLUDES, flags) for flags in ((), wide_layers.TIMELINE, *wide_layers.VARIANTS.values())]
+groups = [(), *(flags for _, flags in decode_attention.VARIANTS.values() if flags)]
+jobs += [(cuda.GROUPS_SOURCE, cuda.GROUPS_INCLUDES, flags) for flags in groups] + [(cuda.SOURCE, cuda.INCLUDES, ())]
+with ThreadPoolExecutor() as pool:
+    list(pool.map(lambda job: built(job[0], job[1], (*NVCC, *job[2])), jobs))
+P
+date -u +%T
+stage attention 60 "warpgroups: right, the same bits again and alone (a hang costs all of it)" benchmarks.decode_attention check
+stage time 120 "the bars' shapes: both kernels, slots, and Triton" benchmarks.decode_attention time
+stage heads 60 "with rotation and page write, as a step calls it" benchmarks.decode_attention heads
+stage check 60 "wide layers: right at every padded number of rows" benchmarks.wide_layers check
+stage wide 90 "wide layers: ms of all layers, 8B and 0.6B, 1 to 128 rows" benchmarks.wide_layers time
+stage timeline 60 "where a layer's time goes" benchmarks.wide_layers timeline rows=32,128
+stage variants 60 "less room for x, runs cut more or less often" benchmarks.wide_layers variants rows=32,128
+bench() { # shape kernels batches limit
+  timeout "$4" python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py "$1" /tmp/shapes)" --batch "$3" --prefill "" \
+    --repeats 1 --set kernels=$2 --label "$COMMIT $2" --out "$OUT/$1-$2.json" 2>&1 | tail -n 12
+}
+part engine && for kernels in auto layers; do
+  echo "== engine, $kernels"; date -u +%T
+  bench llama-3.1-8b $kernels 16,32,64,128 130
+  bench qwen3-0.6b $kernels 32,128 80
+done
+echo "predicted, layers: 8B 5.0 / 6.2 / 9.1 ms at 32 / 64 / 128 (auto 5.88 / 6.8 / 10.3), 0.6B 2.0 / 4.9 at 32 / 128 (2.37 / 5.76)"
+date -u +%T
