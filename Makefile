@@ -23,7 +23,7 @@ demo: .venv/.runtime ## a code completion, a chat answer and a JSON extraction f
 	@$(BIN)/jaxllm demo
 
 test: .venv/.dev ## the whole suite on this machine's CPU
-	@$(PYTEST) -n 2 --dist loadscope
+	@$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder
 
 .clients/.done: .venv/.dev tests/clients/requirements.txt tests/clients/package.json tests/clients/setup.sh
 	@tests/clients/setup.sh
