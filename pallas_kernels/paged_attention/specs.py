@@ -85,7 +85,9 @@ PAGED_ATTENTION_SPECS = (
     replace(_MQA, padding_tokens=1),
     replace(_MQA, name="mha_window", N=4, K=4, window=20),
     replace(_LLAMA, name="mistral_7b_window", window=100, rows=((1, 600), (40, 40), (64, 500), (5, 103))),
-    replace(_QWEN, name="gemma_2_soft_cap_window", N=8, K=4, H=256, soft_cap=1.5, window=64, rows=_RAGGED[:5]),
+    replace(
+        _QWEN, name="gemma_2_soft_cap_window", N=8, K=4, H=256, soft_cap=1.5, window=64, rows=(*_RAGGED[:5], (24, 150))
+    ),
     replace(_PHI_2, padding_tokens=3),
     _PHI_3,
     replace(_GPT_OSS, window=128),
