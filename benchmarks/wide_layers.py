@@ -40,8 +40,7 @@ PREDICTED = {  # ms of the layers: bytes at 4.0 TB/s, products of 128 rows at 3.
 }
 VARIANTS = {
     "32 KiB of x": ("-DJAXLLM_ROW_ROOM=32",),
-    "cut evenly": ("-DJAXLLM_EVEN=64",),
-    "cut seldom": ("-DJAXLLM_EVEN=56",),
+    "cut for 3 percent": ("-DJAXLLM_EVEN=63",),
 }
 TIMELINE = ("-DJAXLLM_TIMELINE",)
 

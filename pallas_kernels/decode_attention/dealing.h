@@ -5,7 +5,7 @@
 namespace {
 
 constexpr int kSplits = 128, kRun = 16, kWhole = 32;
-#ifndef JAXLLM_EVEN  // a benchmark may try others
+#ifndef JAXLLM_EVEN  // 64ths of the workers that are busy to the end; a benchmark may try others
 #define JAXLLM_EVEN 60
 #endif
 constexpr int kMaxGroup = 8, kMaxWorkers = 4096, kMaxSegments = 65536;

@@ -6,9 +6,6 @@
 #ifndef JAXLLM_SPLIT  // a benchmark may try others
 #define JAXLLM_SPLIT 64
 #endif
-#ifndef JAXLLM_EVEN
-#define JAXLLM_EVEN 63
-#endif
 
 namespace {
 
