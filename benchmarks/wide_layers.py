@@ -4,7 +4,7 @@ In: nothing but a GPU and nvcc, or libraries that lie in the cache. Out: JSON li
 and pages of their own; times are of one jitted call of all layers, host clock over calls in a row, the best of several,
 without the head. `timeline` builds the kernel with marks: when blocks come to each point of a layer in the middle.
 
-    python -m benchmarks.wide_layers [check time variants timeline] [rows=32,128]
+    python -m benchmarks.wide_layers [check time variants timeline shared] [rows=32,128]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from benchmarks.decode_layers import CONTEXT, MODELS, PAGE, bytes_of, normal, say, weights
 from pallas_kernels.compiled import NVCC, built
@@ -179,14 +180,35 @@ def timeline(rows: tuple[int, ...]) -> None:
             say(what="timeline", B=B, point=NAMES[point], turn=turn, us=us, blocks=len(each))
 
 
-SECTIONS = {"check": check, "time": timed, "variants": variants, "timeline": timeline}
+def shared(rows: tuple[int, ...]) -> None:
+    """On all devices of this machine: right, the same bits on each and again."""
+    devices = jax.devices()
+    groups = (tuple(device.id for device in devices),)
+    mesh = Mesh(np.array(devices), ("t",), axis_types=(AxisType.Auto,))
+    real = dataclasses.replace(MODELS["llama-3.1-8b"], L=2, width=18, V=0, page_size=PAGE)
+    for B in rows:
+        spec = dataclasses.replace(
+            real, name=f"8b, {B} rows", lengths=tuple((1088, 3, 64, 700)[i % 4] for i in range(B))
+        )
+        given = spec.inputs()
+        x, layers, pages, *arrays = spec.arguments(given)
+        want, _ = jax.jit(functools.partial(reference, eps=EPS, scale=spec.H**-0.5))(x, layers, pages, *arrays)
+        op = functools.partial(wide.decode_layers, eps=EPS, scale=spec.H**-0.5, groups=groups)
+        step, own = spec.shared_by(op, mesh, layers[0]), spec.dealt(layers, len(devices))
+        outs = [np.asarray(step(x, own, pages, *arrays)[0]).reshape(len(devices), B, -1) for _ in range(20)]
+        same = all(np.array_equal(each[rank], outs[0][0]) for each in outs for rank in range(len(devices)))
+        error = _error(outs[0][0], np.asarray(want))
+        say(what="shared", spec=spec.name, devices=len(devices), error=error, good=same and error < 1.5e-2)
+
+
+SECTIONS = {"check": check, "time": timed, "variants": variants, "timeline": timeline, "shared": shared}
 
 
 def main(words: list[str]) -> None:
     names = [word for word in words if "=" not in word]
     chosen = [word.removeprefix("rows=") for word in words if "=" in word]
     rows = tuple(map(int, chosen[0].split(","))) if chosen else ROWS
-    for name in names or list(SECTIONS):
+    for name in names or ("check", "time", "variants", "timeline"):
         try:
             SECTIONS[name](rows)
         except Exception:

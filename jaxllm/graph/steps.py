@@ -24,7 +24,7 @@ from jaxllm.graph.kv_cache import KVCache, scales_of
 from jaxllm.graph.layers.attention import Attend
 from jaxllm.graph.layers.chain import chained
 from jaxllm.graph.layers.joined import joined
-from jaxllm.graph.layers.whole import Through, through_all
+from jaxllm.graph.layers.whole import Through, sharing, through_all
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
 from pallas_kernels.decode_attention.api import decode_attention
@@ -252,8 +252,8 @@ def forward(
     own, together, share = graph.dealt(shape)
     exchange = graph.exchange(shape)
     x = model.begin(own(inputs.token_ids), exchange) if x is None else x
-    alone = exchange is ALONE and graph.context is None
-    done = through_all(model, x, inputs, kv) if alone and _among(graph.whole, shape) else None
+    groups = sharing(exchange) if graph.context is None and _among(graph.whole, shape) else None
+    done = None if groups is None else through_all(model, x, inputs, kv, groups)
     if done is None:
         attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange, shape)
         done = Through(model.through(x, own(inputs.positions), attend, onward, exchange), False, kv)

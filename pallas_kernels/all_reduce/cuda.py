@@ -47,7 +47,7 @@ def all_reduce(x: jax.Array, axes: str | tuple[str, ...], groups: tuple[tuple[in
 @functools.cache
 def group_number(devices: tuple[int, ...]) -> int:
     """The library's number of a group of devices in rank order; memory is taken on each of them once."""
-    ordinals = [_ordinal(device) for device in devices]
+    ordinals = [ordinal(device) for device in devices]
     why = ctypes.create_string_buffer(256)
     number = library().jaxllm_all_reduce_group((ctypes.c_int * len(ordinals))(*ordinals), len(ordinals), why, len(why))
     if number < 0:
@@ -55,7 +55,7 @@ def group_number(devices: tuple[int, ...]) -> int:
     return number
 
 
-def _ordinal(device_id: int) -> int:
+def ordinal(device_id: int) -> int:
     """CUDA's number of a device in this process."""
     for device in jax.local_devices():
         if device.id == device_id:

@@ -100,7 +100,7 @@ ffi::Error decode_attention_impl(ffi::RemainingArgs args, ffi::RemainingRets ret
   std::memset(work->untyped_data(), 0xff, work->size_bytes());  // NaN, as memory may hold
   if (p.tokens == nullptr) std::memset(out->untyped_data(), 0xff, out->size_bytes());
   const std::string fault = emulate(p);
-  for (uint32_t left : arrivals)
+  for (uint32_t left : arrivals[0])
     if (fault.empty() && left) return failure("a counter is not zero after the call");
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }

@@ -26,7 +26,7 @@ struct Params {
 };
 
 // Splits of cut runs, by the run's first worker, then runs of rows, that have been stored. All zeros between launches.
-RESIDENT uint32_t arrivals[kMaxWorkers + kMaxSegments];
+RESIDENT uint32_t arrivals[kDevices][kMaxWorkers + kMaxSegments];
 
 DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int tiles_of(int length) { return (length + kTile - 1) / kTile; }

@@ -371,8 +371,8 @@ DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
   sync_warp();
   int last = 0;
   if (w.lane == 0) {
-    last = count_up(&arrivals[counter], uint32_t(by)) + by == uint32_t(all);
-    if (last) arrivals[counter] = 0;
+    last = count_up(&arrivals[here()][counter], uint32_t(by)) + by == uint32_t(all);
+    if (last) arrivals[here()][counter] = 0;
   }
   return shuffle(last, 0) != 0;
 }

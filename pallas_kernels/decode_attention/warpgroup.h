@@ -275,8 +275,8 @@ DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
   bool& told = w.s.last[w.folds++ % 2];  // read before it is written again: there is a barrier between
   sync_warp();
   if (w.thread() == 0) {
-    told = count_up(&arrivals[counter], uint32_t(by)) + by == uint32_t(all);
-    if (told) arrivals[counter] = 0;
+    told = count_up(&arrivals[here()][counter], uint32_t(by)) + by == uint32_t(all);
+    if (told) arrivals[here()][counter] = 0;
   }
   w.sync();
   return told;

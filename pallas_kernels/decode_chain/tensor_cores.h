@@ -13,6 +13,16 @@ DEVICE uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 #ifdef JAXLLM_EMULATED
 
+// Two numbers to a peer's memory with a flag beside each, and waiting for such.
+DEVICE void put_line(uint4* to, float a, float b, uint32_t flag) {
+  *to = {bits_of(a), flag, bits_of(b), flag};
+  machine->moved = true;
+}
+DEVICE void await_line(const uint4* from, uint32_t flag, float& a, float& b) {
+  wait_until([=] { return from->y == flag && from->w == flag; });
+  a = as_float(from->x), b = as_float(from->z);
+}
+
 struct TileMap {  // of a matrix [rows, columns], row after row
   const uint16_t* base;
   int64_t rows, columns;
@@ -123,6 +133,18 @@ DEVICE void await_products() {
 #include <cuda.h>
 
 using TileMap = CUtensorMap;
+
+DEVICE void put_line(uint4* to, float a, float b, uint32_t flag) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(to), "r"(__float_as_uint(a)), "r"(flag), "r"(__float_as_uint(b))
+               : "memory");
+}
+DEVICE void await_line(const uint4* from, uint32_t flag, float& a, float& b) {
+  uint4 v;
+  do
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+  while (v.y != flag || v.w != flag);
+  a = __uint_as_float(v.x), b = __uint_as_float(v.z);
+}
 
 DEVICE uint32_t address_at(const void* mine, int peer) {  // of another block of the cluster
   uint32_t at;

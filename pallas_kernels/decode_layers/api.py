@@ -59,6 +59,7 @@ def decode_layers(
     eps: float,
     scale: float,
     head: Head | None = None,
+    groups: tuple[tuple[int, ...], ...] = (),
     implementation: str | None = None,
     platform: str | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
@@ -66,6 +67,8 @@ def decode_layers(
     come out as anything.
 
     Every layer is alike: full attention, SwiGLU. Entries of the page table behind a row's pages may hold anything.
+    `groups`, inside shard_map: ids of devices that share the layers, in rank order. Each has some heads, with their
+    pages, and some of F; what o and down give is summed over the group, in rank order.
     """
     B, D = x.shape
     if not layers or len(layers) != len(pages):
@@ -99,4 +102,5 @@ def decode_layers(
     if cosines.shape != (B, H // 2) or sines.shape != (B, H // 2):
         raise ValueError(f"cosines and sines must be [{B}, {H // 2}], got {cosines.shape} and {sines.shape}")
     run = dispatch("decode_layers", implementation=implementation, platform=platform)
-    return run(x, layers, pages, page_table, kv_lens, cosines, sines, eps=eps, scale=scale, head=head)
+    rows = page_table, kv_lens, cosines, sines
+    return run(x, layers, pages, *rows, eps=eps, scale=scale, head=head, groups=groups)

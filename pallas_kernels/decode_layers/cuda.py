@@ -42,9 +42,10 @@ def decode_layers(
     eps: float,
     scale: float,
     head: Head | None = None,
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[jax.Array, list[Pages]]:
     """See api.decode_layers."""
-    refuse(x, layers, pages, head)
+    refuse(x, layers, pages, head, groups)
     register(library())
     device = jax.devices()[0]
     most = getattr(device, "core_count", 132)
@@ -52,8 +53,16 @@ def decode_layers(
     return call(TARGET, library(), most, x, layers, pages, *rows, eps=eps, scale=scale, head=head)
 
 
-def refuse(x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages], head: Head | None) -> None:
+def refuse(
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    head: Head | None,
+    groups: tuple[tuple[int, ...], ...] = (),
+) -> None:
     """NotImplementedError for what the kernel does not do."""
+    if groups:
+        raise NotImplementedError("layers that devices share")
     (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
     NH, F = first.o.shape[1], first.down.shape[1]
     if B > ROWS:

@@ -28,9 +28,10 @@ def decode_layers(
     eps: float,
     scale: float,
     head: Head | None = None,
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[jax.Array, list[Pages]]:
     """See api.decode_layers."""
-    cuda.refuse(x, layers, pages, head)
+    cuda.refuse(x, layers, pages, head, groups)
     cuda.register(library(), TARGET, "cpu")
     return cuda.call(TARGET, library(), PROGRAMS, x, layers, pages, *rows, eps=eps, scale=scale, head=head)
 
@@ -46,7 +47,7 @@ def wide_layers(
 def machine(blocks: int) -> wide.Kernel:
     loaded = wide.load(built(wide.SOURCE, wide.INCLUDES, (*GXX, "-DJAXLLM_EMULATED")))
     wide.register(loaded, f"{wide.TARGET}_emulated", "cpu")
-    return wide.Kernel(f"{wide.TARGET}_emulated", loaded, blocks)
+    return wide.Kernel(f"{wide.TARGET}_emulated", loaded, blocks, lambda device: device)
 
 
 @once

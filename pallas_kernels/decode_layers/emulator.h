@@ -37,7 +37,7 @@ struct float4 {
   float x, y, z, w;
 };
 
-constexpr int kWarpLanes = 32;
+constexpr int kWarpLanes = 32, kDevices = 8;  // what outlives launches has a place for each device, at [here()]
 constexpr size_t kStack = 128 * 1024;
 
 struct Meeting {  // a barrier of `size` fibers
@@ -93,6 +93,7 @@ struct Machine {
   std::vector<Copy> copies;
   Fiber* current = nullptr;
   Meeting everyone;  // all fibers, where the grid is one cluster
+  int per_device = 1 << 30;  // programs: a grid may be those of several devices, one after the other
   void* const* shared = nullptr;  // memory of each block, where somebody asks for another's or for its beginning
   std::function<void(int, int)> body;  // program, thread
   std::mt19937 random;
@@ -129,12 +130,18 @@ inline void meet(Meeting& meeting) {
   wait_until([&] { return meeting.rounds != round; });
 }
 
+inline int here() { return machine->current->program / machine->per_device; }  // which device
 inline WarpState& my_warp() { return machine->current->block->warps[machine->current->warp]; }
 
 inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
 }
 inline float wide(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
 inline uint16_t narrow(float value) {
@@ -333,10 +340,10 @@ __attribute__((noinline)) inline void give_turn(Machine& m, Fiber& fiber) {
 
 // Runs body(program, thread) for the whole grid. What went wrong, or nothing.
 inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body,
-                            void* const* shared = nullptr) {
+                            void* const* shared = nullptr, int per_device = 1 << 30) {
   Machine m;
   machine = &m;
-  m.shared = shared;
+  m.shared = shared, m.per_device = per_device;
   m.body = std::move(body);
   m.random.seed(seed);
   m.everyone.size = programs * threads;

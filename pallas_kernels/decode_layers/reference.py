@@ -26,7 +26,10 @@ def decode_layers(
     eps: float,
     scale: float,
     head: Head | None = None,
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[jax.Array, list[Pages]]:
+    if groups:
+        raise NotImplementedError("layers that devices share")
     P, K, page_size, H = pages[0][0].shape
     B, NH = x.shape[0], layers[0].o.shape[1]
     position = jnp.maximum(kv_lens - 1, 0)

@@ -5,16 +5,29 @@ In: a spec. Out: numpy inputs. This module knows no implementation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.decode_layers.api import Head, LayerWeights
 
 EPS = 1e-5
+SHARED: dict[str, Callable[[P], P]] = {  # how a layer's weights lie over devices that share it
+    "qkv": lambda axis: axis,
+    "o": lambda axis: P(None, *axis),
+    "norms": lambda axis: P(),
+    "gate_up": lambda axis: axis,
+    "down": lambda axis: P(None, *axis),
+    "qkv_bias": lambda axis: axis,
+    "o_bias": lambda axis: P(),
+    "qk_norms": lambda axis: P(),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,35 @@ class LayersSpec:
         pages = [tuple(map(jnp.asarray, pair)) for pair in given["pages"]]
         rows = (jnp.asarray(given[name]) for name in ("page_table", "kv_lens", "cosines", "sines"))
         return jnp.asarray(given["x"]), layers, pages, *rows
+
+    def dealt(self, layers: list[LayerWeights], ranks: int) -> list[LayerWeights]:
+        """Weights whose equal shares, along SHARED, are those of devices that share the layers."""
+        q, k = self.N * self.H, self.K * self.H
+
+        def cut(array: Any, *parts: int) -> Any:  # rows of each part in equal shares, a device's one behind the other
+            if array is None:
+                return None
+            pieces = [jnp.split(part, ranks) for part in jnp.split(array, np.cumsum(parts)[:-1].tolist())]
+            return jnp.concatenate([piece[rank] for rank in range(ranks) for piece in pieces])
+
+        return [
+            replace(
+                each,
+                qkv=cut(each.qkv, q, k, k),
+                qkv_bias=cut(each.qkv_bias, q, k, k),
+                gate_up=cut(each.gate_up, self.F, self.F),
+            )
+            for each in layers
+        ]
+
+    def shared_by(self, op: Callable[..., Any], mesh: Mesh, layer: LayerWeights) -> Callable[..., Any]:
+        """`op` on every device of the mesh, with its share of the layers and pages; outputs one behind the other."""
+        axis, heads = P(*mesh.axis_names), P(None, *mesh.axis_names)
+        places: Any = {name: place(axis) for name, place in SHARED.items() if getattr(layer, name) is not None}
+        placed = LayerWeights(**places)
+        pages = [(heads, heads)] * self.L
+        given = P(), [placed] * self.L, pages, *[P()] * 4
+        return jax.jit(jax.shard_map(op, mesh=mesh, in_specs=given, out_specs=(axis, pages), check_vma=False))
 
     def head(self, given: dict[str, Any]) -> Head | None:
         return Head(*map(jnp.asarray, given["head"])) if self.V else None

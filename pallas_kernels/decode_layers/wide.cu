@@ -28,12 +28,22 @@
 
 namespace {
 
-constexpr int kMostLayers = 37, kAttention = 4;  // the latter: its signal, behind the stages'
+constexpr int kMostLayers = 37, kMostRanks = 8, kAttention = 4;  // the latter: its signal, behind the stages'
 constexpr int kMostRows = 128, kMostSums = 64, kStages = 4, kWide = 128, kComputing = 256, kMostTiles = 512;
 constexpr int kWeightBytes = kWide * kDepth * 2, kMostWeightSlots = 12, kMostRowSlots = 12;
 constexpr int kSharedBytes = 227 * 1024, kRowSlotBytes = JAXLLM_ROW_ROOM * 1024;
 
 enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
+
+// Devices that hold shares of the same layers (tensor parallelism): o and down give each a part of the sums, and every thread
+// meets the one in its place on the others. Lines of 16 bytes {number, flag, number, flag} go to the peers' memory and are
+// looked for there: what all_reduce.cu does, where its reasons stand. Sums run in rank order, so all have the same bits.
+struct Peers {
+  uint4* lines[kMostRanks];  // two halves of [ranks, tiles * groups, computing threads, 2], for exchanges of either parity
+  uint32_t* exchanged;       // this device's count of sums that the group exchanged in all launches before
+  int64_t half;              // the same for all numbers of rows: what is read of one exchange is not in the next one's way
+  int rank, ranks;           // ranks 1: nobody
+};
 
 struct Stage {  // o, gate and up, down, the next layer's qkv: what is alike in all layers
   TileMap x;
@@ -61,17 +71,21 @@ struct Steps {
   Maps maps[kMostLayers];  // apart from what follows, since maps are aligned and arguments of a kernel have 32,764 bytes
   Layer layers[kMostLayers];
   Stage stages[kStages];
+  Peers peers;
   Params attention;             // but for what differs between layers
   const uint16_t *x, *qkv;      // [M, D], [M, Q]: what the first layer begins with
   float4* sums;                 // [tiles, splits, a block's sums]
-  int M, num_layers, blocks;
+  int M, num_layers, blocks, groups;  // groups: of eight rows, padded
   float eps;
 };
 
 // Counters that outlive launches, as zeros: stages' signals and attention's, a stage's and tile's, which count on through all
 // layers, and blocks that have nothing more to do.
 // A device's own, so two launches must not run on it at one time; XLA's steps of a process do not.
-RESIDENT uint32_t done[kStages + 1], arrived[kStages * kMostTiles], left;
+struct Counters {
+  uint32_t done[kStages + 1], arrived[kStages * kMostTiles], left;
+};
+RESIDENT Counters counters[kDevices];
 
 struct Control {  // behind the slots
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
@@ -82,6 +96,7 @@ struct Control {  // behind the slots
   Params attention[kWorkers];  // of the present layer, as the worker sees it
   float scale[2][kMostRows];  // 1 / root mean square of x's rows, of the stages that want it
   float squares[kComputing / 32][kMostRows];  // of a warp's columns
+  uint32_t exchanged;  // before this launch
 };
 
 template <int T>
@@ -185,11 +200,11 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
 
 // Signals of a layer's stage: one a block and unit. Of an attention: one a block.
 DEVICE void await_stage(const Steps& p, int layer, int number) {
-  await(&done[number], uint32_t(p.stages[number].units * 2) * (layer + 1));
+  await(&counters[here()].done[number], uint32_t(p.stages[number].units * 2) * (layer + 1));
   between_stores_and_copies();
 }
 DEVICE void await_attention(const Steps& p, int layer) {
-  await(&done[kAttention], uint32_t(p.blocks) * (layer + 1));
+  await(&counters[here()].done[kAttention], uint32_t(p.blocks) * (layer + 1));
   between_stores_and_copies();
 }
 
@@ -261,17 +276,19 @@ DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
     auto tell_one = [&](int number) {
       wait_for(&control.ended, phase);
       arrive(&control.told);
-      signal(&done[number], 1);
+      signal(&counters[here()].done[number], 1);
       phase ^= 1;
     };
     each_unit(p, block, [&](int) { tell_one(kAttention); }, [&](int, int number, const Unit&) { tell_one(number); });
-    last = count_up(&left) == uint32_t(p.blocks - 1);
+    last = count_up(&counters[here()].left) == uint32_t(p.blocks - 1);
   }
   if (!shuffle(last, 0)) return;
+  Counters& all = counters[here()];
 #pragma unroll 1
-  for (int i = lane; i < kStages * kMostTiles; i += 32) arrived[i] = 0;
-  if (lane <= kAttention) done[lane] = 0;
-  if (lane == 0) left = 0;
+  for (int i = lane; i < kStages * kMostTiles; i += 32) all.arrived[i] = 0;
+  if (lane <= kAttention) all.done[lane] = 0;
+  if (lane == 0) all.left = 0;
+  if (lane == 0 && p.peers.ranks > 1) *p.peers.exchanged += 2 * p.num_layers;
 }
 
 struct Place {  // of a thread
@@ -281,6 +298,7 @@ struct Place {  // of a thread
 struct Now {  // what a tile's end is about
   const Stage& stage;
   const uint16_t *bias, *norm, *residual;  // norm: also write `scaled` and `squares`
+  uint32_t exchange;  // its number, of kResidual
 };
 
 // Of a timeline (benchmarks/wide_layers.py): what a block's first computing thread has come to, a stage.
@@ -359,6 +377,38 @@ DEVICE void finish(const Steps& p, const Now& now, const Unit& unit, const Place
   if (t == 0) control.squares[at.warp][row] = squares;
 }
 
+DEVICE uint4* line_of(const Steps& p, int device, int parity, int source, int place, int thread) {
+  const int64_t places = int64_t(p.stages[0].units / p.stages[0].splits * 2) * p.groups;  // o's and down's tiles are the same
+  return p.peers.lines[device] + parity * p.peers.half + ((source * places + place) * kComputing + thread) * 2;
+}
+
+// Sums of up to AT_ONCE groups of rows, of all devices.
+template <int AT_ONCE>
+DEVICE void exchange(const Steps& p, int thread, uint32_t flag, int place, int count, float4 (&sums)[AT_ONCE]) {
+  const int rank = p.peers.rank, ranks = p.peers.ranks;
+#pragma unroll
+  for (int r = 0; r < AT_ONCE; ++r)
+    if (r < count)
+      for (int next = 1; next < ranks; ++next) {
+        uint4* to = line_of(p, (rank + next) % ranks, flag & 1, rank, place + r, thread);
+        put_line(to, sums[r].x, sums[r].y, flag), put_line(to + 1, sums[r].z, sums[r].w, flag);
+      }
+#pragma unroll
+  for (int r = 0; r < AT_ONCE; ++r)
+    if (r < count) {
+      float4 total = {};
+      for (int source = 0; source < ranks; ++source) {
+        float4 part = sums[r];
+        if (source != rank) {
+          const uint4* from = line_of(p, rank, flag & 1, source, place + r, thread);
+          await_line(from, flag, part.x, part.y), await_line(from + 1, flag, part.z, part.w);
+        }
+        total = source ? float4{total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w} : part;
+      }
+      sums[r] = total;
+    }
+}
+
 // All splits' sums of this block's share of the rows. Loads of four groups and two splits are on their way together.
 template <int T>
 DEVICE void add_up(const Steps& p, const Now& now, const Unit& unit, const Place& at, Control& control,
@@ -382,6 +432,8 @@ DEVICE void add_up(const Steps& p, const Now& now, const Unit& unit, const Place
         sum = split ? float4{sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w} : more;
       }
     }
+    if (p.peers.ranks > 1 && stage.kind == kResidual)
+      exchange(p, at.thread, now.exchange, unit.tile * GROUPS + group, end - group, sums);
 #pragma unroll
     for (int r = 0; r < AT_ONCE; ++r)
       if (group + r < end) finish(p, now, unit, at, control, scale, group + r, sums[r], residual[r]);
@@ -407,7 +459,8 @@ DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, co
   const Layer& l = p.layers[layer];
   const uint16_t* bias = number == 0 ? l.o_bias : number == 3 ? l.qkv_bias : nullptr;
   const uint16_t* norm = number == 0 ? l.middle_norm : number == 2 ? l.next_norm : nullptr;
-  const Now now = {stage, bias, norm, layer + number == 0 ? p.x : stage.residual};
+  const uint32_t exchange = control.exchanged + 2 * layer + number / 2 + 1;
+  const Now now = {stage, bias, norm, layer + number == 0 ? p.x : stage.residual, exchange};
   const int begin = unit.split * GROUPS / stage.splits, end = (unit.split + 1) * GROUPS / stage.splits;
   auto group_of = [&](int group) {
     return float4{sums[group * 4], sums[group * 4 + 1], sums[group * 4 + 2], sums[group * 4 + 3]};
@@ -421,7 +474,7 @@ DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, co
     for (int group = 0; group < GROUPS; ++group) block[group * kComputing + at.thread] = group_of(group);
     sync_computing();
     if (at.thread == 0) {
-      uint32_t* counter = &arrived[number * kMostTiles + unit.tile];
+      uint32_t* counter = &counters[here()].arrived[number * kMostTiles + unit.tile];
       signal(counter, 1);
       await(counter, uint32_t(stage.splits) * (layer + 1));
     }
@@ -482,7 +535,7 @@ DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& contro
   Params& view = control.attention[at.group];
   mark(at.block, at.thread, marks++, kWaits);
   if (at.thread % kGroupThreads == 0) {
-    if (layer > 0) await(&done[kStages - 1], uint32_t(p.stages[kStages - 1].units * 2) * layer);
+    if (layer > 0) await(&counters[here()].done[kStages - 1], uint32_t(p.stages[kStages - 1].units * 2) * layer);
     const Layer& l = p.layers[layer];  // all warps have ended the layer before
     view.qkv = layer > 0 ? p.attention.qkv : p.qkv, view.norms = l.qk_norms, view.k_pages = l.k_pages, view.v_pages = l.v_pages;
   }
@@ -546,6 +599,7 @@ DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& 
 }
 
 DEVICE void begin(const Steps& p, Control& control, const Place& at) {
+  if (at.thread == 0 && p.peers.ranks > 1) control.exchanged = load_fresh(p.peers.exchanged);
   if (at.group >= kWorkers) return;
   if (at.thread % kGroupThreads == 0) control.attention[at.group] = p.attention;
   if (at.warp % kWarps > 0) return;

@@ -7,7 +7,7 @@ are products like any other, with nothing before or behind them to stream across
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.all_reduce.cuda import ordinal
 from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_attention import cuda as attention
 from pallas_kernels.decode_chain import cuda as chain
@@ -25,8 +26,14 @@ HERE = Path(__file__).parent
 SOURCE, INCLUDES = HERE / "wide.cu", (HERE / "wide_launch.h", *attention.GROUPS_INCLUDES)
 TARGET = "jaxllm_wide_layers"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
-library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
-MOST_ROWS, MOST_LAYERS, DEPTH, HEAD, MOST_GROUP = 128, 37, 64, 128, 8
+library, register = _HANDLER.library, _HANDLER.register
+MOST_ROWS, MOST_LAYERS, MOST_RANKS, DEPTH, HEAD, MOST_GROUP = 128, 37, 8, 64, 128, 8
+
+
+def load(path: Path) -> ctypes.CDLL:
+    loaded = _HANDLER.load(path)
+    loaded.jaxllm_wide_layers_lines.restype = ctypes.c_int64
+    return loaded
 
 
 class Kernel(NamedTuple):
@@ -35,6 +42,7 @@ class Kernel(NamedTuple):
     target: str
     library: ctypes.CDLL
     blocks: int
+    ordinal: Callable[[int], int] = ordinal  # of a device, by its id
 
 
 def decode_layers(
@@ -49,22 +57,34 @@ def decode_layers(
     eps: float,
     scale: float,
     head: Head | None = None,
+    groups: tuple[tuple[int, ...], ...] = (),
     kernel: Kernel | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
     """See api.decode_layers."""
-    refuse(x, layers, pages, head, scale)
+    refuse(x, layers, pages, head, scale, groups)
     first = layers[0]
     qkv = _product(rms_norm(x, first.norms[0], eps), first.qkv)
     qkv = (qkv if first.qkv_bias is None else qkv + first.qkv_bias.astype(jnp.float32)).astype(x.dtype)
     rows = page_table, kv_lens, cosines, sines
-    out, written = call(kernel or ours(), x, qkv, layers, pages, *rows, eps=eps, scale=scale)
+    out, written = call(kernel or ours(), x, qkv, layers, pages, *rows, eps=eps, scale=scale, groups=groups)
     return (out if head is None else _product(rms_norm(out, head.norm, eps), head.table)), written
 
 
 def refuse(
-    x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages], head: Head | None, scale: float
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    head: Head | None,
+    scale: float,
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> None:
     """NotImplementedError for what the kernel does not do."""
+    if groups and jax.process_count() > 1:
+        raise NotImplementedError("devices of several processes: their memory is not mapped here")
+    if groups and len(groups[0]) > MOST_RANKS:
+        raise NotImplementedError(f"{len(groups[0])} devices share layers, at most {MOST_RANKS}")
+    if groups and head is not None:
+        raise NotImplementedError("a head that devices share is not the kernel's")
     (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
     NH, F = first.o.shape[1], first.down.shape[1]
     if B > MOST_ROWS:
@@ -99,6 +119,7 @@ def call(
     *rows: jax.Array,
     eps: float,
     scale: float,
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[jax.Array, list[Pages]]:
     """The FFI call, with the library's word on how much memory it works in."""
     (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
@@ -126,14 +147,34 @@ def call(
     attributes = {name: np.int64(value) for name, value in (*sizes.items(), ("has", has))}
     run = jax.ffi.ffi_call(kernel.target, results, input_output_aliases=aliases)
     numbers = dict(eps=np.float32(eps), scale=np.float32(scale))
-    out, _, *written = run(*operands, splits=np.asarray(splits, np.int64), **attributes, **numbers)
+    lists = dict(splits=np.asarray(splits, np.int64), groups=_numbers(kernel, groups, D))
+    out, _, *written = run(*operands, **lists, **attributes, **numbers)
     return out, list(zip(written[::2], written[1::2], strict=True))
+
+
+def _numbers(kernel: Kernel, groups: tuple[tuple[int, ...], ...], D: int) -> np.ndarray:
+    """The library's numbers of groups of devices in rank order; memory for any number of rows is taken once."""
+    if not groups:
+        return np.zeros(0, np.int64)
+    size = kernel.library.jaxllm_wide_layers_lines(*map(ctypes.c_int64, (MOST_ROWS, D, len(groups[0]))))
+    return np.array([_number(kernel, group, size) for group in groups], np.int64)
+
+
+def _number(kernel: Kernel, devices: tuple[int, ...], size: int) -> int:
+    ordinals = [kernel.ordinal(device) for device in devices]
+    given, why = (ctypes.c_int * len(ordinals))(*ordinals), ctypes.create_string_buffer(256)
+    number = kernel.library.jaxllm_wide_layers_group(given, len(ordinals), ctypes.c_int64(size), why, len(why))
+    if number < 0:
+        raise NotImplementedError(f"devices {list(devices)} cannot share memory: {why.value.decode()}")
+    return number
 
 
 def ours() -> Kernel:
     """The kernel for the present device, built on first use."""
-    register(library())
-    return Kernel(TARGET, library(), getattr(jax.devices()[0], "core_count", 132) // 2 * 2)
+    loaded = library()
+    loaded.jaxllm_wide_layers_lines.restype = ctypes.c_int64
+    register(loaded)
+    return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132) // 2 * 2)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -1,5 +1,10 @@
 // The call through XLA's FFI: buffers to Steps, one launch. Included by wide.cu.
 #pragma once
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+
 #include "../decode_chain/maps.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -11,24 +16,93 @@ enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4 };  // which optional weights 
 
 ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "wide layers: " + what); }
 
+constexpr int64_t kCountBytes = 256;  // behind the lines: how many exchanges there were
+
+// Devices of one process that hold shares of the same layers, in rank order, and the lines they send each other.
+struct Group {
+  std::vector<int> devices;
+  int64_t bytes;
+  std::vector<uint4*> lines;
+#ifdef JAXLLM_EMULATED
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<const Steps*> here;  // by rank: who waits for the others
+  int rounds = 0, arrived = 0;
+  std::string fault;
+#endif
+};
+
+std::mutex groups_mutex;
+std::vector<Group*> groups;  // never freed: executables refer to them by number
+
 #ifdef JAXLLM_EMULATED
 
 using Stream = int;
 
+// One grid of all these devices' blocks.
 template <int T>
-std::string launch(Stream, const Steps& p) {
+std::string play(const std::vector<const Steps*>& devices) {
   constexpr size_t words = (Shape<T>::kControlAt + sizeof(Control)) / 16 + 65;
-  std::vector<std::vector<uint4>> memory(p.blocks, std::vector<uint4>(words, uint4{~0u, ~0u, ~0u, ~0u}));
+  const int blocks = devices[0]->blocks, all = blocks * int(devices.size());
+  std::vector<std::vector<uint4>> memory(all, std::vector<uint4>(words, uint4{~0u, ~0u, ~0u, ~0u}));
   std::vector<void*> shared;
   for (auto& each : memory) shared.push_back(reinterpret_cast<void*>((uintptr_t(each.data()) + 1023) / 1024 * 1024));
-  auto body = [&](int block, int thread) { decode<T>(p, static_cast<char*>(shared[block]), block, thread); };
-  const std::string fault = run_grid(p.blocks, kBlockThreads, kComputing, unsigned(p.M), body, shared.data());
-  for (uint32_t left : arrivals)
-    if (fault.empty() && left) return "a counter is not zero after the call";
+  auto body = [&](int program, int thread) {
+    decode<T>(*devices[program / blocks], static_cast<char*>(shared[program]), program % blocks, thread);
+  };
+  const std::string fault = run_grid(all, kBlockThreads, kComputing, unsigned(devices[0]->M), body, shared.data(), blocks);
+  for (auto& device : arrivals)
+    for (uint32_t left : device)
+      if (fault.empty() && left) return "a counter is not zero after the call";
   return fault;
 }
 
+std::mutex playing;  // there is one machine
+
+template <int T>
+std::string launch(Stream, const Steps& p, Group* group) {
+  if (group == nullptr) {
+    std::lock_guard<std::mutex> lock(playing);
+    return play<T>({&p});
+  }
+  std::unique_lock<std::mutex> lock(group->mutex);
+  group->here.resize(group->devices.size());
+  group->here[p.peers.rank] = &p;
+  if (++group->arrived == p.peers.ranks) {
+    std::lock_guard<std::mutex> own(playing);
+    group->fault = play<T>(group->here), group->arrived = 0, ++group->rounds;
+    group->changed.notify_all();
+  } else {
+    group->changed.wait(lock, [group, round = group->rounds] { return group->rounds != round; });
+  }
+  return group->fault;
+}
+
+std::string make(Group& group) {
+  for (size_t i = 0; i < group.devices.size(); ++i) group.lines.push_back(static_cast<uint4*>(std::calloc(1, group.bytes + kCountBytes)));
+  return "";
+}
+
 #else
+
+std::string make(Group& group) {
+  for (int device : group.devices) {
+    cudaError_t error = cudaSetDevice(device);
+    for (int peer : group.devices) {
+      if (error != cudaSuccess || peer == device) continue;
+      error = cudaDeviceEnablePeerAccess(peer, 0);
+      if (error == cudaErrorPeerAccessAlreadyEnabled) error = cudaSuccess;
+      cudaGetLastError();  // what was enabled before is no error of a later call
+    }
+    void* lines = nullptr;
+    if (error == cudaSuccess) error = cudaMalloc(&lines, group.bytes + kCountBytes);
+    if (error == cudaSuccess) error = cudaMemset(lines, 0, group.bytes + kCountBytes);
+    if (error == cudaSuccess) error = cudaDeviceSynchronize();
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    group.lines.push_back(static_cast<uint4*>(lines));
+  }
+  return "";
+}
 
 using Stream = cudaStream_t;
 
@@ -39,7 +113,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kBlockThreads, 1) wi
 }
 
 template <int T>
-std::string launch(Stream stream, const Steps& p) {
+std::string launch(Stream stream, const Steps& p, Group*) {
   constexpr int bytes = Shape<T>::kControlAt + int(sizeof(Control));
   // Of each device by itself, so at each call; only recordings of the step's graph come here.
   cudaError_t error = cudaFuncSetAttribute(wide_layers<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -58,14 +132,38 @@ int padded(int M) {
   return kMostRows;
 }
 
-std::string launch(Stream stream, const Steps& p) {
+std::string launch(Stream stream, const Steps& p, Group* group) {
   switch (padded(p.M)) {
-    case 16: return launch<16>(stream, p);
-    case 32: return launch<32>(stream, p);
-    case 64: return launch<64>(stream, p);
-    case 96: return launch<96>(stream, p);
-    default: return launch<128>(stream, p);
+    case 16: return launch<16>(stream, p, group);
+    case 32: return launch<32>(stream, p, group);
+    case 64: return launch<64>(stream, p, group);
+    case 96: return launch<96>(stream, p, group);
+    default: return launch<128>(stream, p, group);
   }
+}
+
+// Bytes of the lines that `ranks` devices send one of them.
+int64_t bytes_of_lines(int64_t M, int64_t D, int64_t ranks) {
+  const int64_t tiles = (D + 2 * kWide - 1) / (2 * kWide) * 2, threads = padded(int(M)) / 8 * kComputing;
+  return 2 * ranks * tiles * threads * 2 * int64_t(sizeof(uint4));
+}
+
+// The group that this device is of, and its rank there; null: it has all of the layers.
+Group* find_peers(Steps& p, ffi::Span<const int64_t> numbers, int device, std::string& fault) {
+  p.peers.ranks = 1;
+  for (int64_t number : numbers) {
+    Group& group = *groups[number];
+    for (size_t rank = 0; rank < group.devices.size(); ++rank) {
+      if (group.devices[rank] != device) continue;
+      p.peers.rank = int(rank), p.peers.ranks = int(group.devices.size());
+      p.peers.exchanged = reinterpret_cast<uint32_t*>(group.lines[rank] + group.bytes / int64_t(sizeof(uint4)));
+      p.peers.half = group.bytes / 2 / int64_t(sizeof(uint4));
+      for (size_t r = 0; r < group.lines.size(); ++r) p.peers.lines[r] = group.lines[r];
+      return &group;
+    }
+  }
+  if (numbers.size() > 0) fault = "device " + std::to_string(device) + " is in none of the groups";
+  return nullptr;
 }
 
 int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -87,7 +185,7 @@ Work lay_out(Steps& p, const Sizes& z, char* base) {
   auto numbers = [&](int64_t count) { return reinterpret_cast<uint16_t*>(take(count * 2)); };
   auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
   Params& a = p.attention;
-  p.M = int(z.rows), p.blocks = int(z.blocks), p.num_layers = int(z.num_layers);
+  p.M = int(z.rows), p.groups = padded(p.M) / 8, p.blocks = int(z.blocks), p.num_layers = int(z.num_layers);
   a.rows = p.M, a.programs = p.blocks, a.heads = int(z.heads), a.kv_heads = int(z.kv_heads), a.width = int(z.width), a.addends = 0;
   a.page_shift = 0;
   while (kUnit << a.page_shift < z.page_size) ++a.page_shift;
@@ -175,9 +273,9 @@ std::string fill(Steps& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remaini
   return at == args.size() ? fault : "unexpected number of buffers";
 }
 
-ffi::Error wide_impl(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits, int64_t num_layers,
-                     int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads, int64_t page_size, int64_t width,
-                     int64_t parts, int64_t has, float eps, float scale) {
+ffi::Error run_wide(Stream stream, int device, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits,
+                    ffi::Span<const int64_t> numbers, int64_t num_layers, int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads,
+                    int64_t kv_heads, int64_t page_size, int64_t width, int64_t parts, int64_t has, float eps, float scale) {
   auto p = std::make_unique<Steps>();
   p->eps = p->attention.eps = eps, p->attention.scale = scale * kLog2e;
 #ifdef JAXLLM_EMULATED
@@ -187,24 +285,33 @@ ffi::Error wide_impl(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets 
   }
 #endif
   std::string fault = fill(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts}, args, rets, splits, has);
-  if (fault.empty()) fault = launch(stream, *p);
+  Group* group = find_peers(*p, numbers, device, fault);
+  if (group != nullptr && group->bytes < bytes_of_lines(rows, D, p->peers.ranks)) fault = "the peers' lines are too few";
+  if (fault.empty()) fault = launch(stream, *p, group);
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
 
 #define JAXLLM_BINDING                                                                                                        \
-  .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("splits").Attr<int64_t>("num_layers").Attr<int64_t>("rows")   \
-      .Attr<int64_t>("blocks").Attr<int64_t>("D").Attr<int64_t>("F").Attr<int64_t>("heads").Attr<int64_t>("kv_heads")           \
-      .Attr<int64_t>("page_size").Attr<int64_t>("width").Attr<int64_t>("parts").Attr<int64_t>("has").Attr<float>("eps")         \
-      .Attr<float>("scale")
+  .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("splits").Attr<ffi::Span<const int64_t>>("groups")            \
+      .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("blocks").Attr<int64_t>("D").Attr<int64_t>("F")          \
+      .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                       \
+      .Attr<int64_t>("parts").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
+#define JAXLLM_ARGUMENTS                                                                                                      \
+  ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits, ffi::Span<const int64_t> numbers,          \
+      int64_t num_layers, int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads,                  \
+      int64_t page_size, int64_t width, int64_t parts, int64_t has, float eps, float scale
+#define JAXLLM_VALUES                                                                                                         \
+  args, rets, splits, numbers, num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts, has, eps, scale
 
 #ifdef JAXLLM_EMULATED
-ffi::Error emulated_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits, int64_t num_layers, int64_t rows,
-                         int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads, int64_t page_size, int64_t width,
-                         int64_t parts, int64_t has, float eps, float scale) {
-  return wide_impl(0, args, rets, splits, num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts, has, eps, scale);
-}
-XLA_FFI_DEFINE_HANDLER(wide_handler, emulated_impl, ffi::Ffi::Bind() JAXLLM_BINDING);
+ffi::Error wide_impl(int32_t device, JAXLLM_ARGUMENTS) { return run_wide(0, device, JAXLLM_VALUES); }
+XLA_FFI_DEFINE_HANDLER(wide_handler, wide_impl, ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>() JAXLLM_BINDING);
 #else
+ffi::Error wide_impl(cudaStream_t stream, JAXLLM_ARGUMENTS) {
+  int device = -1;
+  if (cudaGetDevice(&device) != cudaSuccess) return failure("no current device");
+  return run_wide(stream, device, JAXLLM_VALUES);
+}
 XLA_FFI_DEFINE_HANDLER(wide_handler, wide_impl, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>() JAXLLM_BINDING,
                        {ffi::Traits::kCmdBufferCompatible});
 #endif
@@ -216,6 +323,24 @@ extern "C" int64_t jaxllm_wide_layers_work(int64_t num_layers, int64_t rows, int
                                            int64_t kv_heads, int64_t page_size, int64_t width, int64_t parts) {
   auto p = std::make_unique<Steps>();
   return lay_out(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts}, nullptr).bytes;
+}
+// Bytes that a device of `ranks` needs for what the others send it, and the number of the group of these devices, in rank
+// order; -1 and a reason in `why` when it cannot be made.
+extern "C" int64_t jaxllm_wide_layers_lines(int64_t rows, int64_t D, int64_t ranks) { return bytes_of_lines(rows, D, ranks); }
+extern "C" int jaxllm_wide_layers_group(const int* devices, int count, int64_t bytes, char* why, int why_bytes) {
+  std::lock_guard<std::mutex> lock(groups_mutex);
+  const std::vector<int> wanted(devices, devices + count);
+  for (size_t number = 0; number < groups.size(); ++number)
+    if (groups[number]->devices == wanted && groups[number]->bytes >= bytes) return int(number);
+  auto* group = new Group;
+  group->devices = wanted, group->bytes = bytes;
+  const std::string fault = count > kMostRanks ? "too many devices" : make(*group);
+  if (!fault.empty()) {
+    snprintf(why, why_bytes, "%s", fault.c_str());
+    return -1;
+  }
+  groups.push_back(group);
+  return int(groups.size()) - 1;
 }
 #ifdef JAXLLM_TIMELINE
 extern "C" int jaxllm_wide_layers_timeline(unsigned long long* times, int* counts) {

@@ -1,11 +1,13 @@
 """All layers in one kernel agree with the layers' parts one by one; a row's bits are its own."""
 
+import functools
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from helpers.kernel_backends import ON_GPU, declined, pairs
+from jax.sharding import AxisType
 
 from pallas_kernels.decode_layers import emulated
 from pallas_kernels.decode_layers.api import decode_layers
@@ -147,3 +149,35 @@ def test_the_8b_shape_is_dealt_out_evenly_to_128_of_132_multiprocessors():
 def test_a_machine_too_small_for_the_residual_stream_is_refused():
     with pytest.raises(NotImplementedError, match="needs 64 multiprocessors, there are 4"):
         programs_for(8192, 10240, 8192, 28672, 4)
+
+
+@cpu_only
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.kernels)])
+def test_devices_that_share_layers_hold_the_same_bits_step_after_step(ranks):
+    spec = LayersSpec(
+        "shared",
+        (17, 300, 0, 64, 5, 100),
+        L=3,
+        N=2 * ranks,
+        K=ranks,
+        F=128 * ranks,
+        qkv_bias=True,
+        o_bias=True,
+        qk_norm=True,
+    )
+    given, live = spec.inputs(), np.array(spec.lengths) > 0
+    expected, written = run("reference", spec, given)
+    x, layers, pages, *rows = spec.arguments(given)
+    options = {"eps": EPS, "scale": spec.H**-0.5, "groups": (tuple(range(ranks)),)}
+    op = functools.partial(decode_layers, **options, implementation="wide_emulated")
+    step = spec.shared_by(op, jax.make_mesh((ranks,), ("t",), axis_types=(AxisType.Auto,)), layers[0])
+    layers = spec.dealt(layers, ranks)
+    for _ in range(3):  # lines hold what an earlier step sent
+        got, pools = step(x, layers, pages, *rows)
+        got = np.asarray(got).reshape(ranks, len(live), -1)[:, live]
+        assert error(got[0], expected[live]) < 1.5e-2
+        for other in got[1:]:
+            np.testing.assert_array_equal(other, got[0])
+        for pool, want in zip(jax.tree.leaves(pools), jax.tree.leaves(written), strict=True):
+            near = np.testing.assert_allclose
+            near(np.asarray(pool, np.float32), want.astype(np.float32), rtol=2**-6, atol=2**-5, equal_nan=True)

@@ -430,12 +430,14 @@ def test_a_long_prompt_does_not_hold_up_other_streams(server):
 
     thread = threading.Thread(target=watch)
     thread.start()
+    began = time.monotonic()
     for _ in range(3):
         assert server.complete("lorem ipsum " * 200_000).status_code == 400
+    each = (time.monotonic() - began) / 3
     stop.set()
     thread.join(10)
     gaps.sort()
-    assert gaps[len(gaps) // 2] < 0.05
+    assert gaps[len(gaps) // 2] < each / 3  # held up, most would last as long as a prompt
 
 
 def test_a_stream_over_http_1_0_has_no_chunks_and_says_the_same(server):

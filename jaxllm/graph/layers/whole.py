@@ -7,6 +7,7 @@ the layers run one by one.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from jaxllm.graph.layers.mlp import MLP
 from jaxllm.graph.layers.rope import rotations
 from jaxllm.graph.models.decoder import Decoder, Layer
 from pallas_kernels.decode_layers.api import Head, LayerWeights, decode_layers
+from sharding.collectives import ALONE, Exchange, Spread
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,20 @@ class Through(NamedTuple):
     kv: KVCache
 
 
-def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache) -> Through | None:
-    """One query token a row. x[B, D]."""
+Groups = tuple[tuple[int, ...], ...]
+
+
+def sharing(exchange: Exchange) -> Groups | None:
+    """Groups of devices that share all layers, none where one has them all; None where they meet in other ways."""
+    if exchange is ALONE:
+        return ()
+    if isinstance(exchange, Spread) and not (exchange.scatter or exchange.apart or exchange.dispatch):
+        return exchange.groups
+    return None
+
+
+def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache, groups: Groups) -> Through | None:
+    """One query token a row. x[B, D]. `groups`: as `sharing` says."""
     config = model.config
     found = [_weights(layer) for layer in model.layers]
     layers = [layer for layer in found if layer is not None]
@@ -39,9 +53,10 @@ def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache) -
         return None
     cosines, sines = rotations(inputs.positions, config.rope, config.head_dim)
     rows = inputs.page_table, inputs.kv_lens, cosines, sines
-    head, done = _head(model), None
+    head, done = None if groups else _head(model), None
+    run = functools.partial(decode_layers, eps=config.norm_eps, scale=config.attention_scale, head=head, groups=groups)
     try:
-        out, kv = decode_layers(x, layers, kv, *rows, eps=config.norm_eps, scale=config.attention_scale, head=head)
+        out, kv = run(x, layers, kv, *rows)
         done = Through(out, head is not None, kv)
     except* NotImplementedError as reasons:
         log.info("layers run one by one: %s", "; ".join(map(str, reasons.exceptions)))
