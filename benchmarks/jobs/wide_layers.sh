@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The kernels of ADRs 32 and 33. One H200, repository root, results under $OUT.
-# PART picks stages (build,attention,time,heads,check,wide,timeline,variants,engine); default all, about 9 minutes. README.md says what each answers.
+# The kernels of ADRs 32 and 33. One H200 (two for shared,tp), repository root, results under $OUT. README.md says what each answers.
+# PART picks stages (build,attention,time,heads,check,wide,timeline,variants,engine,shared,tp); default: all that one GPU can do, about 9 minutes.
 set -uo pipefail
 OUT=${OUT:-build/wide_layers}
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 mkdir -p "$OUT"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 exec > >(tee -a "$OUT/job.log") 2>&1
-part() { [ -z "${PART:-}" ] || [[ ",$PART," == *",$1,"* ]]; }
+GPUS=$(nvidia-smi -L | wc -l)
+part() { [ -z "${PART:-}" ] && [[ $1 != shared && $1 != tp ]] || [[ ",$PART," == *",$1,"* ]]; }
 stage() { # name, at most seconds, what it answers, command
   part "$1" || return 0
   echo "== $1: $3 (at most $2 s)"; date -u +%T
@@ -44,5 +45,12 @@ part engine && for kernels in auto layers; do
   bench llama-3.1-8b $kernels 16,32,64,128 130
   bench qwen3-0.6b $kernels 32,128 80
 done
+stage shared 60 "devices that share layers: right, the same bits on each and again (a hang costs all of it)" benchmarks.wide_layers shared rows=8,32,128
+part tp && for kernels in auto layers; do
+  echo "== engine on $GPUS GPUs, $kernels"; date -u +%T
+  timeout 110 python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py llama-3.1-8b /tmp/shapes)" --batch 1,32,128 --prefill "" \
+    --repeats 1 --set tp=$GPUS --set kernels=$kernels --label "$COMMIT tp$GPUS $kernels" --out "$OUT/tp$GPUS-$kernels.json" 2>&1 | tail -n 8
+done
+echo "predicted, layers, two GPUs: 2.3 / 2.9 / 4.8 ms at 1 / 32 / 128 (auto 3.35 / 4.33 / 8.59)"
 echo "predicted, layers: 8B 5.0 / 6.2 / 9.1 ms at 32 / 64 / 128 (auto 5.88 / 6.8 / 10.3), 0.6B 2.0 / 4.9 at 32 / 128 (2.37 / 5.76)"
 date -u +%T
