@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "peers.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -169,8 +170,7 @@ __global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Pee
 
 struct Group {
   std::vector<int> devices;
-  std::vector<uint4*> lines;
-  std::vector<uint32_t*> calls;
+  std::vector<void*> lines, calls;
 };
 
 std::mutex groups_mutex;
@@ -217,8 +217,8 @@ ffi::Error all_reduce(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::An
     for (int rank = 0; rank < ranks; ++rank) {
       if (group.devices[rank] != device) continue;
       Peers peers{};
-      for (int r = 0; r < ranks; ++r) peers.lines[r] = group.lines[r];
-      peers.calls = group.calls[rank];
+      for (int r = 0; r < ranks; ++r) peers.lines[r] = static_cast<uint4*>(group.lines[r]);
+      peers.calls = static_cast<uint32_t*>(group.calls[rank]);
       peers.rank = rank;
       const int64_t units = int64_t(x.size_bytes()) / 8;
       switch (x.element_type()) {
@@ -252,28 +252,12 @@ cudaError_t load_all() {
 
 cudaError_t make(Group& group) {
   const int ranks = int(group.devices.size());
-  const size_t bytes = sizeof(uint4) * 2 * 2 * ranks * kMaxBlocks * kLines;
-  for (int device : group.devices) {
-    cudaError_t error = cudaSetDevice(device);
-    for (int peer : group.devices) {
-      if (error != cudaSuccess || peer == device) continue;
-      error = cudaDeviceEnablePeerAccess(peer, 0);
-      if (error == cudaErrorPeerAccessAlreadyEnabled) error = cudaSuccess;
-      cudaGetLastError();  // what was enabled before is no error of a later call
-    }
-    void *lines = nullptr, *calls = nullptr;
-    if (error == cudaSuccess) error = cudaMalloc(&lines, bytes);
-    if (error == cudaSuccess) error = cudaMemset(lines, 0, bytes);
-    if (error == cudaSuccess) error = cudaMalloc(&calls, sizeof(uint32_t) * kMaxBlocks);
-    if (error == cudaSuccess) error = cudaMemset(calls, 0, sizeof(uint32_t) * kMaxBlocks);
-    if (error == cudaSuccess)
-      error = ranks == 2 ? load_all<2>() : ranks == 4 ? load_all<4>() : ranks == 8 ? load_all<8>() : cudaErrorInvalidValue;
-    if (error == cudaSuccess) error = cudaDeviceSynchronize();
-    if (error != cudaSuccess) return error;
-    group.lines.push_back(static_cast<uint4*>(lines));
-    group.calls.push_back(static_cast<uint32_t*>(calls));
-  }
-  return cudaSuccess;
+  cudaError_t error = take_among_peers(group.devices, sizeof(uint4) * 2 * 2 * ranks * kMaxBlocks * kLines, group.lines);
+  if (error == cudaSuccess) error = take_among_peers(group.devices, sizeof(uint32_t) * kMaxBlocks, group.calls);
+  if (error != cudaSuccess) return error;
+  return on_each(group.devices, [&] {
+    return ranks == 2 ? load_all<2>() : ranks == 4 ? load_all<4>() : ranks == 8 ? load_all<8>() : cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace
@@ -293,11 +277,8 @@ extern "C" int jaxllm_all_reduce_group(const int* devices, int count, char* why,
   const std::vector<int> wanted(devices, devices + count);
   for (size_t number = 0; number < groups.size(); ++number)
     if (groups[number]->devices == wanted) return int(number);
-  int before = 0;
-  cudaGetDevice(&before);
   auto* group = new Group{wanted, {}, {}};
   const cudaError_t error = make(*group);
-  cudaSetDevice(before);
   if (error != cudaSuccess) {
     snprintf(why, why_bytes, "%s", cudaGetErrorString(error));
     return -1;

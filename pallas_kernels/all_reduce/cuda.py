@@ -19,6 +19,7 @@ from pallas_kernels.all_reduce.shots import RANKS, takes_two_shots
 from pallas_kernels.compiled import built, once
 
 SOURCE = Path(__file__).with_name("all_reduce.cu")
+INCLUDES = (Path(__file__).with_name("peers.h"),)
 TARGET = "jaxllm_all_reduce"
 
 
@@ -66,7 +67,7 @@ def ordinal(device_id: int) -> int:
 @once
 def library() -> ctypes.CDLL:
     """The compiled kernels, registered with XLA."""
-    loaded = ctypes.cdll.LoadLibrary(str(built(SOURCE)))
+    loaded = ctypes.cdll.LoadLibrary(str(built(SOURCE, INCLUDES)))
     loaded.jaxllm_all_reduce_most_bytes.restype = ctypes.c_int64
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.jaxllm_all_reduce), platform="CUDA")
     return loaded

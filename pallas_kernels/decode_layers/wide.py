@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.all_reduce.cuda import ordinal
+from pallas_kernels.all_reduce import cuda as all_reduce
 from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_attention import cuda as attention
 from pallas_kernels.decode_chain import cuda as chain
@@ -23,7 +23,8 @@ from pallas_kernels.decode_chain.reference import rms_norm
 from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 HERE = Path(__file__).parent
-SOURCE, INCLUDES = HERE / "wide.cu", (HERE / "wide_launch.h", *attention.GROUPS_INCLUDES)
+SOURCE = HERE / "wide.cu"
+INCLUDES = (HERE / "wide_launch.h", *attention.GROUPS_INCLUDES, *all_reduce.INCLUDES)
 TARGET = "jaxllm_wide_layers"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, register = _HANDLER.library, _HANDLER.register
@@ -42,7 +43,7 @@ class Kernel(NamedTuple):
     target: str
     library: ctypes.CDLL
     blocks: int
-    ordinal: Callable[[int], int] = ordinal  # of a device, by its id
+    ordinal: Callable[[int], int] = all_reduce.ordinal  # of a device, by its id
 
 
 def decode_layers(

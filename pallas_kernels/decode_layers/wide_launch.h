@@ -6,6 +6,9 @@
 #include <mutex>
 
 #include "../decode_chain/maps.h"
+#ifndef JAXLLM_EMULATED
+#include "../all_reduce/peers.h"
+#endif
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -22,7 +25,7 @@ constexpr int64_t kCountBytes = 256;  // behind the lines: how many exchanges th
 struct Group {
   std::vector<int> devices;
   int64_t bytes;
-  std::vector<uint4*> lines;
+  std::vector<void*> lines;
 #ifdef JAXLLM_EMULATED
   std::mutex mutex;
   std::condition_variable changed;
@@ -79,30 +82,11 @@ std::string launch(Stream, const Steps& p, Group* group) {
 }
 
 std::string make(Group& group) {
-  for (size_t i = 0; i < group.devices.size(); ++i) group.lines.push_back(static_cast<uint4*>(std::calloc(1, group.bytes + kCountBytes)));
+  for (size_t i = 0; i < group.devices.size(); ++i) group.lines.push_back(std::calloc(1, group.bytes + kCountBytes));
   return "";
 }
 
 #else
-
-std::string make(Group& group) {
-  for (int device : group.devices) {
-    cudaError_t error = cudaSetDevice(device);
-    for (int peer : group.devices) {
-      if (error != cudaSuccess || peer == device) continue;
-      error = cudaDeviceEnablePeerAccess(peer, 0);
-      if (error == cudaErrorPeerAccessAlreadyEnabled) error = cudaSuccess;
-      cudaGetLastError();  // what was enabled before is no error of a later call
-    }
-    void* lines = nullptr;
-    if (error == cudaSuccess) error = cudaMalloc(&lines, group.bytes + kCountBytes);
-    if (error == cudaSuccess) error = cudaMemset(lines, 0, group.bytes + kCountBytes);
-    if (error == cudaSuccess) error = cudaDeviceSynchronize();
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    group.lines.push_back(static_cast<uint4*>(lines));
-  }
-  return "";
-}
 
 using Stream = cudaStream_t;
 
@@ -121,6 +105,21 @@ std::string launch(Stream stream, const Steps& p, Group*) {
     wide_layers<T><<<p.blocks, kBlockThreads, bytes, stream>>>(p);
     error = cudaGetLastError();
   }
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+// What may be left loaded lazily would be loaded while a peer waits: every kernel is loaded now.
+template <int... T>
+cudaError_t load() {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSuccess;
+  ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, wide_layers<T>) : error), ...);
+  return error;
+}
+
+std::string make(Group& group) {
+  cudaError_t error = take_among_peers(group.devices, group.bytes + kCountBytes, group.lines);
+  if (error == cudaSuccess) error = on_each(group.devices, [] { return load<16, 32, 64, 96, kMostRows>(); });
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
@@ -156,9 +155,9 @@ Group* find_peers(Steps& p, ffi::Span<const int64_t> numbers, int device, std::s
     for (size_t rank = 0; rank < group.devices.size(); ++rank) {
       if (group.devices[rank] != device) continue;
       p.peers.rank = int(rank), p.peers.ranks = int(group.devices.size());
-      p.peers.exchanged = reinterpret_cast<uint32_t*>(group.lines[rank] + group.bytes / int64_t(sizeof(uint4)));
+      p.peers.exchanged = reinterpret_cast<uint32_t*>(static_cast<char*>(group.lines[rank]) + group.bytes);
       p.peers.half = group.bytes / 2 / int64_t(sizeof(uint4));
-      for (size_t r = 0; r < group.lines.size(); ++r) p.peers.lines[r] = group.lines[r];
+      for (size_t r = 0; r < group.lines.size(); ++r) p.peers.lines[r] = static_cast<uint4*>(group.lines[r]);
       return &group;
     }
   }
