@@ -327,8 +327,8 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
                 yield Case("widen_sm90", label, call, arrays)
 
 
-# Bytes that a function of a CUDA source may spill, where it is not next to none: numbers kept over calls and around loops.
-# The disassembly shows up to five loads and no store in the loop over tiles (decode_attention.cu's is in what makes queries).
+# Bytes that a function of a CUDA source may spill, where it is not next to none: numbers kept over calls and around
+# loops. The disassembly shows up to five loads and no store in loops over tiles; decode_attention.cu's make queries.
 SOURCE_ALLOWANCES = {"decode_attention.cu": 400, "warpgroups.cu": 160, "wide.cu": 360}
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
