@@ -353,7 +353,9 @@ def _compile(
     kernels = config.compile.kernels
     fastest = kernels == "auto" and homes[0].device.platform != "cpu"
     chained = EVERY_ROWS if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
-    alone = config.mesh.tensor == 1  # the kernel for layers that devices share has not run on GPUs yet
+    alone = (
+        config.mesh.tensor * config.mesh.expert == 1
+    )  # the kernel for layers that devices share has not run on GPUs yet
     whole = EVERY_ROWS if kernels == "layers" else WHOLE_ROWS if fastest and alone else None
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None

@@ -32,7 +32,10 @@ MOST_ROWS, MOST_LAYERS, MOST_RANKS, DEPTH, HEAD, MOST_GROUP = 128, 37, 8, 64, 12
 
 
 def load(path: Path) -> ctypes.CDLL:
-    loaded = _HANDLER.load(path)
+    return _typed(_HANDLER.load(path))
+
+
+def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.jaxllm_wide_layers_lines.restype = ctypes.c_int64
     return loaded
 
@@ -172,8 +175,7 @@ def _number(kernel: Kernel, devices: tuple[int, ...], size: int) -> int:
 
 def ours() -> Kernel:
     """The kernel for the present device, built on first use."""
-    loaded = library()
-    loaded.jaxllm_wide_layers_lines.restype = ctypes.c_int64
+    loaded = _typed(library())
     register(loaded)
     return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132) // 2 * 2)
 
