@@ -11,6 +11,7 @@ the template wrote them; the same characters inside a message, a tool or an argu
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from jaxllm.chat_template import GUARD_CLOSE, GUARD_OPEN, ChatError, Marks, Mess
 from jaxllm.core import JaxLLMError
 
 Render = Callable[[str, Mapping[str, Any]], str]  # a template's source and its variables -> the text
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; a forked child would warn
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -232,7 +234,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not Unicode: lone surrogate at character {error.start}") from None
-        return rust.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: `encode` keeps the interpreter's lock, so that a long prompt would stop every other thread.
+        return rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     # ids -> text
 

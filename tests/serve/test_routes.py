@@ -436,8 +436,8 @@ def test_a_long_prompt_does_not_hold_up_other_streams(server):
     each = (time.monotonic() - began) / 3
     stop.set()
     thread.join(10)
-    gaps.sort()
-    assert gaps[len(gaps) // 2] < each / 3  # held up, most would last as long as a prompt
+    held = sum(gap for gap in gaps if gap > each / 3)
+    assert held < sum(gaps) / 2, gaps  # held up, an answer would take as long as a prompt nearly all the time
 
 
 def test_a_stream_over_http_1_0_has_no_chunks_and_says_the_same(server):
