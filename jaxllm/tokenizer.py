@@ -11,7 +11,6 @@ the template wrote them; the same characters inside a message, a tool or an argu
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from jaxllm.chat_template import GUARD_CLOSE, GUARD_OPEN, ChatError, Marks, Mess
 from jaxllm.core import JaxLLMError
 
 Render = Callable[[str, Mapping[str, Any]], str]  # a template's source and its variables -> the text
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; a forked child would warn
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
