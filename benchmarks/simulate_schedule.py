@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import dataclasses
+import heapq
 import json
 import random
 import tempfile
@@ -212,11 +213,13 @@ def simulate(
     *,
     concurrency: int | None = None,
     rate: float | None = None,
+    front_ms: float = 0.0,
+    front_threads: int = 1,
     temperature: float = 0.6,
     padding: Padding | None = None,
 ) -> Simulated:
     """All requests at once, or at most `concurrency` at a time: a client sends the next when one has ended; or `rate`
-    a second, at random."""
+    a second, at random. `front_ms`: what the server's front takes for a prompt, in one of its threads."""
     model = model_config()
     scheduler = one_scheduler(config, model, config.cache.num_pages or PAGES, Metrics())
     if padding is not None:
@@ -231,21 +234,30 @@ def simulate(
     last: dict[TokenSequence, float] = {}
     ttft, itl, made = [], [], 0
 
-    source, arrives_s = random.Random(0), 0.0
+    source = random.Random(0)
+    coming: list[tuple[float, float]] = []  # when a request is with the engine, when its client sent it
+    threads = [0.0] * front_threads  # until when they are busy
 
     def send(at_s: float) -> None:
+        begins_s = max(at_s, heapq.heappop(threads))
+        heapq.heappush(threads, begins_s + front_ms / 1e3)
+        coming.append((begins_s + front_ms / 1e3, at_s))
+
+    def take() -> None:
         number, (prompt, out) = waiting.pop()
         params = SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=out)
         (sequence,) = engine.add(Request(id=str(number), prompt_token_ids=(2,) * prompt, params=params))
-        sent[sequence] = at_s
+        sent[sequence] = coming.pop(0)[1]
 
-    for _ in range(min(concurrency or len(waiting), len(waiting)) if rate is None else 0):
-        send(0.0)
-    while engine.has_work or waiting:
-        while rate is not None and waiting and (arrives_s <= clock.now_s or not engine.has_work):
-            clock.now_s = max(clock.now_s, arrives_s)
-            send(arrives_s)
-            arrives_s += source.expovariate(rate)
+    at_s = 0.0
+    for _ in range(len(waiting) if rate is not None else min(concurrency or len(waiting), len(waiting))):
+        send(at_s)
+        at_s += source.expovariate(rate) if rate is not None else 0.0
+    while engine.has_work or coming:
+        if not engine.has_work:
+            clock.now_s = max(clock.now_s, coming[0][0])
+        while coming and coming[0][0] <= clock.now_s:
+            take()
         for output in engine.step():
             sequence, now = output.sequence, clock.now_s
             if output.error is not None:
@@ -256,7 +268,7 @@ def simulate(
             else:
                 ttft.append(1e3 * (now - sent[sequence]))
             last[sequence] = now
-            if output.finish_reason is not None and waiting and rate is None:
+            if output.finish_reason is not None and len(waiting) > len(coming):
                 send(now)
     names = Counter[str]()
     for shape, count in runner.shapes.items():
@@ -296,6 +308,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true", help="prompts are not cut at padded sizes")
     parser.add_argument("--serve", default="", help="concurrencies of a closed loop, greedy")
     parser.add_argument("--rate", default="", help="or requests a second, at random")
+    parser.add_argument("--front", type=float, default=0.0, help="ms of the server's front for a prompt")
+    parser.add_argument("--front-threads", type=int, default=1, help="that do so at a time")
     parser.add_argument("--waves", type=int, default=2, help="requests a unit of concurrency")
     parser.add_argument("--input", type=int, default=1024)
     parser.add_argument("--output", type=int, default=1024)
@@ -332,6 +346,7 @@ def main(words: Sequence[str] | None = None) -> None:
     loops += [(f"{word} requests a second", 100 * given.waves, {"rate": float(word)}) for word in rates]
     for name, requests, how in loops:
         lengths = drawn(requests, given.input, given.output, given.ratio)
+        how |= {"front_ms": given.front, "front_threads": given.front_threads}
         found = simulate(lengths, config, costs, temperature=0.0, padding=padding, **how)  # type: ignore[arg-type]
         print(f"{name}: {report(found)}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from serve.streams import Piece, Stream
 
 log = logging.getLogger(__name__)
 
+TEXT_THREADS = max(2, min(8, (os.cpu_count() or 2) // 2))  # that tokenize; they hold no lock of the interpreter's
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -52,7 +54,7 @@ class Front:
         self.intake = Intake(vocab_size=0, max_model_len=0, tokenizer=self.tokenizer)
         self.admission = Admission(self.settings.max_queue, self.settings.max_queue_tokens)
         self.token_rate = RateLimit(self.settings.tokens_per_minute, "tokens")
-        self.pool = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self.pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self.parsers = parser_names(self.settings, self.tokenizer)
         self.stored = Store(self.settings.max_stored_responses)
         self.templates = TemplateProcesses(self.settings.template_timeout_s)

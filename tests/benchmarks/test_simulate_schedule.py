@@ -60,6 +60,15 @@ def test_requests_that_come_by_themselves_wait_for_a_step_and_not_for_each_other
     assert max(found.ttft_ms) < 40
 
 
+def test_a_prompt_comes_to_the_engine_when_a_thread_of_the_front_has_read_it():
+    first, last = [], []
+    for threads in (1, 4):
+        found = simulate([(100, 2)] * 4, configured(), NOW, concurrency=4, front_ms=50.0, front_threads=threads)
+        first.append(min(found.ttft_ms))
+        last.append(max(found.ttft_ms))
+    assert 50 < first[1] == last[1] < first[0] + 20 < 200 < last[0]
+
+
 def test_filling_padded_sizes_makes_a_prompt_between_two_of_them_faster_alone_and_in_company():
     lengths = [(1100, 40)] * 6
     for concurrency in (1, 3):
