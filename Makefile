@@ -29,7 +29,7 @@ test: .venv/.dev ## the whole suite on this machine's CPU
 	@tests/clients/setup.sh
 	@touch $@
 
-test-clients: .clients/.done ## openai (Python, npm), litellm and langchain-openai against `jaxllm serve`
+test-clients: .clients/.done ## openai (Python, npm), anthropic, litellm and langchain-openai against `jaxllm serve`
 	@mkdir -p build
 	@set -o pipefail; $(BIN)/python tests/helpers/served.py -- tests/clients/run.sh 2>&1 | tee build/clients.txt
 

@@ -112,13 +112,18 @@ EMBEDDINGS = record(
     data=many(record(object=just("embedding"), index=COUNT, embedding=VECTOR)),
     usage=record(prompt_tokens=COUNT, total_tokens=COUNT),
 )
+ANTHROPIC_BLOCKS = [
+    record(type=just("text"), text=TEXT),
+    record(type=just("thinking"), thinking=TEXT, signature=TEXT),
+    record(type=just("tool_use"), id=TEXT, name=TEXT, input=OBJECT),
+]
 ANTHROPIC = record(
     {"stop_sequence": maybe(TEXT)},
     id=TEXT,
     type=just("message"),
     role=just("assistant"),
     model=TEXT,
-    content=many(record(type=just("text"), text=TEXT)),
+    content=many({"anyOf": ANTHROPIC_BLOCKS}),
     stop_reason=maybe(TEXT),
     usage=record(input_tokens=COUNT, output_tokens=COUNT),
 )
@@ -135,6 +140,7 @@ ANSWERS: dict[tuple[str, str], Schema] = {
     ("POST", "/v1/responses/{response_id}/cancel"): RESPONSE,
     ("POST", "/v1/embeddings"): EMBEDDINGS,
     ("POST", "/v1/messages"): ANTHROPIC,
+    ("POST", "/v1/messages/count_tokens"): record(input_tokens=COUNT),
     ("POST", "/tokenize"): record({"token_strs": many(TEXT)}, count=COUNT, max_model_len=COUNT, tokens=IDS),
     ("POST", "/detokenize"): record(prompt=TEXT),
     ("POST", "/generate"): {"anyOf": [GENERATED, many(GENERATED)]},

@@ -65,6 +65,7 @@ TABLE: tuple[Entry, ...] = (
     ),
     Entry("POST", "/v1/embeddings", embeddings.create, protocol.EmbeddingBody, "Embeddings"),
     Entry("POST", "/v1/messages", anthropic.create, protocol.AnthropicBody, "Chat in Anthropic's shape"),
+    Entry("POST", "/v1/messages/count_tokens", anthropic.count_tokens, protocol.AnthropicPrompt, "Its prompt's tokens"),
     Entry("POST", "/tokenize", native.tokenize, protocol.TokenizeBody, "Text or messages to token ids"),
     Entry("POST", "/detokenize", native.detokenize, protocol.DetokenizeBody, "Token ids to text"),
     Entry("POST", "/generate", native.generate, protocol.GenerateBody, "Generate, in SGLang's shape"),

@@ -43,7 +43,7 @@ ANTHROPIC_SCHEMA = {
         },
     },
 }
-ANTHROPIC_ERRORS = frozenset({("POST", "/v1/messages")})
+ANTHROPIC_ERRORS = frozenset({("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")})
 STYLE = "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}code,pre{font-size:.9em}"
 
 

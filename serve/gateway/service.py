@@ -35,6 +35,7 @@ PROXIED = frozenset(
         "/v1/responses",
         "/v1/embeddings",
         "/v1/messages",
+        "/v1/messages/count_tokens",
         "/tokenize",
         "/detokenize",
         "/generate",

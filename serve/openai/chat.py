@@ -6,63 +6,54 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from jaxllm.core import MAX_N, Request, TokenLogprobs
+from jaxllm.core import MAX_N, TokenLogprobs
 from serve.errors import invalid
 from serve.front import Front, collect
 from serve.middleware import Call
 from serve.openai.logprobs import Namer, chat_logprobs, prompt_logprobs
-from serve.openai.messages import check_variables, render
-from serve.openai.params import chat_params, check_length, truncate
+from serve.openai.messages import check_variables
+from serve.openai.params import chat_params
 from serve.openai.protocol import ChatBody, parse
-from serve.openai.tools import ToolPlan, deltas_of, merge_grammars, message_of, plan_tools
+from serve.openai.tools import deltas_of, message_of, plan_tools
+from serve.openai.turn import Turn, take_turn
 from serve.openai.usage import usage_of, weights_of
 from serve.responses import DONE, PING, Answer, EventStream, TextEvent, as_json, event
 from serve.streams import Piece, Stream
 
 
-def prepare(front: Front, call: Call, body: ChatBody) -> tuple[Request, ToolPlan, str]:
-    """In a worker thread: template, tokens, limits."""
+def prepare(front: Front, call: Call, body: ChatBody) -> Turn:
+    """In a worker thread."""
     params = chat_params(body, front.sampling_defaults)
-    plan = plan_tools(body, front.parsers, front.tokenizer)
-    params = params.replace(
-        grammar=merge_grammars(params.grammar, plan),
-        skip_special_tokens=params.skip_special_tokens and not plan.keeps_special_tokens,
-    )
+    plan = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls, front.parsers, front.tokenizer)
     if body.continue_final_message and body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
         raise invalid("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
     variables = check_variables(body.chat_template_kwargs, front.settings.template_variables)
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
-    prompt = render(
-        front.tokenizer,
+    return take_turn(
+        front,
         body.messages,
-        tools=plan.offered,
+        plan,
+        params,
+        request_id=body.request_id or f"chatcmpl-{call.request_id}",
+        cache_salt=front.salt(call, body.cache_salt),
+        limit_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+        variables=variables,
         add_generation_prompt=body.add_generation_prompt,
         continue_final=body.continue_final_message,
-        variables=variables,
-    )
-    params = params.replace(grammar=plan.past_thinking(params.grammar, prompt.text))
-    ids = truncate(prompt.token_ids, body.truncate_prompt_tokens, front.intake.max_model_len)
-    named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    check_length(len(ids), params.max_tokens, front.intake.max_model_len, named)
-    request = front.make_request(
-        ids,
-        params=params,
-        request_id=body.request_id or f"chatcmpl-{call.request_id}",
+        truncate_to=body.truncate_prompt_tokens,
         priority=body.priority,
-        cache_salt=front.salt(call, body.cache_salt),
     )
-    return request, plan, prompt.text
 
 
 class Chat:
     """One call's answer in the making."""
 
-    def __init__(self, front: Front, body: ChatBody, request: Request, plan: ToolPlan, prompt: str) -> None:
-        self.body, self.request = body, request
-        self.parsers = [plan.parser(prompt) for _ in range(body.n)] if plan.parses else []
+    def __init__(self, front: Front, body: ChatBody, turn: Turn) -> None:
+        self.body, self.request = body, turn.request
+        self.parsers = [turn.parser() for _ in range(body.n)] if turn.parses else []
         self.head = {
-            "id": request.id,
+            "id": turn.request.id,
             "object": "chat.completion",
             "created": int(time.time()),
             "model": front.check_model(body.model),
@@ -178,10 +169,10 @@ async def create(front: Front, call: Call, raw: dict[str, Any]) -> Answer | Even
     body = parse(ChatBody, raw)
     front.check_model(body.model)
     front.check_open(body.n if 1 <= body.n <= MAX_N else 1)  # n itself is judged with the other numbers
-    request, plan, prompt = await front.off_loop(prepare, front, call, body)
-    chat = Chat(front, body, request, plan, prompt)
+    turn = await front.off_loop(prepare, front, call, body)
+    chat = Chat(front, body, turn)
     if not body.stream:
-        async with front.opened(call, [request]) as streams:
+        async with front.opened(call, [turn.request]) as streams:
             return await chat.whole(streams[0])
 
     return EventStream(chat.events(front, call))

@@ -160,6 +160,8 @@ class ResponsesBody(Body):
     text: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None
 
@@ -222,19 +224,25 @@ class UpdateWeightsBody(Body):
     mode: Literal["wait", "abort"] = "wait"
 
 
-class AnthropicBody(Body):
+class AnthropicPrompt(Body):
+    """What of a message its prompt is made of; all of what its tokens are counted by."""
+
     model: str | None = None
     messages: list[dict[str, Any]] = pydantic.Field(max_length=MAX_MESSAGES)
     system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+
+
+class AnthropicBody(AnthropicPrompt):
     max_tokens: int
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: list[str] | None = None
     stream: bool = False
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
 
 

@@ -7,11 +7,13 @@ parsers.tool_grammar. Knows nothing of compiling.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxllm.core import GrammarSpec, RequestError
 from jaxllm.engine.decoding import grammars
+from serve.errors import ApiError, invalid
 
 Maker = Callable[[Any, str], GrammarSpec]
 
@@ -78,3 +80,18 @@ def _response_format(value: Any) -> GrammarSpec | None:
         return MAKERS[kind](value.get("pattern" if kind == "regex" else "grammar"), field)
     allowed = "must be of type text, json_object, json_schema, structural_tag, regex or grammar"
     raise RequestError(field, value, allowed)
+
+
+def flat_format(form: Any, field: str, kinds: Collection[str], strict: bool = False) -> GrammarSpec | None:
+    """A response_format whose schema stands one step up, as `field` of Responses and of Messages has it; ApiError names
+    that field. `kinds`: those of `type` it knows; `strict`: where it does not say."""
+    param = field.partition(".")[0]
+    if not isinstance(form, dict) or form.get("type") not in kinds:
+        raise invalid(param, f"{field} must be an object of type {', '.join(kinds)}")
+    if form["type"] == "json_schema":
+        form = {"type": "json_schema", "json_schema": {"strict": strict, **form}}
+    try:
+        spec = _response_format(form)
+    except RequestError as error:
+        raise ApiError(400, f"{field}: {error.allowed}", param=param, code="invalid_schema") from None
+    return None if spec is None else replace(spec, field=param)

@@ -1,10 +1,12 @@
 """Tools and reasoning of one chat: what the prompt offers, what the answer must match, how its text is read.
 
-In: a chat's body, the tokenizer, names of parsers. Out: a ToolPlan, which makes each choice's parser. No JAX.
+In: tools and choice as chat completions have them, the tokenizer, names of parsers. Out: a ToolPlan, which makes each
+choice's parser. No JAX.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,6 @@ from serve.openai.parsers.output import (
     starts_in_reasoning,
 )
 from serve.openai.parsers.tool_grammar import check_tools, choose, tool_grammar
-from serve.openai.protocol import ChatBody
 from serve.settings import FrontSettings
 
 
@@ -41,14 +42,20 @@ class ToolPlan:
     def keeps_special_tokens(self) -> bool:
         return self.tool_parser is not None and TOOL_PARSERS[self.tool_parser].keeps_special_tokens
 
+    @property
+    def reasoning_marks(self) -> tuple[str, str]:
+        """What stands before and after reasoning; only of a plan that has a parser for it."""
+        assert self.reasoning_parser is not None
+        marks = REASONING_PARSERS[self.reasoning_parser]
+        return marks.start, marks.end
+
     def past_thinking(self, grammar: GrammarSpec | None, prompt: str) -> GrammarSpec | None:
         """A form that is asked for is the answer's: a model that thinks may think first."""
         if grammar is None or self.reasoning_parser is None:
             return grammar
-        marks = REASONING_PARSERS[self.reasoning_parser]
         inside = starts_in_reasoning(self.reasoning_parser, prompt)
         try:
-            return after_thinking(grammar, marks.start, marks.end, inside=inside)
+            return after_thinking(grammar, *self.reasoning_marks, inside=inside)
         except RequestError as error:  # with what leads to it, it may be too long
             raise from_request_error(error, code="invalid_schema") from None
 
@@ -73,12 +80,18 @@ def parser_names(settings: FrontSettings, tokenizer: Any) -> tuple[str | None, s
     return tools, reasoning
 
 
-def plan_tools(body: ChatBody, names: tuple[str | None, str | None], tokenizer: Any) -> ToolPlan:
-    """Raises ApiError naming what is wrong with tools or tool_choice."""
+def plan_tools(
+    offered: Sequence[Any] | None,
+    tool_choice: object,
+    parallel: bool | None,
+    names: tuple[str | None, str | None],
+    tokenizer: Any,
+) -> ToolPlan:
+    """Raises ApiError naming what is wrong with tools or tool_choice, both as chat completions have them."""
     parser, reasoning = names
     try:
-        tools = check_tools(body.tools) if body.tools else []
-        choice, callable_ = choose(tools, body.tool_choice)
+        tools = check_tools(offered) if offered else []
+        choice, callable_ = choose(tools, tool_choice)
         if choice == "none":
             return ToolPlan(reasoning_parser=reasoning)
         if parser is None:
@@ -86,11 +99,10 @@ def plan_tools(body: ChatBody, names: tuple[str | None, str | None], tokenizer: 
         spec = None
         if choice == "required":
             added = {token.content for token in tokenizer.rust.get_added_tokens_decoder().values()}
-            parallel = body.parallel_tool_calls is not False
-            spec = tool_grammar(parser, callable_, parallel=parallel, added_tokens=added)
+            spec = tool_grammar(parser, callable_, parallel=parallel is not False, added_tokens=added)
     except RequestError as error:
         raise from_request_error(error, code="invalid_value") from None
-    return ToolPlan(list(body.tools or ()), parser, reasoning, frozenset(tool.name for tool in callable_), spec)
+    return ToolPlan(list(offered or ()), parser, reasoning, frozenset(tool.name for tool in callable_), spec)
 
 
 def merge_grammars(asked: GrammarSpec | None, plan: ToolPlan) -> GrammarSpec | None:

@@ -109,6 +109,23 @@ def responses():
     return answer.output_text
 
 
+def responses_call_tools():
+    tool = {"type": "function", **TOOL["function"], "strict": True}
+    asked = {"model": MODEL, "tools": [tool], "temperature": 0, "max_output_tokens": 64}
+    with client.responses.stream(input=CITY[0]["content"], **asked) as events:
+        arguments = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+        answer = events.get_final_response()
+    (call,) = [item for item in answer.output if item.type == "function_call"]
+    assert arguments == call.arguments
+    assert json.loads(arguments)["city"]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": '{"weather": "rain"}'}
+    kept = client.responses.create(input=[result], previous_response_id=answer.id, **asked)
+    said = [item.model_dump(exclude={"parsed_arguments", "parsed"}) for item in answer.output]
+    again = client.responses.create(input=[*CITY, *said, result], **asked)
+    assert kept.output_text == again.output_text
+    return call.name, arguments, kept.output_text
+
+
 def refused(kind, **fields):
     try:
         client.chat.completions.create(messages=QUESTION, **fields)
@@ -127,6 +144,6 @@ if __name__ == "__main__":
         "openai",
         [
             *(models, chat, stream, tools_auto, tools_required, tools_streamed_and_answered, json_schema),
-            *(json_schema_parsed, logprobs, embeddings, responses, errors_name_the_field),
+            *(json_schema_parsed, logprobs, embeddings, responses, responses_call_tools, errors_name_the_field),
         ],
     )

@@ -3,7 +3,7 @@
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 code=0
-for client in openai_client litellm_client langchain_client; do
+for client in openai_client anthropic_client litellm_client langchain_client; do
   .clients/venv/bin/python "$here/$client.py" || code=1
 done
 NODE_PACKAGES=$PWD/.clients/node node "$here/openai_client.mjs" || code=1

@@ -85,6 +85,16 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
+class OneScript(dict):
+    """Every request is answered with this text."""
+
+    def __init__(self, text):
+        self.tokens = [*(byte - FIRST for byte in text.encode()), EOS - FIRST]
+
+    def get(self, request_id, default):
+        return self.tokens
+
+
 @dataclass
 class SpokenStep:
     rows: tuple
@@ -153,9 +163,10 @@ def build_engine(
     start_s=0.0,
     replicas=1,
     apart=False,
+    says=None,
 ):
     """(Engine, facts), as the engine's process builds it; with `replicas`, several as one, faults in the first;
-    `apart`: launched from threads of their own."""
+    `apart`: launched from threads of their own; `says`: what every answer is."""
     if replicas > 1:
         size = dict(step_s=step_s, num_pages=num_pages, page_size=page_size, max_num_seqs=max_num_seqs)
         size |= dict(token_budget=token_budget, context=context)
@@ -190,6 +201,8 @@ def build_engine(
     limits = Limits(token_budget=token_budget, max_num_seqs=max_num_seqs, page_size=page_size, max_model_len=context)
     scheduler = Scheduler(limits, pool, PrefixCache(pool), POLICIES["fcfs"])
     runner = SpeakingRunner(FakeRunner(num_pages, page_size, max_num_seqs, PRINTABLE), step_s)
+    if says is not None:
+        runner.inner.scripts = OneScript(says)
     if fault:
         runner = FaultyRunner(runner, parse_faults(fault))
     grammars = GrammarCompiler(lambda: TokenizerBridge(json.dumps(byte_tokenizer().spec), VOCAB, (EOS,)))
