@@ -64,14 +64,20 @@ def decode_layers(
     groups: tuple[tuple[int, ...], ...] = (),
     kernel: Kernel | None = None,
 ) -> tuple[jax.Array, list[Pages]]:
-    """See api.decode_layers."""
+    """See api.decode_layers. A launch's arguments hold MOST_LAYERS layers; deeper models are as few launches as that
+    allows, of about as many layers each."""
     refuse(x, layers, pages, head, scale, groups)
-    first = layers[0]
-    qkv = _product(rms_norm(x, first.norms[0], eps), first.qkv)
-    qkv = (qkv if first.qkv_bias is None else qkv + first.qkv_bias.astype(jnp.float32)).astype(x.dtype)
-    rows = page_table, kv_lens, cosines, sines
-    out, written = call(kernel or ours(), x, qkv, layers, pages, *rows, eps=eps, scale=scale, groups=groups)
-    return (out if head is None else _product(rms_norm(out, head.norm, eps), head.table)), written
+    rows, written = (page_table, kv_lens, cosines, sines), list[Pages]()
+    kernel = kernel or ours()
+    calls = -(-len(layers) // MOST_LAYERS)
+    for number in range(calls):
+        part = slice(len(layers) * number // calls, len(layers) * (number + 1) // calls)
+        first = layers[part.start]
+        qkv = _product(rms_norm(x, first.norms[0], eps), first.qkv)
+        qkv = (qkv if first.qkv_bias is None else qkv + first.qkv_bias.astype(jnp.float32)).astype(x.dtype)
+        x, own = call(kernel, x, qkv, layers[part], pages[part], *rows, eps=eps, scale=scale, groups=groups)
+        written += own
+    return (x if head is None else _product(rms_norm(x, head.norm, eps), head.table)), written
 
 
 def refuse(
@@ -110,8 +116,6 @@ def refuse(
     for name, size in (("D", D), ("N * H", NH), ("F", F)):
         if size % DEPTH:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
-    if len(layers) > MOST_LAYERS:
-        raise NotImplementedError(f"{len(layers)} layers, at most {MOST_LAYERS}")
 
 
 def call(
