@@ -67,11 +67,17 @@ def chat(rng):
 
 
 def other(rng):
+    said = [{"role": "user", "content": text(rng)}]
+    flat, form = {"type": "function", **TOOL["function"]}, {"format": {"type": "json_schema", "schema": SCHEMA}}
+    tool = {"name": "get_weather", "input_schema": {"type": "object", "properties": {}}}
     return rng.choice(
         [
             ("/v1/embeddings", {"input": [text(rng), text(rng)]}),
             ("/v1/responses", {"input": text(rng), "max_output_tokens": 20}),
-            ("/v1/messages", {"messages": [{"role": "user", "content": text(rng)}], "max_tokens": 20}),
+            ("/v1/responses", {"input": said, "max_output_tokens": 60, "tools": [flat], "stream": rng.random() < 0.5}),
+            ("/v1/messages", {"messages": said, "max_tokens": 20}),
+            ("/v1/messages", {"messages": said, "max_tokens": 60, "tools": [tool], "stream": rng.random() < 0.5}),
+            ("/v1/messages", {"messages": said, "max_tokens": 60, "output_config": form}),
             ("/generate", {"text": text(rng), "sampling_params": {"max_new_tokens": 20}}),
             ("/tokenize", {"prompt": text(rng)}),
         ]
