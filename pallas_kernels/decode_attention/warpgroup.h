@@ -32,13 +32,21 @@ struct Worker {
   int number, warp, lane, g, t, group;
   uint32_t folds = 0;
   DEVICE int thread() const { return warp * 32 + lane; }
+  // Whose rows of the products are the queries. The workers' are on schedulers of their own.
+  DEVICE bool leads() const { return warp == number % kWorkers; }
   DEVICE void sync() const { sync_group(number % kWorkers); }
 };
 
 // ---- copies ----
 
 constexpr int kMostShift = 2;  // of a box: a tile at most
-DEVICE int box_units(const Params& p) { return 1 << least(p.page_shift, kMostShift); }
+DEVICE int box_shift(const Params& p) { return least(p.page_shift, kMostShift); }
+// Of a tile, two lanes for each box: the unit of the tile with which a lane's own begins.
+DEVICE int unit_of(const Params& p, int lane) { return least(lane / 2 << box_shift(p), kTile / kUnit - 1); }
+
+struct Boxes {  // of a tile: their number, and where in the map a lane's own lies
+  int count, row;
+};
 
 // Where a worker's tiles lie, one after the other; all lanes of a warp together.
 struct Walk {
@@ -46,25 +54,25 @@ struct Walk {
   int pages = 0;  // lane i: page of unit `window` + i of row `window_row`
   int window_row = -1, window = 0;
 
-  // Boxes of the tile; this lane's, two lanes for each: the unit of the tile with which it begins, and its row of the map.
-  DEVICE int boxes(const Params& p, int lane, int& unit, int& row) {
-    const int each = box_units(p), units = (at.length + kUnit - 1) / kUnit, first = at.tile * (kTile / kUnit);
+  DEVICE Boxes boxes(const Params& p, int lane) {
+    const int shift = box_shift(p), units = (at.length + kUnit - 1) / kUnit, first = at.tile * (kTile / kUnit);
     if (at.row != window_row || first < window || first + kTile / kUnit > window + 32) {
       window_row = at.row, window = first;
       pages = first + lane < units ? p.table[int64_t(at.row) * p.width + ((first + lane) >> p.page_shift)] : 0;
     }
-    unit = least(lane / 2 * each, kTile / kUnit - 1);
+    const int unit = unit_of(p, lane);
     const int page = shuffle(pages, first + unit - window), inside = (first + unit) & ((1 << p.page_shift) - 1);
-    row = (((page * p.kv_heads + at.head) << p.page_shift) + inside) * kUnit;
-    return (least(units - first, kTile / kUnit) + each - 1) / each;
+    const int row = (((page * p.kv_heads + at.head) << p.page_shift) + inside) * kUnit;
+    return {(least(units - first, kTile / kUnit) + (1 << shift) - 1) >> shift, row};
   }
 };
 
 // Keys or values of a tile into a slot; the barrier is told what to expect.
-DEVICE void copy_boxes(const Params& p, const TileMap* map, int boxes, int unit, int row, int lane, char* slot, uint64_t* full) {
-  if (lane == 0) expect_bytes(full, boxes * (kUnit << least(p.page_shift, kMostShift)) * kRowBytes * 2);
+DEVICE void copy_boxes(const Params& p, const TileMap* map, const Boxes& boxes, int lane, char* slot, uint64_t* full) {
+  if (lane == 0) expect_bytes(full, boxes.count * (kUnit << box_shift(p)) * kRowBytes * 2);
   sync_warp();
-  if (lane < 2 * boxes) copy_tile(slot + lane % 2 * kPartBytes + unit * kUnit * kRowBytes, map, lane % 2 * kDepth, row, full);
+  if (lane >= 2 * boxes.count) return;
+  copy_tile(slot + lane % 2 * kPartBytes + unit_of(p, lane) * kUnit * kRowBytes, map, lane % 2 * kDepth, boxes.row, full);
 }
 
 // ---- queries, new keys and values ----
@@ -105,10 +113,10 @@ SELDOM void prepare(const Params& p, Own& own, const Segment s, int group, int w
   }
 }
 
-// This lane's queries, as the products take them; other warps than the first have none.
+// This lane's queries, as the products take them; other warps than the one that leads have none.
 DEVICE void load_queries(const Worker& w, uint32_t (&queries)[kHead / 16][4]) {
   const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.s.queries[w.g]);
-  const bool there = w.warp == 0 && w.g < w.group;
+  const bool there = w.leads() && w.g < w.group;
 #pragma unroll
   for (int k = 0; k < kHead / 16; ++k) {
     queries[k][0] = there ? pairs[k * 8 + w.t] : 0, queries[k][2] = there ? pairs[k * 8 + 4 + w.t] : 0;
@@ -131,7 +139,7 @@ DEVICE void mend(Worker& w, char* slot, int live, bool enters, int value) {
 
 // ---- sums ----
 
-// Of a group's queries, in the first warp. A lane has of query g the columns 8n + 2t and the one behind it.
+// Of a group's queries, in the warp that leads. A lane has of query g the columns 8n + 2t and the one behind it.
 struct Sums {
   float most = -INFINITY, total = 0.f, out[kHead / 8][2] = {};
 };
@@ -158,12 +166,13 @@ DEVICE void fold(Sums& sums, const Sums& next) {
 // Scores of row g to probabilities, as the second product takes them: rounded, and in the rows behind what is then missing.
 DEVICE void exponentials(const Worker& w, int live, const float (&scores)[kTile / 2], uint32_t (&probabilities)[kTile / 16][4], float& most,
                          float& total) {
+  const float scale = w.p.scale;  // one load: `p` may lie in shared memory
   float own[kTile / 8][2];
 #pragma unroll
   for (int j = 0; j < kTile / 8; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      own[j][h] = 8 * j + 2 * w.t + h < live ? times(scores[4 * j + h], w.p.scale) : -INFINITY;
+      own[j][h] = 8 * j + 2 * w.t + h < live ? times(scores[4 * j + h], scale) : -INFINITY;
       most = larger(most, own[j][h]);
     }
   for (int mask = 1; mask < 4; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
@@ -202,7 +211,7 @@ DEVICE void attend(Worker& w, Feed& feed, const Segment& s, int tile, Sums& sums
   feed.give_back();
   uint32_t probabilities[kTile / 16][4] = {};
   float most = -INFINITY, total = 0.f;
-  if (w.warp == 0) exponentials(w, live, scores, probabilities, most, total);
+  if (w.leads()) exponentials(w, live, scores, probabilities, most, total);
   char* values = feed.take();
   if (live < kTile || enters) mend(w, values, live, enters, 1);
   float out[kHead / 2];
@@ -218,7 +227,7 @@ DEVICE void attend(Worker& w, Feed& feed, const Segment& s, int tile, Sums& sums
   end_products();
   await_products<0>();
   feed.give_back();
-  if (w.warp > 0) return;
+  if (!w.leads()) return;
   const Fold both(sums.most, sums.total, most, total);
 #pragma unroll
   for (int n = 0; n < kHead / 8; ++n)
@@ -226,7 +235,7 @@ DEVICE void attend(Worker& w, Feed& feed, const Segment& s, int tile, Sums& sums
     for (int h = 0; h < 2; ++h) sums.out[n][h] = both(sums.out[n][h], out[4 * n + h] + out[4 * n + 2 + h]);
 }
 
-// A split's tiles; all warps, with sums in the first.
+// A split's tiles; all warps, with sums in the one that leads.
 template <typename Feed>
 DEVICE void attend_split(Worker& w, Feed& feed, const Segment& s, int split, Sums& sums) {
   const int first = split * s.split, last = least(first + s.split, s.tiles);
@@ -237,7 +246,7 @@ DEVICE void attend_split(Worker& w, Feed& feed, const Segment& s, int split, Sum
 // ---- results in memory ----
 
 DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Sums& sums) {
-  if (w.warp > 0 || w.g >= w.group) return;
+  if (!w.leads() || w.g >= w.group) return;
   to += (at * w.group + w.g) * kHead + 2 * w.t, stats += (at * w.group + w.g) * 2;
   if (w.t == 0) stats[0] = sums.most, stats[1] = sums.total;
 #pragma unroll
@@ -270,11 +279,11 @@ struct Piece {
   float most, total, out[8];
 };
 
-// Everything the first warp stored is there for whoever counts up last; true, in all: that is this worker, and all counts are there.
+// Everything the warp that leads stored is there for whoever counts up last; true, in all: that is this worker, and all counts are there.
 DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
   bool& told = w.s.last[w.folds++ % 2];  // read before it is written again: there is a barrier between
   sync_warp();
-  if (w.thread() == 0) {
+  if (w.leads() && w.lane == 0) {
     told = count_up(&arrivals[here()][counter], uint32_t(by)) + by == uint32_t(all);
     if (told) arrivals[here()][counter] = 0;
   }
@@ -327,7 +336,7 @@ DEVICE uint16_t* out_of(const Worker& w, const Segment& s, int query) {
 }
 
 DEVICE void write_out(const Worker& w, const Segment& s, const Sums& sums) {
-  if (w.warp > 0 || w.g >= w.group) return;
+  if (!w.leads() || w.g >= w.group) return;
   const float share = 1.f / sums.total;
   uint32_t* to = reinterpret_cast<uint32_t*>(out_of(w, s, w.g));
 #pragma unroll
@@ -375,7 +384,7 @@ DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int
     attend_split(w, feed, s, split, sums);
     if (!begins)
       store(w, p.parts, p.part_stats, base + split - run.first, sums);
-    else if (apart && w.warp == 0)
+    else if (apart && w.leads())
       fold_split(w, base, split == first, sums);
   }
   if (begins && last == run.last) return finish_run(w, s, run, sums);

@@ -2,9 +2,9 @@
 //
 // One block a multiprocessor, of two workers: for each a warp that asks the copy engine for keys and values, 64 of one head at a
 // time, as far ahead as shared memory allows, and four that multiply. Both products are the warpgroup's (WGMMA): queries, from
-// registers, times keys; probabilities, from registers, times values. Of the 64 rows that these instructions have a group's
-// queries are the first eight, so the first warp alone has anything to exponentiate or to fold, and no warp waits for another. In
-// the next eight rows stands what rounding took from the probabilities: they have 16 bits together.
+// registers, times keys; probabilities, from registers, times values. Of the 64 rows that these instructions have eight of one
+// warp's sixteen are a group's queries, so that warp alone has anything to exponentiate or to fold, and none waits for another. In
+// its other eight rows stands what rounding took from the probabilities: they have 16 bits together.
 //
 // A row's new key and value are made, where that is asked for, together with the queries; who has a row's last keys writes them to
 // their page and over what the copy brought of it.
@@ -41,13 +41,12 @@ DEVICE void fetch(const Call& p, Ring& ring, Walk walk, int lane) {
   uint32_t asked = 0;
 #pragma unroll 1
   while (walk.at.left > 0) {
-    int unit, row;
-    const int boxes = walk.boxes(p, lane, unit, row);
+    const Boxes boxes = walk.boxes(p, lane);
 #pragma unroll 1
     for (int values = 0; values < 2; ++values, ++asked) {
       const uint32_t slot = asked % kSlots, round = asked / kSlots;
       if (round > 0) wait_for(&ring.empty[slot], (round - 1) & 1);
-      copy_boxes(p, values ? &p.values : &p.keys, boxes, unit, row, lane, ring.slots[slot], &ring.full[slot]);
+      copy_boxes(p, values ? &p.values : &p.keys, boxes, lane, ring.slots[slot], &ring.full[slot]);
     }
     advance(p, walk.at, 1);
   }
@@ -71,23 +70,25 @@ struct Feed {
 DEVICE void run(const Call& p, Shared& shared, int program, int thread) {
   const int group = thread / kGroupThreads, warp = thread / 32 % kWarps, lane = thread % 32;
   const bool fetches = group == kWorkers;
-  if (fetches && warp < kWorkers && lane == 0) {
-    Ring& ring = shared.rings[warp];
+  const int mine = fetches ? warp - kWorkers : group;  // by warps that do not share a scheduler with one that leads
+  if (fetches && mine >= 0 && lane == 0) {
+    Ring& ring = shared.rings[mine];
     for (int slot = 0; slot < kSlots; ++slot) init_barrier(&ring.full[slot], 1), init_barrier(&ring.empty[slot], kWarps);
     publish_barriers();
   }
   sync_all();
-  const int mine = fetches ? warp : group, number = program * kWorkers + mine;
+  const int number = program * kWorkers + mine;
   Deal deal;
   Share share;
+  const bool any = mine >= 0 && find_share(p, number, lane, deal, share);
   if (fetches) {
-    give_registers<40>();
-    if (mine >= kWorkers || !find_share(p, number, lane, deal, share)) return;
-    return fetch(p, shared.rings[mine], Walk{cursor_of(p, share)}, lane);
+    give_registers<56>();
+    if (any) fetch(p, shared.rings[mine], Walk{cursor_of(p, share)}, lane);
+    return;
   }
-  take_registers<232>();
+  take_registers<224>();
   clear_empty_rows(p, number, thread % kGroupThreads);
-  if (!find_share(p, number, lane, deal, share)) return;
+  if (!any) return;
   shared.own[mine].deal = deal;  // by all, the same
   Worker w{p, shared.own[mine], number, warp, lane, lane / 4, lane % 4, p.heads / p.kv_heads};
   Feed feed{shared.rings[mine], lane};

@@ -20,7 +20,12 @@ DEVICE constexpr int here() { return 0; }
 DEVICE float wide(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 DEVICE uint16_t narrow(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 DEVICE float exp_(float x) { return __expf(x); }
-DEVICE float exp2_(float x) { return exp2f(x); }
+// 0 below 2^-126: exp2f scales there and back, which the compiler does one number after the other.
+DEVICE float exp2_(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 DEVICE float divided(float a, float b) { return __fdividef(a, b); }  // 0 above 2^126
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }

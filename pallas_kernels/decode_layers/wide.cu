@@ -164,20 +164,24 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
     return slots + turn.slot * kWeightBytes;
   };
   auto attend = [&](int layer) {
+    const Maps& maps = p.maps[layer];
     Walk walks[kWorkers];
+    Boxes boxes[kWorkers];  // of a worker's tile: keys and values lie alike
 #pragma unroll
     for (int w = 0; w < kWorkers; ++w)
       if (control.tiles[w] > 0) walks[w].at = cursor_of(p.attention, control.shares[w]);
-    auto copy = [&](Walk& walk, int values) {
-      int unit, row;
-      const int boxes = walk.boxes(p.attention, lane, unit, row);
+    auto copy = [&](Walk& walk, Boxes& own, int values) {
+      if (!values) {
+        own = walk.boxes(p.attention, lane);
+        advance(p.attention, walk.at, 1);
+      }
       char* to = next();
-      const Maps& maps = p.maps[layer];
-      copy_boxes(p.attention, values ? &maps.values : &maps.keys, boxes, unit, row, lane, to, &control.weights_there[turn.slot]);
+      copy_boxes(p.attention, values ? &maps.values : &maps.keys, own, lane, to, &control.weights_there[turn.slot]);
       turn.next();
-      if (values) advance(p.attention, walk.at, 1);
     };
-    each_tile(control, [&](int worker, int values) { worker == 0 ? copy(walks[0], values) : copy(walks[1], values); });
+    each_tile(control, [&](int worker, int values) {
+      worker == 0 ? copy(walks[0], boxes[0], values) : copy(walks[1], boxes[1], values);
+    });
   };
   each_unit(p, block, attend, [&](int layer, int number, const Unit& unit) {
     const Stage& stage = p.stages[number];
@@ -377,9 +381,10 @@ DEVICE void finish(const Steps& p, const Now& now, const Unit& unit, const Place
   if (t == 0) control.squares[at.warp][row] = squares;
 }
 
+// The first of a thread's two lines; the other one is kComputing behind: a warp's lie side by side.
 DEVICE uint4* line_of(const Steps& p, int device, int parity, int source, int place, int thread) {
   const int64_t places = int64_t(p.stages[0].units / p.stages[0].splits * 2) * p.groups;  // o's and down's tiles are the same
-  return p.peers.lines[device] + parity * p.peers.half + ((source * places + place) * kComputing + thread) * 2;
+  return p.peers.lines[device] + parity * p.peers.half + (source * places + place) * 2 * kComputing + thread;
 }
 
 // Sums of up to AT_ONCE groups of rows, of all devices.
@@ -391,7 +396,7 @@ DEVICE void exchange(const Steps& p, int thread, uint32_t flag, int place, int c
     if (r < count)
       for (int next = 1; next < ranks; ++next) {
         uint4* to = line_of(p, (rank + next) % ranks, flag & 1, rank, place + r, thread);
-        put_line(to, sums[r].x, sums[r].y, flag), put_line(to + 1, sums[r].z, sums[r].w, flag);
+        put_line(to, sums[r].x, sums[r].y, flag), put_line(to + kComputing, sums[r].z, sums[r].w, flag);
       }
 #pragma unroll
   for (int r = 0; r < AT_ONCE; ++r)
@@ -401,7 +406,7 @@ DEVICE void exchange(const Steps& p, int thread, uint32_t flag, int place, int c
         float4 part = sums[r];
         if (source != rank) {
           const uint4* from = line_of(p, rank, flag & 1, source, place + r, thread);
-          await_line(from, flag, part.x, part.y), await_line(from + 1, flag, part.z, part.w);
+          await_line(from, flag, part.x, part.y), await_line(from + kComputing, flag, part.z, part.w);
         }
         total = source ? float4{total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w} : part;
       }
@@ -639,10 +644,10 @@ DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
     compute<T>(p, raw, control, at);
   } else {
     give_registers<88>();
-    if (role == 0) copy_weights<T>(p, raw, control, block, at.lane);
+    if (role == 0) tell(p, control, block, at.lane);
     if (role == 1 && at.lane == 0) copy_rows<T>(p, raw + S::kRowsAt, control, block);
     if (role == 2) scale_rows(p, control, block, at.lane);
-    if (role == 3) tell(p, control, block, at.lane);
+    if (role == 3) copy_weights<T>(p, raw, control, block, at.lane);  // no warp that exponentiates has its scheduler
   }
   meet_cluster();  // nobody leaves while the other copies to it
 }
