@@ -117,7 +117,9 @@ class Response:
             },
         }
         said = [one for one in self.messages if one["role"] != "system"]
-        self.remember([*said, message_of_blocks(made)])
+        cut = status == "incomplete" and made[-1].kind == "call"  # half a call, which nobody can answer
+        kept = made[:-1] if cut else made
+        self.remember([*said, message_of_blocks(kept)])
         return self.answer
 
     def remember(self, messages: list[dict[str, Any]]) -> None:

@@ -282,6 +282,8 @@ def test_a_call_that_is_cut_says_so():
         assert [(block["type"], block["input"]) for block in made["content"]] == [("tool_use", {})]
         answer = server.post("/v1/responses", ask(max_output_tokens=len(CALLS) - 30)).json()
         assert [item["status"] for item in answer["output"]] == ["incomplete"]
+        after = server.post("/v1/responses", ask(input="go on", previous_response_id=answer["id"]))
+        assert after.status_code == 200, after.text
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}], ids=lambda c: c["type"])
