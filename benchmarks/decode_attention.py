@@ -218,34 +218,46 @@ def bits(array: Any) -> np.ndarray:
 
 def check() -> None:
     """Hostile shapes against the reference; the same bits again, alone, and in the kernel's other calls."""
+    cases = [(name, spec) for name in ("groups", "warps") for spec in CHECKED]
     for name in ("groups", "warps"):
-        for spec in CHECKED:
-            try:
-                _check(name, spec)
-            except Exception:
-                say(what="check", kernel=name, spec=spec.name, failed=traceback.format_exc()[-1200:])
+        kernel(name)  # built and registered before threads ask for it
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [pool.submit(_prepared, *case) for case in cases]
+    for (name, spec), ready in zip(cases, waiting, strict=True):
+        try:
+            _check(name, spec, *ready.result())
+        except Exception:
+            say(what="check", kernel=name, spec=spec.name, failed=traceback.format_exc()[-1200:])
 
 
-def _check(name: str, spec: DecodeAttentionSpec) -> None:
-    given, *pools, table, lengths = jax.tree.map(jnp.asarray, spec.inputs())
-    scale = spec.paged.scale
+def _alone(spec: DecodeAttentionSpec, arguments: tuple[Any, ...], row: int) -> tuple[Any, ...]:
+    """The arguments of one row."""
+    given, *pools, table, lengths = arguments
+    part = slice(row, row + 1)
+    qkv = given.qkv[:, part] if given.parts else given.qkv[part]
+    rotation = given.cos[part], given.sin[part]
+    own = Heads(qkv, *rotation, given.norms, given.bias, K=spec.K, eps=given.eps, dtype=given.dtype)
+    return own, *pools, table[part], lengths[part]
+
+
+def _prepared(name: str, spec: DecodeAttentionSpec) -> tuple[Any, ...]:
+    """The arguments; compiled for them, most of a check's time: the reference, the kernel, also for one row."""
+    arguments, scale = jax.tree.map(jnp.asarray, spec.inputs()), spec.paged.scale
     ours = jax.jit(functools.partial(cuda.decode_heads, scale=scale, kernel=kernel(name)))
-    want = jax.jit(functools.partial(reference, scale=scale))(given, *pools, table, lengths)
-    got = ours(given, *pools, table, lengths)
+    expects = jax.jit(functools.partial(reference, scale=scale)).lower(*arguments).compile()
+    return arguments, expects, ours.lower(*arguments).compile(), ours.lower(*_alone(spec, arguments, 0)).compile()
+
+
+def _check(name: str, spec: DecodeAttentionSpec, arguments: Any, expects: Attend, ours: Attend, of_one: Attend) -> None:
+    lengths = arguments[-1]
+    want, got = expects(*arguments), ours(*arguments)
     live = np.flatnonzero(np.asarray(lengths))
     out, expected = np.asarray(got[0], np.float64), np.asarray(want[0], np.float64)
     error = float(np.linalg.norm(out - expected) / (np.linalg.norm(expected) or 1.0))
     near = [np.allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2**-7, atol=2**-6, equal_nan=True)
             for a, b in zip(got[1:], want[1:], strict=True)]  # fmt: skip
-    again = all(np.array_equal(bits(ours(given, *pools, table, lengths)[0]), bits(got[0])) for _ in range(20))
-    alone = []
-    for row in live[:4]:
-        part = slice(row, row + 1)
-        qkv = given.qkv[:, part] if given.parts else given.qkv[part]
-        own = Heads(
-            qkv, given.cos[part], given.sin[part], given.norms, given.bias, K=spec.K, eps=given.eps, dtype=given.dtype
-        )
-        alone.append(np.array_equal(bits(ours(own, *pools, table[part], lengths[part])[0])[0], bits(got[0])[row]))
+    again = all(np.array_equal(bits(ours(*arguments)[0]), bits(got[0])) for _ in range(20))
+    alone = [np.array_equal(bits(of_one(*_alone(spec, arguments, row))[0])[0], bits(got[0])[row]) for row in live[:4]]
     zeros = not out[np.asarray(lengths) == 0].any()
     row = dict(zeros=zeros, pages_right=near, repeats_equal=again, alone_equal=alone)
     say(

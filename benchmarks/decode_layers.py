@@ -55,10 +55,13 @@ def normal(key: jax.Array, shape: tuple[int, ...], scale: float = 1.0, shift: fl
 
 @functools.lru_cache(maxsize=1)
 def weights(model: str) -> list[LayerWeights]:
-    m = MODELS[model]
+    return weights_of(MODELS[model])
+
+
+def weights_of(m: LayersSpec) -> list[LayerWeights]:
     wide, made = (m.N + 2 * m.K) * m.H, []
     for layer in range(m.L):
-        k = jax.random.split(jax.random.key(layer), 6)
+        k = jax.random.split(jax.random.key(layer), 8)
         made.append(
             LayerWeights(
                 normal(k[0], (wide, m.D), m.D**-0.5),
@@ -66,7 +69,9 @@ def weights(model: str) -> list[LayerWeights]:
                 normal(k[2], (2, m.D), 0.1, 1.0),
                 normal(k[3], (2 * m.F, m.D), m.D**-0.5),
                 normal(k[4], (m.D, m.F), m.F**-0.5),
-                qk_norms=normal(k[5], (2, m.H), 0.1, 1.0) if m.qk_norm else None,
+                normal(k[6], (wide,)) if m.qkv_bias else None,
+                normal(k[7], (m.D,)) if m.o_bias else None,
+                normal(k[5], (2, m.H), 0.1, 1.0) if m.qk_norm else None,
             )
         )
     return made

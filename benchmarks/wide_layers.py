@@ -15,6 +15,7 @@ import functools
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from benchmarks.decode_layers import CONTEXT, MODELS, PAGE, bytes_of, normal, say, weights
+from benchmarks.decode_layers import CONTEXT, MODELS, PAGE, bytes_of, normal, say, weights, weights_of
 from pallas_kernels.compiled import NVCC, built
 from pallas_kernels.decode_layers import wide
+from pallas_kernels.decode_layers.api import LayerWeights
 from pallas_kernels.decode_layers.reference import decode_layers as reference
 from pallas_kernels.decode_layers.specs import EPS, LayersSpec
 
@@ -84,42 +86,68 @@ def seconds_of(model: str, B: int, of: wide.Kernel, reps: int = 20) -> float:
     return min(times[1:])
 
 
+CHECKED = (9, 1, 32, 64, 96, 128)  # one of each number of rows that the kernel pads to
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(shape: LayersSpec) -> list[LayerWeights]:
+    return weights_of(shape)
+
+
+def arguments_of(spec: LayersSpec) -> tuple[Any, ...]:
+    """As spec.arguments of its inputs, made on the device: 8B's weights take the host 9 s."""
+    table, written = spec.paging(np.random.default_rng(0))
+    shape, known = (len(written), spec.K, spec.page_size, spec.H), jnp.asarray(written)[:, None, :, None]
+    keys = iter(jax.random.split(jax.random.key(99), 2 * spec.L + 2))
+    pages = [tuple(jnp.where(known, normal(next(keys), shape), jnp.nan) for _ in range(2)) for _ in range(spec.L)]
+    angles = jax.random.uniform(next(keys), (len(spec.lengths), spec.H // 2), jnp.float32, 0, 6)
+    rows = jnp.asarray(table), jnp.asarray(spec.lengths, jnp.int32), jnp.cos(angles), jnp.sin(angles)
+    x = normal(next(keys), (len(spec.lengths), spec.D))
+    return x, _weights(dataclasses.replace(spec, name="", lengths=(), width=0, page_size=0)), pages, *rows
+
+
+Run = Callable[..., tuple[Any, list[Any]]]
+
+
+def compiled_all(work: list[tuple[Run, tuple[Any, ...]]]) -> list[Run]:
+    """Jitted functions for their arguments, side by side: one after the other they take most of a check's time."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda each: each[0].lower(*each[1]).compile(), work))
+
+
 def check(rows: tuple[int, ...]) -> None:
     """Two real layers at every padded number of rows against the reference; the same bits again."""
-    real = dataclasses.replace(MODELS["llama-3.1-8b"], name="8b", L=2, width=68, V=0)
+    real = dataclasses.replace(MODELS["llama-3.1-8b"], L=2, V=0)
     lengths = (1088, 3, 0, 700, 64, 129, 16, 1, 4000, 65, 1023)
     specs = [
         dataclasses.replace(real, name=f"8b, {B} rows", lengths=tuple(lengths[i % 11] for i in range(B)))
-        for B in (9, *rows)
+        for B in (CHECKED if rows == ROWS else rows)
     ]
     small = MODELS["qwen3-0.6b"]
-    specs.append(dataclasses.replace(small, name="0.6b, 40 rows", L=3, width=68, V=0, lengths=lengths * 3 + (5,) * 7))
-    specs.append(LayersSpec("long", (9000, 20000, 64, 100) * 3, L=2, width=1250, qkv_bias=True, o_bias=True))
-    for spec in specs:
-        spec = dataclasses.replace(spec, page_size=64, width=-(-max(spec.lengths) // 64) + 1)
-        given = spec.inputs()
-        x, layers, pages, *arrays = spec.arguments(given)
-
-        def op(call: Any, spec: Any = spec) -> Any:
-            return jax.jit(functools.partial(call, eps=EPS, scale=spec.H**-0.5))
-
-        ours = op(wide.decode_layers)
+    specs.append(dataclasses.replace(small, name="0.6b, 40 rows", L=3, V=0, lengths=lengths * 3 + (5,) * 7))
+    specs.append(LayersSpec("long", (9000, 20000, 64, 100) * 3, L=2, qkv_bias=True, o_bias=True))
+    specs = [dataclasses.replace(spec, page_size=64, width=-(-max(spec.lengths) // 64) + 1) for spec in specs]
+    of, given, work = kernel(), [arguments_of(spec) for spec in specs], []
+    for spec, arguments in zip(specs, given, strict=True):
+        options = {"eps": EPS, "scale": spec.H**-0.5}
+        ours = functools.partial(wide.decode_layers, **options, kernel=of)
+        work += [(jax.jit(ours), arguments), (jax.jit(functools.partial(reference, **options)), arguments)]
+    runs = iter(compiled_all(work))
+    for spec, arguments in zip(specs, given, strict=True):
+        ours, expected_of = next(runs), next(runs)
         live = [row for row, length in enumerate(spec.lengths) if length]
-        got, written = ours(x, layers, pages, *arrays)
-        want, expected = op(reference)(x, layers, pages, *arrays)
-        again = all(
-            np.array_equal(np.asarray(got)[live], np.asarray(ours(x, layers, pages, *arrays)[0])[live])
-            for _ in range(20)
-        )
+        got, written = ours(*arguments)
+        want, expected = expected_of(*arguments)
+        again = all(np.array_equal(np.asarray(got)[live], np.asarray(ours(*arguments)[0])[live]) for _ in range(20))
         errors = [_error(np.asarray(got)[live], np.asarray(want)[live])]
         for a, b in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
-            errors.append(_error(np.nan_to_num(np.asarray(a, np.float32)), np.nan_to_num(np.asarray(b, np.float32))))
+            errors.append(_error(jnp.nan_to_num(a.astype(jnp.float32)), jnp.nan_to_num(b.astype(jnp.float32))))
         say(what="check", spec=spec.name, errors=errors, good=bool(again and max(errors) < 1.5e-2), repeats_equal=again)
 
 
 def _error(got: Any, want: Any) -> float:
-    g, w = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.linalg.norm(g - w) / np.linalg.norm(w))
+    g, w = jnp.asarray(got, jnp.float32), jnp.asarray(want, jnp.float32)
+    return float(jnp.linalg.norm(g - w) / jnp.linalg.norm(w))
 
 
 def timed(rows: tuple[int, ...]) -> None:
@@ -186,18 +214,25 @@ def shared(rows: tuple[int, ...]) -> None:
     groups = (tuple(device.id for device in devices),)
     mesh = Mesh(np.array(devices), ("t",), axis_types=(AxisType.Auto,))
     real = dataclasses.replace(MODELS["llama-3.1-8b"], L=2, width=18, V=0, page_size=PAGE)
+    of, steps, given, work = kernel(), [], [], []
     for B in rows:
         spec = dataclasses.replace(
             real, name=f"8b, {B} rows", lengths=tuple((1088, 3, 64, 700)[i % 4] for i in range(B))
         )
-        given = spec.inputs()
-        x, layers, pages, *arrays = spec.arguments(given)
-        want, _ = jax.jit(functools.partial(reference, eps=EPS, scale=spec.H**-0.5))(x, layers, pages, *arrays)
-        op = functools.partial(wide.decode_layers, eps=EPS, scale=spec.H**-0.5, groups=groups)
-        step, own = spec.shared_by(op, mesh, layers[0]), spec.dealt(layers, len(devices))
-        outs = [np.asarray(step(x, own, pages, *arrays)[0]).reshape(len(devices), B, -1) for _ in range(20)]
+        x, layers, pages, *arrays = arguments_of(spec)
+        options = {"eps": EPS, "scale": spec.H**-0.5}
+        op = functools.partial(wide.decode_layers, **options, groups=groups, kernel=of)
+        step = spec.shared_by(op, mesh, layers[0])
+        steps.append((spec, (x, spec.dealt(layers, len(devices)), pages, *arrays)))
+        given.append((x, layers, pages, *arrays))
+        work += [(step, steps[-1][1]), (jax.jit(functools.partial(reference, **options)), given[-1])]
+    runs = iter(compiled_all(work))
+    for (spec, dealt), whole in zip(steps, given, strict=True):
+        step, expected_of = next(runs), next(runs)
+        want, B = expected_of(*whole)[0], len(spec.lengths)
+        outs = [np.asarray(step(*dealt)[0]).reshape(len(devices), B, -1) for _ in range(20)]
         same = all(np.array_equal(each[rank], outs[0][0]) for each in outs for rank in range(len(devices)))
-        error = _error(outs[0][0], np.asarray(want))
+        error = _error(outs[0][0], want)
         say(what="shared", spec=spec.name, devices=len(devices), error=error, good=same and error < 1.5e-2)
 
 

@@ -89,6 +89,19 @@ class LayersSpec:
     def head(self, given: dict[str, Any]) -> Head | None:
         return Head(*map(jnp.asarray, given["head"])) if self.V else None
 
+    def paging(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """int32[B, width], poison behind a row's pages; bool[P, page_size]: what holds something before this step."""
+        used = [-(-length // self.page_size) for length in self.lengths]
+        order = rng.permutation(sum(used) + 3).astype(np.int32)
+        table = np.full((len(self.lengths), self.width), 2**30, np.int32)
+        written = np.zeros((len(order), self.page_size), bool)
+        for row, (length, end) in enumerate(zip(self.lengths, np.cumsum(used), strict=True)):
+            own = order[end - used[row] : end]
+            table[row, : len(own)] = own
+            slots = np.arange(len(own) * self.page_size) < length - 1  # the last one is this step's
+            written[own] = slots.reshape(len(own), self.page_size)
+        return table, written
+
     def inputs(self, seed: int = 0) -> dict[str, Any]:
         """Arguments by name: numpy arrays, weights as dicts."""
         rng = np.random.default_rng(seed)
@@ -110,23 +123,12 @@ class LayersSpec:
             }
             for _ in range(self.L)
         ]
-        used = [-(-length // self.page_size) for length in self.lengths]
-        P = sum(used) + 3
-        order = rng.permutation(P).astype(np.int32)
-        table = np.full((B, self.width), 2**30, np.int32)  # entries behind a row's pages are poison
-        start = 0
-        for row, count in enumerate(used):
-            table[row, :count] = order[start : start + count]
-            start += count
-        shape = (P, self.K, self.page_size, self.H)
-        pages = []
-        for _ in range(self.L):
-            pair = [np.full(shape, np.nan, jnp.dtype(self.dtype)) for _ in range(2)]
-            for row, length in enumerate(self.lengths):
-                for at in range(max(length - 1, 0)):  # the last one is this step's
-                    for each in pair:
-                        each[table[row, at // self.page_size], :, at % self.page_size] = normal(self.K, self.H)
-            pages.append(tuple(pair))
+        table, written = self.paging(rng)
+        shape = (len(written), self.K, self.page_size, self.H)
+        nothing = np.array(np.nan, jnp.dtype(self.dtype))
+        pages = [
+            tuple(np.where(written[:, None, :, None], normal(*shape), nothing) for _ in range(2)) for _ in range(self.L)
+        ]
         angles = rng.uniform(0, 6, (B, self.H // 2)).astype(np.float32)
         return {
             "x": normal(B, self.D),
