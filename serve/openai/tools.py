@@ -33,6 +33,7 @@ class ToolPlan:
     reasoning_parser: str | None = None
     names: frozenset[str] = frozenset()
     grammar: GrammarSpec | None = None  # tool_choice required or named
+    parallel: bool = True  # False: of several calls the first is the answer's
 
     @property
     def parses(self) -> bool:
@@ -61,7 +62,8 @@ class ToolPlan:
 
     def parser(self, prompt: str) -> OutputParser:
         inside = starts_in_reasoning(self.reasoning_parser, prompt)
-        return OutputParser(self.tool_parser, self.reasoning_parser, inside=inside, tool_names=self.names or None)
+        options = {"inside": inside, "tool_names": self.names or None, "parallel": self.parallel}
+        return OutputParser(self.tool_parser, self.reasoning_parser, **options)
 
 
 def parser_names(settings: FrontSettings, tokenizer: Any) -> tuple[str | None, str | None]:
@@ -96,13 +98,13 @@ def plan_tools(
             return ToolPlan(reasoning_parser=reasoning)
         if parser is None:
             raise unsupported("tools", "are not supported by this model: its chat template shows no format for calls")
-        spec = None
+        spec, several = None, parallel is not False
         if choice == "required":
             added = {token.content for token in tokenizer.rust.get_added_tokens_decoder().values()}
-            spec = tool_grammar(parser, callable_, parallel=parallel is not False, added_tokens=added)
+            spec = tool_grammar(parser, callable_, parallel=several, added_tokens=added)
     except RequestError as error:
         raise from_request_error(error, code="invalid_value") from None
-    return ToolPlan(list(offered or ()), parser, reasoning, frozenset(tool.name for tool in callable_), spec)
+    return ToolPlan(list(offered or ()), parser, reasoning, frozenset(tool.name for tool in callable_), spec, several)
 
 
 def merge_grammars(asked: GrammarSpec | None, plan: ToolPlan) -> GrammarSpec | None:

@@ -259,6 +259,23 @@ def test_a_turn_with_results_is_the_prompt_that_chat_would_make(server):
     assert counted == {"input_tokens": wanted["usage"]["prompt_tokens"]}
 
 
+def test_one_call_at_a_time_is_the_first_of_those_that_came(scripted):
+    one = {"disable_parallel_tool_use": True, "type": "auto"}
+    for body, calls in ((say(tool_choice=one), 1), (say(), 2)):
+        made = scripted.post("/v1/messages", body).json()
+        assert [block["type"] for block in made["content"]] == ["thinking", "text", *["tool_use"] * calls]
+        assert made["stop_reason"] == "tool_use"
+        started = [e for e in scripted.events("/v1/messages", body) if e["type"] == "content_block_start"]
+        assert len(started) == 2 + calls
+    (call,) = [
+        i for i in scripted.post("/v1/responses", ask(parallel_tool_calls=False)).json()["output"] if "name" in i
+    ]
+    assert json.loads(call["arguments"]) == ARGUMENTS
+    tools = [{"type": "function", "function": without(FUNCTION, "type")}]
+    chat = scripted.chat(tools=tools, parallel_tool_calls=False, max_tokens=400).json()["choices"][0]
+    assert (len(chat["message"]["tool_calls"]), chat["finish_reason"]) == (1, "tool_calls")
+
+
 def test_thinking_is_switched_off_by_the_template(server):
     def tokens(**fields):
         return server.post("/v1/messages/count_tokens", say(**fields)).json()["input_tokens"]

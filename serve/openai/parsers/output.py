@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from serve.openai.parsers.events import Event, NewId, Parsed, Sink, Text, collect
+from serve.openai.parsers.events import CallArguments, CallStart, Event, NewId, Parsed, Sink, Text, collect
 from serve.openai.parsers.pythonic import pythonic
 from serve.openai.parsers.stream import Format, Source, Steps, StreamParser
 from serve.openai.parsers.tool_formats import Names, deepseek, hermes, llama3_json, mistral
@@ -103,7 +103,8 @@ def _plain(source: Source, sink: Sink) -> Steps[None]:
 
 
 class OutputParser:
-    """One choice of one response. `tool_parser` None: tools were not offered, so nothing is a call."""
+    """One choice of one response. `tool_parser` None: tools were not offered, so nothing is a call. `parallel` False:
+    calls behind the first are dropped, as a model that was not forced may write several all the same."""
 
     def __init__(
         self,
@@ -113,12 +114,14 @@ class OutputParser:
         inside: bool = False,
         tool_names: Collection[str] | None = None,
         new_id: NewId | None = None,
+        parallel: bool = True,
     ) -> None:
         tools = TOOL_PARSERS[tool_parser] if tool_parser is not None else None
         new_id = new_id or _ids(tools)
         form = tools.form(frozenset(tool_names) if tool_names is not None else None) if tools is not None else _plain
         self._tools = StreamParser(form, new_id)
         thoughts = REASONING_PARSERS[reasoning_parser] if reasoning_parser is not None else None
+        self._parallel = parallel
         self._reasoning = StreamParser(_reasoning(thoughts, inside), new_id) if thoughts is not None else None
 
     @property
@@ -133,12 +136,18 @@ class OutputParser:
 
     def feed(self, text: str) -> list[Event]:
         """What is certain now that this text came too."""
-        return self._tools.feed(text) if self._reasoning is None else self._pass_on(self._reasoning.feed(text))
+        found = self._tools.feed(text) if self._reasoning is None else self._pass_on(self._reasoning.feed(text))
+        return self._wanted(found)
 
     def finish(self) -> list[Event]:
         """The rest; after this nothing may be fed."""
         rest = [] if self._reasoning is None else self._pass_on(self._reasoning.finish())
-        return [*rest, *self._tools.finish()]
+        return self._wanted([*rest, *self._tools.finish()])
+
+    def _wanted(self, events: list[Event]) -> list[Event]:
+        if self._parallel:
+            return events
+        return [event for event in events if not (isinstance(event, CallStart | CallArguments) and event.index > 0)]
 
     def parse(self, text: str) -> Parsed:
         """The whole output at once."""
