@@ -115,13 +115,12 @@ def compiled_all(work: list[tuple[Run, tuple[Any, ...]]]) -> list[Run]:
         return list(pool.map(lambda each: each[0].lower(*each[1]).compile(), work))
 
 
-def check(rows: tuple[int, ...]) -> None:
+def check(rows: tuple[int, ...] = CHECKED) -> None:
     """Two real layers at every padded number of rows against the reference; the same bits again."""
     real = dataclasses.replace(MODELS["llama-3.1-8b"], L=2, V=0)
     lengths = (1088, 3, 0, 700, 64, 129, 16, 1, 4000, 65, 1023)
     specs = [
-        dataclasses.replace(real, name=f"8b, {B} rows", lengths=tuple(lengths[i % 11] for i in range(B)))
-        for B in (CHECKED if rows == ROWS else rows)
+        dataclasses.replace(real, name=f"8b, {B} rows", lengths=tuple(lengths[i % 11] for i in range(B))) for B in rows
     ]
     small = MODELS["qwen3-0.6b"]
     specs.append(dataclasses.replace(small, name="0.6b, 40 rows", L=3, V=0, lengths=lengths * 3 + (5,) * 7))
@@ -150,7 +149,7 @@ def _error(got: Any, want: Any) -> float:
     return float(jnp.linalg.norm(g - w) / jnp.linalg.norm(w))
 
 
-def timed(rows: tuple[int, ...]) -> None:
+def timed(rows: tuple[int, ...] = ROWS) -> None:
     for model in MODELS:
         for B in rows:
             seconds, size = seconds_of(model, B, kernel()), bytes_of(model, B, "none")
@@ -158,7 +157,7 @@ def timed(rows: tuple[int, ...]) -> None:
             say(what="time", model=model, B=B, ms=seconds * 1e3, TBps=size / seconds / 1e12, **more)
 
 
-def variants(rows: tuple[int, ...]) -> None:
+def variants(rows: tuple[int, ...] = ROWS) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda flags: built(wide.SOURCE, wide.INCLUDES, (*NVCC, *flags)), VARIANTS.values()))
     for name, flags in VARIANTS.items():
@@ -175,7 +174,7 @@ NAMES += ["attention: waits", "attention: qkv there", "attention: ended"]
 FIRST = NAMES.index("attention: waits")  # of a layer's
 
 
-def timeline(rows: tuple[int, ...]) -> None:
+def timeline(rows: tuple[int, ...] = ROWS) -> None:
     """Of a layer in the middle, in us after its first block began: the first, the median and the last block."""
     of, L = kernel(TIMELINE), 6
     m = MODELS["llama-3.1-8b"]
@@ -208,7 +207,7 @@ def timeline(rows: tuple[int, ...]) -> None:
             say(what="timeline", B=B, point=NAMES[point], turn=turn, us=us, blocks=len(each))
 
 
-def shared(rows: tuple[int, ...]) -> None:
+def shared(rows: tuple[int, ...] = ROWS) -> None:
     """On all devices of this machine: right, the same bits on each and again."""
     devices = jax.devices()
     groups = (tuple(device.id for device in devices),)
@@ -242,10 +241,10 @@ SECTIONS = {"check": check, "time": timed, "variants": variants, "timeline": tim
 def main(words: list[str]) -> None:
     names = [word for word in words if "=" not in word]
     chosen = [word.removeprefix("rows=") for word in words if "=" in word]
-    rows = tuple(map(int, chosen[0].split(","))) if chosen else ROWS
+    rows = [tuple(map(int, word.split(","))) for word in chosen]
     for name in names or ("check", "time", "variants", "timeline"):
         try:
-            SECTIONS[name](rows)
+            SECTIONS[name](*rows)
         except Exception:
             say(what=name, failed=traceback.format_exc()[-1500:])
 

@@ -16,7 +16,7 @@ from jaxllm.core import GrammarSpec
 from serve.errors import ApiError, invalid, unsupported
 from serve.front import Front, collect
 from serve.middleware import Call
-from serve.openai.messages import render
+from serve.openai.messages import MAX_TEXT, render
 from serve.openai.params import make_params
 from serve.openai.parsers.blocks import Block, Blocks, Change, Closed, Grown, Opened, call_of
 from serve.openai.protocol import AnthropicBody, AnthropicPrompt, parse
@@ -26,7 +26,6 @@ from serve.openai.turn import BlockReader, Turn, take_turn
 from serve.responses import Answer, EventStream, as_json, event
 from serve.streams import Piece, Stream
 
-MAX_SHOWN = 80  # characters of a quoted value
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -54,7 +53,7 @@ def _blocks(content: Any, where: str) -> list[dict[str, Any]]:
 
 def _of_kind(block: dict[str, Any], kind: str, name: str, where: str) -> str:
     if block.get("type") != kind:
-        shown = str(block.get("type"))[:MAX_SHOWN]
+        shown = str(block.get("type"))[:MAX_TEXT]
         raise invalid(where.partition("[")[0], f"{where} has a block of type {shown!r}: this model takes text only")
     if not isinstance(block.get(name), str):
         raise invalid(where.partition("[")[0], f"{where}: a block of type {kind!r} needs {name}, a text")
@@ -119,7 +118,7 @@ def _plan(front: Front, body: AnthropicPrompt) -> ToolPlan:
     tools, choice = [], body.tool_choice or {"type": "auto"}
     for i, tool in enumerate(body.tools or ()):
         if tool.get("type", "custom") != "custom":
-            shown = str(tool.get("type"))[:MAX_SHOWN]
+            shown = str(tool.get("type"))[:MAX_TEXT]
             raise unsupported("tools", f"[{i}] of type {shown!r}: only tools with an input_schema can be called")
         function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
         if tool.get("description") is not None:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from serve.errors import invalid, unsupported
+from serve.openai.messages import MAX_TEXT
 from serve.openai.parsers.blocks import Block, Change, Closed, Grown, Opened, call_of
 from serve.openai.protocol import ResponsesBody
 
-MAX_SHOWN = 80  # characters of a quoted value
 PREFIX = {"text": "msg", "reasoning": "rs", "call": "fc"}
 TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
@@ -31,7 +31,7 @@ def _text_of(content: Any, where: str, name: str = "content") -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if kind not in (*TEXT_PARTS, "refusal") or not isinstance(text, str):
-            raise invalid("input", f"{where}.{name} of type {str(kind)[:MAX_SHOWN]!r}: this model takes text only")
+            raise invalid("input", f"{where}.{name} of type {str(kind)[:MAX_TEXT]!r}: this model takes text only")
         texts.append(text)
     return "\n".join(texts)
 
@@ -73,7 +73,7 @@ class _Conversation:
                 output = _text_of(item.get("output"), where, "output")
                 self._say({"role": "tool", "tool_call_id": _named(item, "call_id", where), "content": output})
             case kind:
-                raise invalid("input", f"{where} of type {str(kind)[:MAX_SHOWN]!r} is not supported")
+                raise invalid("input", f"{where} of type {str(kind)[:MAX_TEXT]!r} is not supported")
 
     def _say(self, message: dict[str, Any]) -> None:
         self._open = None
@@ -102,7 +102,7 @@ def tools_of(body: ResponsesBody) -> list[dict[str, Any]]:
     for i, tool in enumerate(body.tools or ()):
         if tool.get("type") != "function":
             raise unsupported(
-                "tools", f"[{i}] of type {str(tool.get('type'))[:MAX_SHOWN]!r}: only functions can be called"
+                "tools", f"[{i}] of type {str(tool.get('type'))[:MAX_TEXT]!r}: only functions can be called"
             )
         function = {name: value for name, value in tool.items() if name != "type" and value is not None}
         found.append({"type": "function", "function": function})

@@ -101,12 +101,12 @@ class Response:
         status = {"stop": "completed", "abort": "cancelled"}.get(piece.finish_reason or "", "incomplete")
         usage, made, scores = usage_of([stream]), self.reader.blocks.made, self._logprobs(piece)
         last = "completed" if status == "completed" else "incomplete"
-        states = [*["completed"] * (len(made) - 1), last]
-        parts = [None if scores is None else [part_of(block, block.text, scores)] for block in made]
-        rid = self.call.request_id
+        request_id = self.call.request_id
+        done = [item_of(block, request_id, "completed") for block in made[:-1]]
+        parts = None if scores is None else [part_of(made[-1], made[-1].text, scores)]  # then there is one block
         self.answer |= {
             "status": status,
-            "output": [item_of(*one) for one in zip(made, [rid] * len(made), states, parts, strict=True)],
+            "output": [*done, item_of(made[-1], request_id, last, parts)],
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "usage": {
                 "input_tokens": usage["prompt_tokens"],

@@ -165,7 +165,7 @@ def test_a_machine_too_small_for_the_residual_stream_is_refused():
 
 
 @cpu_only
-@pytest.mark.parametrize("most", [1, 37], ids=["launch_a_layer", "one_launch"])
+@pytest.mark.parametrize("most", [1, wide.MOST_LAYERS], ids=["launch_a_layer", "one_launch"])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.kernels)])
 def test_devices_that_share_layers_hold_the_same_bits_step_after_step(ranks, most, monkeypatch):
     monkeypatch.setattr(wide, "MOST_LAYERS", most)

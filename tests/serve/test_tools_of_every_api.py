@@ -9,10 +9,12 @@ import pytest
 from helpers.byte_model import byte_tokenizer
 from helpers.server import Server, settings
 
-from serve.openai.parsers.blocks import Blocks, message_of_blocks
+from serve.openai.parsers.blocks import Block, Blocks, message_of_blocks
 from serve.openai.parsers.events import CallArguments, CallStart, Reasoning, Text
 from serve.openai.protocol import ResponsesBody
 from serve.openai.response_items import messages_of
+from serve.openai.tools import ToolPlan
+from serve.openai.turn import Turn
 
 ARGUMENTS = {"city": "Paris"}
 THOUGHT, SAID = "Where is it?", "Let me look."
@@ -152,6 +154,29 @@ def test_items_become_messages_with_one_of_the_assistants_for_what_it_did_in_a_r
         {"role": "assistant", "content": "really"},
     ]
     assert before == [{"role": "assistant", "content": "before"}]
+
+
+def test_calls_of_two_rounds_are_two_messages():
+    items = []
+    for call_id in ("c1", "c2"):
+        items.append({"type": "function_call", "call_id": call_id, "name": "f", "arguments": "{}"})
+        items.append({"type": "function_call_output", "call_id": call_id, "output": "1"})
+    found = messages_of(ResponsesBody(input=items), [])
+    assert [message["role"] for message in found] == ["assistant", "tool", "assistant", "tool"]
+    assert [len(message.get("tool_calls", ())) for message in found] == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count"),
+    [("<think>hello</think>abc", 5), ("hello</think>abc", 5), ("<think>hello", 5), ("hello", 5)],
+    ids=["marked", "opened by the prompt", "cut", "opened and cut"],
+)
+def test_tokens_of_reasoning_are_counted_between_its_marks(tokens, count):
+    named = tokenizer()
+    named.rust.add_special_tokens(["<think>", "</think>"])
+    turn = Turn(None, ToolPlan(reasoning_parser="qwen3"), "", named)
+    assert turn.reasoning_tokens(named.encode(tokens), [Block(0, "reasoning", "hello")]) == count
+    assert turn.reasoning_tokens(named.encode(tokens), [Block(0, "text", "hello")]) == 0
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}], ids=str)
