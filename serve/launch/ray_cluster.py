@@ -6,6 +6,8 @@ actors or processes is gone is started anew as a whole, in a fresh placement gro
 extra `ray`; imports it here and nowhere else.
 """
 
+# pyright: reportUnnecessaryTypeIgnoreComment=false
+# Types are checked with and without Ray beside us (make test-ray installs it).
 from __future__ import annotations
 
 import logging
@@ -66,7 +68,7 @@ class Replica:
         )
 
         ray, each = self.ray, max(1, self.launch.processes)
-        bundle = {"CPU": 1, **({"GPU": self.gpus} if self.gpus else {})}
+        bundle: dict[str, float] = {"CPU": 1, **({"GPU": self.gpus} if self.gpus else {})}
         # Engines of several processes may share a node; replicas that need none of each other are spread.
         self._group = placement_group([bundle] * each, strategy="PACK")
         try:
