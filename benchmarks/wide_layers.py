@@ -42,7 +42,9 @@ PREDICTED = {  # ms of the layers: bytes at 4.0 TB/s, products of 128 rows at 3.
     ("qwen3-0.6b", 128): 4.6,
 }
 VARIANTS = {
-    "32 KiB of x": ("-DJAXLLM_ROW_ROOM=32",),
+    "80 KiB of x": ("-DJAXLLM_ROW_ROOM=80",),
+    "96 KiB of x": ("-DJAXLLM_ROW_ROOM=96",),
+    "112 KiB of x": ("-DJAXLLM_ROW_ROOM=112",),
     "cut for 3 percent": ("-DJAXLLM_EVEN=63",),
 }
 TIMELINE = ("-DJAXLLM_TIMELINE",)

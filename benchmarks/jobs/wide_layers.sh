@@ -35,7 +35,7 @@ stage heads 60 "with rotation and page write, as a step calls it" benchmarks.dec
 stage check 60 "wide layers: right at every padded number of rows" benchmarks.wide_layers check
 stage wide 90 "wide layers: ms of all layers, 8B and 0.6B, 1 to 128 rows" benchmarks.wide_layers time
 stage timeline 60 "where a layer's time goes" benchmarks.wide_layers timeline rows=32,128
-stage variants 60 "less room for x, runs cut more or less often" benchmarks.wide_layers variants rows=32,128
+stage variants 60 "more room for x, runs cut more or less often" benchmarks.wide_layers variants rows=32,128
 bench() { # shape kernels batches limit
   timeout "$4" python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py "$1" /tmp/shapes)" --batch "$3" --prefill "" \
     --repeats 1 --set kernels=$2 --label "$COMMIT $2" --out "$OUT/$1-$2.json" 2>&1 | tail -n 12

@@ -355,7 +355,7 @@ def _compile(
     chained = EVERY_ROWS if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
     alone = (
         config.mesh.tensor * config.mesh.expert == 1
-    )  # the kernel for layers that devices share has not run on GPUs yet
+    )  # layers that devices share: ahead on two GPUs at 1 and 128 rows only, behind on four (wide_layers_h200)
     whole = EVERY_ROWS if kernels == "layers" else WHOLE_ROWS if fastest and alone else None
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
