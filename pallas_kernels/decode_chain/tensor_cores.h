@@ -23,6 +23,20 @@ DEVICE void await_line(const uint4* from, uint32_t flag, float& a, float& b) {
   a = as_float(from->x), b = as_float(from->z);
 }
 
+// Four numbers whose words say by themselves whether they are there: zero is nobody's. Looking, and waiting for what was missing.
+DEVICE uint32_t never_zero(float x) { return bits_of(x) ? bits_of(x) : 0x80000000u; }
+DEVICE int missing(const float4& v) { return !bits_of(v.x) + !bits_of(v.y) + !bits_of(v.z) + !bits_of(v.w); }
+DEVICE void put_sums(float4* to, const float4& v) {
+  if (missing(*to) != 4) throw std::logic_error("sums over others that nobody took");
+  *to = {as_float(never_zero(v.x)), as_float(never_zero(v.y)), as_float(never_zero(v.z)), as_float(never_zero(v.w))};
+  machine->moved = true;
+}
+DEVICE float4 look(const float4* from) { return *from; }
+DEVICE void await_sums(const float4* from, float4& v) {
+  wait_until([=] { return missing(*from) == 0; });
+  v = *from;
+}
+
 struct TileMap {  // of a matrix [rows, columns], row after row
   const uint16_t* base;
   int64_t rows, columns;
@@ -64,6 +78,8 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
     return row < half ? row + r % 16 / 8 * half : -1;
   });
 }
+DEVICE void prefetch_tile(const TileMap*, int, int) {}
+DEVICE void prefetch_in_turns(const TileMap*, int, int) {}
 DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
   for (int peer = 0; peer < 2; ++peer)
     copy_rows_of(of_peer(static_cast<char*>(to), peer), map, column, of_peer(barrier, peer), [=](int r) { return int64_t(row) + r; });
@@ -128,6 +144,8 @@ DEVICE void await_products() {
   }
   sync_warp();  // .sync.aligned: a warp does this as one, and a lane of it tells that all have read
 }
+template <int COUNT>
+DEVICE void hold(float (&)[COUNT]) {}
 
 #else
 #include <cuda.h>
@@ -144,6 +162,22 @@ DEVICE void await_line(const uint4* from, uint32_t flag, float& a, float& b) {
     asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
   while (v.y != flag || v.w != flag);
   a = __uint_as_float(v.x), b = __uint_as_float(v.z);
+}
+
+// Four numbers whose words say by themselves whether they are there: zero is nobody's. Looking, and waiting for what was missing.
+DEVICE uint32_t never_zero(float x) { return __float_as_uint(x) ? __float_as_uint(x) : 0x80000000u; }
+DEVICE void put_sums(float4* to, const float4& v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(never_zero(v.x)), "r"(never_zero(v.y)),
+               "r"(never_zero(v.z)), "r"(never_zero(v.w))
+               : "memory");
+}
+DEVICE float4 look(const float4* from) {
+  float4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+  return v;
+}
+DEVICE void await_sums(const float4* from, float4& v) {
+  while (!__float_as_uint(v.x) || !__float_as_uint(v.y) || !__float_as_uint(v.z) || !__float_as_uint(v.w)) v = look(from);
 }
 
 DEVICE uint32_t address_at(const void* mine, int peer) {  // of another block of the cluster
@@ -186,6 +220,14 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
       "l"(map), "r"(column), "r"(0), "r"(eight), "r"(shared_address(barrier))
       : "memory");
 }
+// Either of these, to the second-level cache only.
+DEVICE void prefetch_tile(const TileMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+DEVICE void prefetch_in_turns(const TileMap* map, int column, int eight) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %2, %3}];" ::"l"(map), "r"(column), "r"(0), "r"(eight)
+               : "memory");
+}
 // To the same place of both blocks of the cluster; the barrier of each counts what came to it.
 DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
@@ -205,6 +247,13 @@ DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int LEFT>
 DEVICE void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// What is done with sums stays behind the wait for them: a wait names no registers.
+template <int COUNT>
+DEVICE void hold(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define JAXLLM_R8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])

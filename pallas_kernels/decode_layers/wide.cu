@@ -8,7 +8,8 @@
 // A product is out[m][n] = sum over k of x[m][k] * w[n][k]. A block takes tiles of 128 rows of w, the tensor cores' left
 // operand, and all rows of x, the right one; both come in blocks of 64 of k. Two neighbouring blocks are a cluster with tiles
 // side by side, each of which loads half of x for both. Of a narrow product each tile is cut into splits of k; blocks give their
-// sums to memory, and each adds up all splits, first to last, for a share of the rows.
+// sums to memory, and each adds up all splits, first to last, for a share of the rows. A sum itself says that it is there: what
+// nobody wrote yet is zero, and whoever has read puts the zero back.
 //
 // In an attention the two warpgroups of a block are two workers; their tiles stand in the ring in turns.
 //
@@ -20,8 +21,12 @@
 #include <utility>
 #include <vector>
 
-#ifndef JAXLLM_ROW_ROOM  // KiB of x on their way; a benchmark may try others
+#ifndef JAXLLM_ROW_ROOM  // KiB of x on their way: of up to 64 rows, and of more; a benchmark may try others
 #define JAXLLM_ROW_ROOM 64
+#define JAXLLM_MANY_ROW_ROOM 96
+#endif
+#ifndef JAXLLM_AHEAD  // tiles of weights that the second-level cache is asked for before the ring is
+#define JAXLLM_AHEAD 8
 #endif
 
 #include "../decode_attention/warpgroup.h"
@@ -31,7 +36,7 @@ namespace {
 constexpr int kMostLayers = 37, kMostRanks = 8, kAttention = 4;  // the latter: its signal, behind the stages'
 constexpr int kMostRows = 128, kMostSums = 64, kStages = 4, kWide = 128, kComputing = 256, kMostTiles = 512;
 constexpr int kWeightBytes = kWide * kDepth * 2, kMostWeightSlots = 12, kMostRowSlots = 12;
-constexpr int kSharedBytes = 227 * 1024, kRowSlotBytes = JAXLLM_ROW_ROOM * 1024;
+constexpr int kSharedBytes = 227 * 1024, kMostBlocks = 160;
 
 enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
 
@@ -74,18 +79,18 @@ struct Steps {
   Peers peers;
   Params attention;             // but for what differs between layers
   const uint16_t *x, *qkv;      // [M, D], [M, Q]: what the first layer begins with
-  float4* sums;                 // [tiles, splits, a block's sums]
   int M, num_layers, blocks, groups;  // groups: of eight rows, padded
   float eps;
 };
 
-// Counters that outlive launches, as zeros: stages' signals and attention's, a stage's and tile's, which count on through all
-// layers, and blocks that have nothing more to do.
+// Counters that outlive launches, as zeros: stages' signals and attention's, which count on through all layers, and blocks that
+// have nothing more to do. And sums on their way from block to block, of a thread behind those of the others.
 // A device's own, so two launches must not run on it at one time; XLA's steps of a process do not.
 struct Counters {
-  uint32_t done[kStages + 1], arrived[kStages * kMostTiles], left;
+  uint32_t done[kStages + 1], left;
 };
 RESIDENT Counters counters[kDevices];
+RESIDENT float4 on_their_way[kDevices][kMostBlocks * (kMostRows / 8) * kComputing];
 
 struct Control {  // behind the slots
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
@@ -103,7 +108,8 @@ template <int T>
 struct Shape {
   static constexpr int kGroups = T / 8;  // of rows of x, in a thread's sums
   static constexpr int kRowBytes = T * kDepth * 2;
-  static constexpr int kFits = kRowSlotBytes / kRowBytes, kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
+  static constexpr int kFits = (T > 64 ? JAXLLM_MANY_ROW_ROOM : JAXLLM_ROW_ROOM) * 1024 / kRowBytes;
+  static constexpr int kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
   static constexpr int kRoom = (kSharedBytes - int(sizeof(Control)) - kRowSlots * kRowBytes) / kWeightBytes;
   static constexpr int kWeightSlots = kRoom < kMostWeightSlots ? kRoom : kMostWeightSlots;
   static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
@@ -124,6 +130,10 @@ struct Unit {
 };
 
 DEVICE int stages_of(const Steps& p, int layer) { return layer + 1 < p.num_layers ? kStages : kStages - 1; }
+DEVICE Unit unit_of(const Stage& stage, int block, int number) {
+  const int depth = stage.K / kDepth, split = number % stage.splits, first = split * depth / stage.splits;
+  return {number / stage.splits * 2 + block % 2, split, first, (split + 1) * depth / stage.splits - first};
+}
 
 // Calls attend(layer) and use(layer, stage, unit) for what this block has to do, in order. All warps go through the same.
 template <typename Attend, typename Use>
@@ -134,12 +144,8 @@ DEVICE void each_unit(const Steps& p, int block, Attend attend, Use use) {
 #pragma unroll 1
     for (int number = 0; number < stages_of(p, layer); ++number) {
       const Stage& stage = p.stages[number];
-      const int depth = stage.K / kDepth;
 #pragma unroll 1
-      for (int unit = block / 2; unit < stage.units; unit += p.blocks / 2) {
-        const int split = unit % stage.splits, first = split * depth / stage.splits;
-        use(layer, number, Unit{unit / stage.splits * 2 + block % 2, split, first, (split + 1) * depth / stage.splits - first});
-      }
+      for (int unit = block / 2; unit < stage.units; unit += p.blocks / 2) use(layer, number, unit_of(stage, block, unit));
     }
   }
 }
@@ -152,6 +158,28 @@ DEVICE void each_tile(const Control& control, Use use) {
   for (int i = 0; i < 4 * most; ++i)
     if (i / 4 < control.tiles[i % kWorkers]) use(i % kWorkers, i / kWorkers % 2);
 }
+
+// A block's tiles of weights once more, for the second-level cache: while stages end, memory has something to do when the ring is
+// full. Keys and values are not counted: what comes behind them is asked for before them.
+struct Ahead {
+  int layer = 0, number = 0, next, i = 0;
+  Unit unit = {};
+  DEVICE Ahead(int block) : next(block / 2) {}
+  DEVICE void ask(const Steps& p, int block) {
+    if (i == unit.count) {
+      for (; layer < p.num_layers && next >= p.stages[number].units; next = block / 2)
+        if (++number == stages_of(p, layer)) number = 0, ++layer;
+      if (layer == p.num_layers) return;
+      unit = unit_of(p.stages[number], block, next), next += p.blocks / 2, i = 0;
+    }
+    const TileMap* weight = &p.maps[layer].weights[number];
+    const int column = (unit.first + i++) * kDepth;
+    if (p.stages[number].kind == kGated)
+      prefetch_in_turns(weight, column, unit.tile * (kWide / 16));
+    else
+      prefetch_tile(weight, column, unit.tile * kWide);
+  }
+};
 
 // Everything that goes through the ring, by a warp: its first lane asks for weights, all of them for keys and values.
 template <int T>
@@ -183,6 +211,8 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
       worker == 0 ? copy(walks[0], boxes[0], values) : copy(walks[1], boxes[1], values);
     });
   };
+  Ahead ahead(block);
+  for (int i = 0; i < JAXLLM_AHEAD && lane == 0; ++i) ahead.ask(p, block);
   each_unit(p, block, attend, [&](int layer, int number, const Unit& unit) {
     const Stage& stage = p.stages[number];
     const TileMap* weight = &p.maps[layer].weights[number];
@@ -192,6 +222,7 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
       uint64_t* there = &control.weights_there[turn.slot];
       sync_warp();
       if (lane > 0) continue;
+      if (JAXLLM_AHEAD > 0) ahead.ask(p, block);
       expect_bytes(there, kWeightBytes);
       const int column = (unit.first + i) * kDepth;
       if (stage.kind == kGated)
@@ -288,8 +319,6 @@ DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
   }
   if (!shuffle(last, 0)) return;
   Counters& all = counters[here()];
-#pragma unroll 1
-  for (int i = lane; i < kStages * kMostTiles; i += 32) all.arrived[i] = 0;
   if (lane <= kAttention) all.done[lane] = 0;
   if (lane == 0) all.left = 0;
   if (lane == 0 && p.peers.ranks > 1) *p.peers.exchanged += 2 * p.num_layers;
@@ -297,12 +326,6 @@ DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
 
 struct Place {  // of a thread
   int block, thread, warp, group, lane;
-};
-
-struct Now {  // what a tile's end is about
-  const Stage& stage;
-  const uint16_t *bias, *norm, *residual;  // norm: also write `scaled` and `squares`
-  uint32_t exchange;  // its number, of kResidual
 };
 
 // Of a timeline (benchmarks/wide_layers.py): what a block's first computing thread has come to, a stage.
@@ -315,135 +338,12 @@ DEVICE float high(uint32_t pair) { return wide(uint16_t(pair >> 16)); }
 
 // A group is eight rows of x. sums = {row 2t, row 2t + 1} of column g of a warp's sixteen, then of column g + 8, where the
 // lane is 4g + t; finish() turns that about, so that a lane has two columns of row g.
-DEVICE int sixteen_of(const Place& at) { return at.group * 64 + at.warp % 4 * 16; }  // in the block's tile
 
-struct Pairs {  // two columns of row g, of either half of the sixteen
-  uint32_t of[2];
-};
+}  // namespace
 
-// What is to be added to a group's sums.
-DEVICE Pairs residual_of(const Steps& p, const Now& now, const Unit& unit, const Place& at, int group) {
-  const Stage& stage = now.stage;
-  Pairs pairs = {};
-  if (stage.kind != kResidual) return pairs;
-  const int row = group * 8 + at.lane / 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = unit.tile * kWide + sixteen_of(at) + half * 8 + at.lane % 4 * 2;
-    if (row < p.M && column < stage.N)
-      pairs.of[half] = load_fresh(reinterpret_cast<const uint32_t*>(now.residual + int64_t(row) * stage.N + column));
-  }
-  return pairs;
-}
+#include "wide_ends.h"
 
-// Of a gated stage: the first half of the sixteen are gates, the second their ups.
-DEVICE void finish_gated(const Steps& p, const Stage& stage, const Unit& unit, const Place& at, const float* scale, int group,
-                         float4 sums) {
-  const int g = at.lane / 4, t = at.lane % 4, row = group * 8 + g;
-  const float first = scale[group * 8 + 2 * t], second = scale[group * 8 + 2 * t + 1];
-  const float a = gated(wide(narrow(times(sums.x, first))), wide(narrow(times(sums.z, first))));
-  const float b = gated(wide(narrow(times(sums.y, second))), wide(narrow(times(sums.w, second))));
-  const uint32_t pair = transposed(narrow(a, b));
-  const int column = unit.tile * (kWide / 2) + sixteen_of(at) / 2 + 2 * t;
-  if (row < p.M && column < stage.N) *reinterpret_cast<uint32_t*>(stage.out + int64_t(row) * stage.N + column) = pair;
-}
-
-DEVICE void finish(const Steps& p, const Now& now, const Unit& unit, const Place& at, Control& control,
-                   const float* scale, int group, float4 sums, Pairs residual) {
-  const Stage& stage = now.stage;
-  if (stage.kind == kGated) return finish_gated(p, stage, unit, at, scale, group, sums);
-  const int g = at.lane / 4, t = at.lane % 4, row = group * 8 + g, sixteen = unit.tile * kWide + sixteen_of(at);
-  if (scale != nullptr) {
-    const float first = scale[group * 8 + 2 * t], second = scale[group * 8 + 2 * t + 1];
-    sums = {times(sums.x, first), times(sums.y, second), times(sums.z, first), times(sums.w, second)};
-  }
-  float squares = 0.f;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int own = sixteen + half * 8 + g, column = sixteen + half * 8 + 2 * t;
-    const float bias = now.bias != nullptr && own < stage.N ? wide(now.bias[own]) : 0.f;
-    uint32_t pair = transposed(half ? narrow(sums.z + bias, sums.w + bias) : narrow(sums.x + bias, sums.y + bias));
-    if (row >= p.M || column >= stage.N) continue;
-    const int64_t place = int64_t(row) * stage.N + column;
-    if (stage.kind == kResidual) {
-      const uint32_t other = residual.of[half];
-      pair = narrow(low(pair) + low(other), high(pair) + high(other));
-    }
-    *reinterpret_cast<uint32_t*>(stage.out + place) = pair;
-    if (now.norm == nullptr) continue;
-    const uint32_t weight = *reinterpret_cast<const uint32_t*>(now.norm + column);
-    *reinterpret_cast<uint32_t*>(stage.scaled + place) = narrow(times(low(pair), low(weight)), times(high(pair), high(weight)));
-    squares += times(low(pair), low(pair)) + times(high(pair), high(pair));
-  }
-  if (now.norm == nullptr) return;
-  squares += shuffle_xor(squares, 1);
-  squares += shuffle_xor(squares, 2);
-  if (t == 0) control.squares[at.warp][row] = squares;
-}
-
-// The first of a thread's two lines; the other one is kComputing behind: a warp's lie side by side.
-DEVICE uint4* line_of(const Steps& p, int device, int parity, int source, int place, int thread) {
-  const int64_t places = int64_t(p.stages[0].units / p.stages[0].splits * 2) * p.groups;  // o's and down's tiles are the same
-  return p.peers.lines[device] + parity * p.peers.half + (source * places + place) * 2 * kComputing + thread;
-}
-
-// Sums of up to AT_ONCE groups of rows, of all devices.
-template <int AT_ONCE>
-DEVICE void exchange(const Steps& p, int thread, uint32_t flag, int place, int count, float4 (&sums)[AT_ONCE]) {
-  const int rank = p.peers.rank, ranks = p.peers.ranks;
-#pragma unroll
-  for (int r = 0; r < AT_ONCE; ++r)
-    if (r < count)
-      for (int next = 1; next < ranks; ++next) {
-        uint4* to = line_of(p, (rank + next) % ranks, flag & 1, rank, place + r, thread);
-        put_line(to, sums[r].x, sums[r].y, flag), put_line(to + kComputing, sums[r].z, sums[r].w, flag);
-      }
-#pragma unroll
-  for (int r = 0; r < AT_ONCE; ++r)
-    if (r < count) {
-      float4 total = {};
-      for (int source = 0; source < ranks; ++source) {
-        float4 part = sums[r];
-        if (source != rank) {
-          const uint4* from = line_of(p, rank, flag & 1, source, place + r, thread);
-          await_line(from, flag, part.x, part.y), await_line(from + kComputing, flag, part.z, part.w);
-        }
-        total = source ? float4{total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w} : part;
-      }
-      sums[r] = total;
-    }
-}
-
-// All splits' sums of this block's share of the rows. Loads of four groups and two splits are on their way together.
-template <int T>
-DEVICE void add_up(const Steps& p, const Now& now, const Unit& unit, const Place& at, Control& control,
-                   const float* scale, int begin, int end) {
-  constexpr int GROUPS = Shape<T>::kGroups, AT_ONCE = GROUPS < 4 ? GROUPS : 4;
-  const Stage& stage = now.stage;
-#pragma unroll 1
-  for (int group = begin; group < end; group += AT_ONCE) {
-    float4 sums[AT_ONCE];
-    Pairs residual[AT_ONCE];
-#pragma unroll
-    for (int r = 0; r < AT_ONCE; ++r)
-      residual[r] = residual_of(p, now, unit, at, group + r < end ? group + r : end - 1);
-#pragma unroll 2
-    for (int split = 0; split < stage.splits; ++split) {
-      const float4* block = p.sums + (int64_t(unit.tile) * stage.splits + split) * (GROUPS * kComputing);
-#pragma unroll
-      for (int r = 0; r < AT_ONCE; ++r) {
-        const float4 more = load_fresh(block + (group + r < end ? group + r : end - 1) * kComputing + at.thread);
-        float4& sum = sums[r];
-        sum = split ? float4{sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w} : more;
-      }
-    }
-    if (p.peers.ranks > 1 && stage.kind == kResidual)
-      exchange(p, at.thread, now.exchange, unit.tile * GROUPS + group, end - group, sums);
-#pragma unroll
-    for (int r = 0; r < AT_ONCE; ++r)
-      if (group + r < end) finish(p, now, unit, at, control, scale, group + r, sums[r], residual[r]);
-  }
-}
+namespace {
 
 // This block's warps are done with something: told to all by the warp that tells.
 DEVICE void end_part(Control& control, const Place& at, int& ended) {
@@ -474,18 +374,13 @@ DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, co
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group) finish_gated(p, stage, unit, at, scale, group, group_of(group));
   } else {
-    float4* block = p.sums + (int64_t(unit.tile) * stage.splits + unit.split) * (GROUPS * kComputing);
+    const Columns columns(now, unit, at);
+    float4* own = way_of(stage, unit, at, unit.split, GROUPS);
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) block[group * kComputing + at.thread] = group_of(group);
-    sync_computing();
-    if (at.thread == 0) {
-      uint32_t* counter = &counters[here()].arrived[number * kMostTiles + unit.tile];
-      signal(counter, 1);
-      await(counter, uint32_t(stage.splits) * (layer + 1));
-    }
-    sync_computing();
+    for (int group = 0; group < GROUPS; ++group) put_sums(own + group * kComputing, group_of(group));
+    if (now.norm != nullptr) sync_computing();  // all have read the squares of the unit before
+    add_up<T>(p, now, unit, at, control, columns, scale, begin, end);
     mark(at.block, at.thread, marks++, number * kPoints + kOthersThere);
-    add_up<T>(p, now, unit, at, control, scale, begin, end);
   }
   if (now.norm != nullptr) {
     sync_computing();
@@ -593,6 +488,7 @@ DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& 
       weights.next(), rows.next();
     }
     await_products<0>();
+    hold(sums);
     release();
     mark(at.block, at.thread, marks++, number * kPoints + kMultiplied);
     const bool wants = number % 2;

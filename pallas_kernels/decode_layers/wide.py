@@ -24,7 +24,7 @@ from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "wide.cu"
-INCLUDES = (HERE / "wide_launch.h", *attention.GROUPS_INCLUDES, *all_reduce.INCLUDES)
+INCLUDES = (HERE / "wide_ends.h", HERE / "wide_launch.h", *attention.GROUPS_INCLUDES, *all_reduce.INCLUDES)
 TARGET = "jaxllm_wide_layers"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, register = _HANDLER.library, _HANDLER.register
@@ -134,12 +134,8 @@ def call(
     NH, F, width = first.o.shape[1], first.down.shape[1], rows[0].shape[1]
     products = ((D, NH, False), (F, D, True), (D, F, False), (qkv.shape[1], D, False))
     splits = [chain.splits_for(*product, kernel.blocks) for product in products]
-    parts = max(
-        2 * chain.tiles_of(columns, gated) * n if n > 1 or not gated else 0
-        for (columns, _, gated), n in zip(products, splits, strict=True)
-    )
     sizes = dict(num_layers=len(layers), rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // H, kv_heads=K)
-    sizes |= dict(page_size=page_size, width=width, parts=parts)
+    sizes |= dict(page_size=page_size, width=width)
     optional = (first.qkv_bias, first.o_bias, first.qk_norms)
     has = sum(1 << bit for bit, given in enumerate(optional) if given is not None)
     work = kernel.library.jaxllm_wide_layers_work(*map(ctypes.c_int64, sizes.values()))

@@ -57,6 +57,9 @@ std::string play(const std::vector<const Steps*>& devices) {
   for (auto& device : arrivals)
     for (uint32_t left : device)
       if (fault.empty() && left) return "a counter is not zero after the call";
+  for (auto& device : on_their_way)
+    for (size_t i = 0; i < size_t(blocks) * (kMostRows / 8) * kComputing; ++i)
+      if (fault.empty() && missing(device[i]) != 4) return "sums that nobody took";
   return fault;
 }
 
@@ -168,8 +171,8 @@ Group* find_peers(Steps& p, ffi::Span<const int64_t> numbers, int device, std::s
 int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t tiles_of(int64_t columns, bool gated) { return (columns + (gated ? 63 : 127)) / (gated ? 64 : 128); }
 
-struct Sizes {  // attributes, as they come; parts: how many blocks' sums of a product there may be at one time
-  int64_t num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts;
+struct Sizes {  // attributes, as they come
+  int64_t num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width;
 };
 
 struct Work {
@@ -193,7 +196,6 @@ Work lay_out(Steps& p, const Sizes& z, char* base) {
   w.scaled_again = numbers(z.rows * z.D), w.qkv = numbers(z.rows * (z.heads + 2 * z.kv_heads) * kHead);
   w.mixed = numbers(z.rows * z.heads * kHead);
   w.squares = floats(kMostRows * kMostSums), w.squares_again = floats(kMostRows * kMostSums);
-  p.sums = reinterpret_cast<float4*>(floats(z.parts * padded(p.M) * kWide));
   const Results kept = results_of(a);
   a.parts = floats(kept.parts * kHead), a.part_stats = floats(kept.parts * 2);
   a.runs = floats(kept.runs * kHead), a.run_stats = floats(kept.runs * 2);
@@ -217,7 +219,7 @@ std::string fill(Steps& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remaini
   const int D = int(z.D), F = int(z.F), O = int(z.heads) * kHead, Q = int(z.heads + 2 * z.kv_heads) * kHead;
   if (splits.size() < kStages) return "needs the splits of four products";
   if (p.num_layers > kMostLayers) return "too many layers";
-  if (p.blocks * kWorkers > kMaxWorkers || p.M * p.attention.kv_heads > kMaxSegments) return "too many workers or rows";
+  if (p.blocks > kMostBlocks || p.blocks * kWorkers > kMaxWorkers || p.M * p.attention.kv_heads > kMaxSegments) return "too many workers or rows";
 
   std::string fault;
   auto keep = [&](const std::string& found) { fault = fault.empty() ? found : fault; };
@@ -274,7 +276,7 @@ std::string fill(Steps& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remaini
 
 ffi::Error run_wide(Stream stream, int device, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits,
                     ffi::Span<const int64_t> numbers, int64_t num_layers, int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads,
-                    int64_t kv_heads, int64_t page_size, int64_t width, int64_t parts, int64_t has, float eps, float scale) {
+                    int64_t kv_heads, int64_t page_size, int64_t width, int64_t has, float eps, float scale) {
   auto p = std::make_unique<Steps>();
   p->eps = p->attention.eps = eps, p->attention.scale = scale * kLog2e;
 #ifdef JAXLLM_EMULATED
@@ -283,7 +285,7 @@ ffi::Error run_wide(Stream stream, int device, ffi::RemainingArgs args, ffi::Rem
     std::memset(buffer->untyped_data(), 0xff, buffer->size_bytes());
   }
 #endif
-  std::string fault = fill(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts}, args, rets, splits, has);
+  std::string fault = fill(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, args, rets, splits, has);
   Group* group = find_peers(*p, numbers, device, fault);
   if (group != nullptr && group->bytes < bytes_of_lines(rows, D, p->peers.ranks)) fault = "the peers' lines are too few";
   if (fault.empty()) fault = launch(stream, *p, group);
@@ -294,13 +296,13 @@ ffi::Error run_wide(Stream stream, int device, ffi::RemainingArgs args, ffi::Rem
   .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("splits").Attr<ffi::Span<const int64_t>>("groups")            \
       .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("blocks").Attr<int64_t>("D").Attr<int64_t>("F")          \
       .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                       \
-      .Attr<int64_t>("parts").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
+      .Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
 #define JAXLLM_ARGUMENTS                                                                                                      \
   ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits, ffi::Span<const int64_t> numbers,          \
       int64_t num_layers, int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads,                  \
-      int64_t page_size, int64_t width, int64_t parts, int64_t has, float eps, float scale
+      int64_t page_size, int64_t width, int64_t has, float eps, float scale
 #define JAXLLM_VALUES                                                                                                         \
-  args, rets, splits, numbers, num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts, has, eps, scale
+  args, rets, splits, numbers, num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, has, eps, scale
 
 #ifdef JAXLLM_EMULATED
 ffi::Error wide_impl(int32_t device, JAXLLM_ARGUMENTS) { return run_wide(0, device, JAXLLM_VALUES); }
@@ -319,9 +321,9 @@ XLA_FFI_DEFINE_HANDLER(wide_handler, wide_impl, ffi::Ffi::Bind().Ctx<ffi::Platfo
 
 extern "C" XLA_FFI_Error* jaxllm_wide_layers(XLA_FFI_CallFrame* frame) { return wide_handler(frame); }
 extern "C" int64_t jaxllm_wide_layers_work(int64_t num_layers, int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads,
-                                           int64_t kv_heads, int64_t page_size, int64_t width, int64_t parts) {
+                                           int64_t kv_heads, int64_t page_size, int64_t width) {
   auto p = std::make_unique<Steps>();
-  return lay_out(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, parts}, nullptr).bytes;
+  return lay_out(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, nullptr).bytes;
 }
 // Bytes that a device of `ranks` needs for what the others send it, and the number of the group of these devices, in rank
 // order; -1 and a reason in `why` when it cannot be made.
