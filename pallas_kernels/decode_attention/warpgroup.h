@@ -1,5 +1,6 @@
 // Attention as a warpgroup does it: where tiles of 64 keys or values lie, products of the warpgroup's tensor cores, folds, results.
-// Who includes it says where tiles come from: a Feed that can take() the next one and give it back.
+// Who includes it says where tiles and a segment's queries come from: a Feed that can take() the next tile and give it back, and
+// that begins and ends segments.
 #pragma once
 #include "../decode_chain/tensor_cores.h"
 
@@ -21,7 +22,7 @@ constexpr int kSplit = JAXLLM_SPLIT;
 namespace {
 
 struct Own {  // a worker's, in shared memory; `deal` is written before a warp asks for it
-  alignas(16) uint16_t queries[kMaxGroup][kHead], fresh[2][kHead];  // fresh: the row's new key and value
+  alignas(16) uint16_t queries[2][kMaxGroup][kHead], fresh[2][2][kHead];  // of two segments; fresh: the row's new key and value
   bool last[2];
   Deal deal;
 };
@@ -31,6 +32,7 @@ struct Worker {
   Own& s;
   int number, warp, lane, g, t, group;
   uint32_t folds = 0;
+  int turn = 0;  // which of the two segments in `s`
   DEVICE int thread() const { return warp * 32 + lane; }
   // Whose rows of the products are the queries. The workers' are on schedulers of their own.
   DEVICE bool leads() const { return warp == number % kWorkers; }
@@ -93,7 +95,7 @@ DEVICE Head made(const Params& p, int row, int head, int lane) {
 }
 
 // The group's queries, and the new key and value where `enters`, each by a warp; nobody reads those of before any more.
-SELDOM void prepare(const Params& p, Own& own, const Segment s, int group, int warp, int lane, bool enters) {
+SELDOM void prepare(const Params& p, Own& own, int turn, const Segment s, int group, int warp, int lane, bool enters) {
 #pragma unroll 1
   for (int i = warp; i < group; i += kWarps) {
     Head head;
@@ -103,19 +105,44 @@ SELDOM void prepare(const Params& p, Own& own, const Segment s, int group, int w
     } else {
       head = made(p, s.row, s.head * group + i, lane);
     }
-    head.store(own.queries[i], lane);
+    head.store(own.queries[turn][i], lane);
   }
   if (enters && warp >= 2) {  // they have the fewest queries
     const int value = warp - 2;
     const Head head = made(p, s.row, p.heads + s.head + value * p.kv_heads, lane);
-    head.store(own.fresh[value], lane);
+    head.store(own.fresh[turn][value], lane);
     head.store((value ? p.v_pages : p.k_pages) + last_place(p, s), lane);
+  }
+}
+
+// The same by one warp, of the projection's result, of which four heads are asked for before any is used.
+SELDOM void prepare_alone(const Params& p, Own& own, int turn, const Segment s, int group, int lane, bool enters) {
+  constexpr int kBatch = 4;
+  Turn rotation(p, s.row, lane, p.norms);
+  const int all = enters ? group + 2 : group;
+#pragma unroll 1
+  for (int base = 0; base < all; base += kBatch) {
+    Head heads[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = base + i;
+      if (at < all) heads[i].project(p, s.row, at < group ? s.head * group + at : p.heads + s.head + (at - group) * p.kv_heads, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = base + i, value = at - group;
+      if (at >= all) break;
+      if (value == 0 && p.norms != nullptr) rotation.norm.load(p.norms + kHead, lane);
+      if (value < 1) rotation.apply(p, heads[i]);
+      heads[i].store(value < 0 ? own.queries[turn][at] : own.fresh[turn][value], lane);
+      if (value >= 0) heads[i].store((value ? p.v_pages : p.k_pages) + last_place(p, s), lane);
+    }
   }
 }
 
 // This lane's queries, as the products take them; other warps than the one that leads have none.
 DEVICE void load_queries(const Worker& w, uint32_t (&queries)[kHead / 16][4]) {
-  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.s.queries[w.g]);
+  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.s.queries[w.turn][w.g]);
   const bool there = w.leads() && w.g < w.group;
 #pragma unroll
   for (int k = 0; k < kHead / 16; ++k) {
@@ -132,7 +159,7 @@ DEVICE void mend(Worker& w, char* slot, int live, bool enters, int value) {
   if (enters && w.warp == 0)
     for (int half = 0; half < 2; ++half)
       *reinterpret_cast<uint32_t*>(slot + half * kPartBytes + swizzled((live - 1) * kRowBytes + w.lane * 4)) =
-          reinterpret_cast<const uint32_t*>(w.s.fresh[value])[half * 32 + w.lane];
+          reinterpret_cast<const uint32_t*>(w.s.fresh[w.turn][value])[half * 32 + w.lane];
   before_copy_in();
   w.sync();
 }
@@ -405,6 +432,13 @@ DEVICE void clear_empty_rows(const Params& p, int worker, int thread) {
         reinterpret_cast<uint4*>(p.out + int64_t(row) * p.heads * kHead)[at] = uint4{0, 0, 0, 0};
 }
 
+// A segment's queries by the warps that want them.
+DEVICE void prepare_together(Worker& w, const Segment& s, bool enters) {
+  w.sync();  // all have read those of before
+  prepare(w.p, w.s, w.turn, s, w.group, w.warp, w.lane, enters);
+  w.sync();
+}
+
 // All that a worker has to do.
 template <typename Feed>
 DEVICE void attend_share(Worker& w, Feed& feed, const Share& share) {
@@ -416,9 +450,7 @@ DEVICE void attend_share(Worker& w, Feed& feed, const Share& share) {
     Segment s{c.row, c.head, c.length, tiles_of(c.length), 0, at - c.tile};
     s.split = split_of(s.length);
     const int tiles = least(s.tiles - c.tile, c.left), first = c.tile / s.split, last = (c.tile + tiles + s.split - 1) / s.split;
-    w.sync();  // all have read the queries of before
-    prepare(p, w.s, s, w.group, w.warp, w.lane, p.q == nullptr && c.tile + tiles == s.tiles);
-    w.sync();
+    feed.begin(w, s, p.q == nullptr && c.tile + tiles == s.tiles);
 #pragma unroll 1
     for (int split = first; split < last;) {
       const Run run = run_of(s, split);
@@ -426,6 +458,7 @@ DEVICE void attend_share(Worker& w, Feed& feed, const Share& share) {
       work_on(w, feed, s, run, split, end);
       split = end;
     }
+    feed.end(w);
     at += tiles;
     advance(p, c, tiles);
   }

@@ -56,6 +56,8 @@ struct Feed {
   Ring& ring;
   int lane;
   uint32_t taken = 0;
+  DEVICE void begin(Worker& w, const Segment& s, bool enters) { prepare_together(w, s, enters); }
+  DEVICE void end(Worker&) {}
   DEVICE char* take() {
     wait_for(&ring.full[taken % kSlots], taken / kSlots & 1);
     return ring.slots[taken % kSlots];

@@ -95,6 +95,7 @@ RESIDENT float4 on_their_way[kDevices][kMostBlocks * (kMostRows / 8) * kComputin
 struct Control {  // behind the slots
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
   uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended, told;
+  uint64_t prepared[kWorkers][2], attended[kWorkers][2];  // a worker's segments, in turns
   Share shares[kWorkers];
   int tiles[kWorkers];  // of the shares
   Own own[kWorkers];
@@ -264,11 +265,36 @@ DEVICE void copy_rows(const Steps& p, char* slots, Control& control, int block) 
 
 constexpr int kRowsAtOnce = 8;  // of scale_rows: loads on their way together
 
-// What the norms divide by, by one warp while the others multiply.
-DEVICE void scale_rows(const Steps& p, Control& control, int block, int lane) {
+// Queries, new keys and values of a worker's segments in a layer, by a warp that has nothing else to do; the first one's are the
+// worker's own affair. `segments`: how many there were in all.
+DEVICE void prepare_ahead(const Steps& p, Control& control, int worker, int lane, uint32_t& segments) {
+  if (control.tiles[worker] == 0) return;
+  Cursor c = cursor_of(p.attention, control.shares[worker]);
 #pragma unroll 1
-  for (int step = 0; step < 2 * p.num_layers - 1; ++step) {  // after each of the two stages of a layer that write a norm's x
+  for (bool first = true; c.left > 0; first = false, ++segments) {
+    const int turn = segments % 2, length = c.length, tiles = least(tiles_of(length) - c.tile, c.left);
+    const Segment s{c.row, c.head, length, tiles_of(length), 0, 0};
+    const bool enters = c.tile + tiles == s.tiles;
+    advance(p.attention, c, tiles);
+    if (first) {
+      if (c.left > 0) wait_for(&control.prepared[worker][turn], segments / 2 & 1);  // then qkv is there
+      continue;
+    }
+    if (segments > 1) wait_for(&control.attended[worker][turn], segments / 2 + 1 & 1);
+    prepare_alone(control.attention[worker], control.own[worker], turn, s, p.attention.heads / p.attention.kv_heads, lane, enters);
+    sync_warp();
+    if (lane == 0) arrive(&control.prepared[worker][turn]);
+  }
+}
+
+// What the norms divide by, by one warp while the others multiply; before that, a worker's segments.
+DEVICE void scale_rows(const Steps& p, Control& control, int block, int lane) {
+  uint32_t segments = 0;
+#pragma unroll 1
+  for (int step = 0; step < 2 * p.num_layers; ++step) {  // after each of the two stages of a layer that write a norm's x
     const int layer = step / 2, turn = step % 2, number = 1 + 2 * turn;
+    if (turn == 0) prepare_ahead(p, control, 0, lane, segments);
+    if (number >= stages_of(p, layer)) continue;
     const Stage& stage = p.stages[number];
     if (block / 2 >= stage.units) continue;  // nobody here waits for it
     if (lane == 0) await_stage(p, layer, number - 1);
@@ -303,20 +329,24 @@ DEVICE void scale_rows(const Steps& p, Control& control, int block, int lane) {
 }
 
 // Tells all blocks what this one has ended: a release of the whole device, which no computing warp has to wait for. When
-// all blocks have ended everything nobody waits for a counter any more, and the last warp here clears them.
+// all blocks have ended everything nobody waits for a counter any more, and the last warp here clears them. Before that, the
+// other worker's segments.
 DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
-  int last = 0;
-  if (lane == 0) {
-    uint32_t phase = 0;
-    auto tell_one = [&](int number) {
+  uint32_t phase = 0, segments = 0;
+  auto tell_one = [&](int number) {
+    if (lane == 0) {
       wait_for(&control.ended, phase);
       arrive(&control.told);
       signal(&counters[here()].done[number], 1);
-      phase ^= 1;
-    };
-    each_unit(p, block, [&](int) { tell_one(kAttention); }, [&](int, int number, const Unit&) { tell_one(number); });
-    last = count_up(&counters[here()].left) == uint32_t(p.blocks - 1);
-  }
+    }
+    phase ^= 1;
+  };
+  auto attend = [&](int) {
+    prepare_ahead(p, control, 1, lane, segments);
+    tell_one(kAttention);
+  };
+  each_unit(p, block, attend, [&](int, int number, const Unit&) { tell_one(number); });
+  const int last = lane == 0 && count_up(&counters[here()].left) == uint32_t(p.blocks - 1);
   if (!shuffle(last, 0)) return;
   Counters& all = counters[here()];
   if (lane <= kAttention) all.done[lane] = 0;
@@ -403,7 +433,22 @@ struct Feed {  // a worker's tiles of those in the ring. The other's are passed 
   char* slots;
   Control& control;
   int lane, worker, others;  // others: tiles of the other worker
+  uint32_t& segments;        // this worker's, of all layers before and now
   int tile = 0, values = 0;
+  bool first = true;
+  DEVICE void begin(Worker& w, const Segment& s, bool enters) {
+    w.turn = segments % 2;
+    uint64_t* prepared = &control.prepared[worker][w.turn];
+    if (!first) return wait_for(prepared, segments / 2 & 1);
+    prepare_together(w, s, enters);
+    if (w.thread() == 0) arrive(prepared);
+    first = false;
+  }
+  DEVICE void end(Worker& w) {
+    sync_warp();
+    if (lane == 0) arrive(&control.attended[worker][w.turn]);
+    ++segments;
+  }
   DEVICE void leave() {
     sync_warp();
     if (lane == 0) arrive(&control.weights_read[turn.slot]);
@@ -431,7 +476,7 @@ struct Feed {  // a worker's tiles of those in the ring. The other's are passed 
 
 template <int T>
 DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& control, const Place& at, Slot<Shape<T>::kWeightSlots>& turn,
-                         int& marks) {
+                         uint32_t& segments, int& marks) {
   Params& view = control.attention[at.group];
   mark(at.block, at.thread, marks++, kWaits);
   if (at.thread % kGroupThreads == 0) {
@@ -442,7 +487,7 @@ DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& contro
   mark(at.block, at.thread, marks++, kQkvThere);
   Worker w{view, control.own[at.group], at.block * kWorkers + at.group, at.warp % kWarps, at.lane, at.lane / 4, at.lane % 4,
            p.attention.heads / p.attention.kv_heads};
-  Feed<T> feed{turn, slots, control, at.lane, at.group, control.tiles[1 - at.group]};
+  Feed<T> feed{turn, slots, control, at.lane, at.group, control.tiles[1 - at.group], segments};
   if (control.tiles[at.group] > 0) attend_share(w, feed, control.shares[at.group]);
   feed.pass_rest();
   mark(at.block, at.thread, marks++, kAttended);
@@ -455,9 +500,10 @@ DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& 
   using S = Shape<T>;
   Slot<S::kWeightSlots> weights;
   Slot<S::kRowSlots> rows;
+  uint32_t segments = 0;
   int ended = 0, marks = 0;
   auto attend = [&](int layer) {
-    attend_layer<T>(p, layer, slots, control, at, weights, marks);
+    attend_layer<T>(p, layer, slots, control, at, weights, segments, marks);
     end_part(control, at, ended);
   };
   each_unit(p, at.block, attend, [&](int layer, int number, const Unit& unit) {
@@ -527,6 +573,8 @@ DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
     for (int i = 0; i < S::kRowSlots; ++i)
       init_barrier(&control.rows_there[i], 1), init_barrier(&control.rows_read[i], kComputing / 32 * 2);
     for (int i = 0; i < 2; ++i) init_barrier(&control.scaled[i], 1);
+    for (int i = 0; i < 2 * kWorkers; ++i)
+      init_barrier(&control.prepared[i / 2][i % 2], 1), init_barrier(&control.attended[i / 2][i % 2], kWarps);
     init_barrier(&control.ended, kComputing / 32), init_barrier(&control.told, 1);
     publish_barriers();
   }
