@@ -43,11 +43,8 @@ PREDICTED = {  # ms of the layers: bytes at 4.0 TB/s, products of 128 rows at 3.
 }
 VARIANTS = {
     "nothing asked ahead": ("-DJAXLLM_AHEAD=0",),
-    "4 tiles ahead": ("-DJAXLLM_AHEAD=4",),
-    "12 tiles ahead": ("-DJAXLLM_AHEAD=12",),
     "16 tiles ahead": ("-DJAXLLM_AHEAD=16",),
     "64 KiB of x": ("-DJAXLLM_ROW_ROOM=64", "-DJAXLLM_MANY_ROW_ROOM=64"),
-    "112 KiB of x": ("-DJAXLLM_ROW_ROOM=64", "-DJAXLLM_MANY_ROW_ROOM=112"),
 }
 TIMELINE = ("-DJAXLLM_TIMELINE",)
 

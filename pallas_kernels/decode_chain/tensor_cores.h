@@ -146,6 +146,7 @@ DEVICE void await_products() {
 }
 template <int COUNT>
 DEVICE void hold(float (&)[COUNT]) {}
+DEVICE int opaque(int value) { return value; }
 
 #else
 #include <cuda.h>
@@ -249,11 +250,16 @@ DEVICE void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// A number of which the compiler knows nothing: what is made of it is made where it is wanted, and not kept through all layers.
+DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 // What is done with sums stays behind the wait for them: a wait names no registers.
 template <int COUNT>
 DEVICE void hold(float (&d)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i]));
 }
 
 #define JAXLLM_R8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])

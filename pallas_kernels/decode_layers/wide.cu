@@ -92,7 +92,9 @@ struct Counters {
 RESIDENT Counters counters[kDevices];
 RESIDENT float4 on_their_way[kDevices][kMostBlocks * (kMostRows / 8) * kComputing];
 
+struct Ahead;
 struct Control {  // behind the slots
+  alignas(16) char ahead[48];
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
   uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended, told;
   uint64_t prepared[kWorkers][2], attended[kWorkers][2];  // a worker's segments, in turns
@@ -160,21 +162,22 @@ DEVICE void each_tile(const Control& control, Use use) {
     if (i / 4 < control.tiles[i % kWorkers]) use(i % kWorkers, i / kWorkers % 2);
 }
 
-// A block's tiles of weights once more, for the second-level cache: while stages end, memory has something to do when the ring is
-// full. Keys and values are not counted: what comes behind them is asked for before them.
+// A block's tiles of weights once more, for the second-level cache: when a stage ends the ring is soon full, and memory would wait.
+// Keys and values are not counted: the weights behind them are asked for before them. In shared memory, as it is seldom looked at.
 struct Ahead {
-  int layer = 0, number = 0, next, i = 0;
-  Unit unit = {};
-  DEVICE Ahead(int block) : next(block / 2) {}
-  DEVICE void ask(const Steps& p, int block) {
+  int layer, number, next, i, count;  // count: tiles that were passed
+  Unit unit;
+  DEVICE void pass(const Steps& p, int block, bool ask) {
+    ++count;
     if (i == unit.count) {
       for (; layer < p.num_layers && next >= p.stages[number].units; next = block / 2)
         if (++number == stages_of(p, layer)) number = 0, ++layer;
       if (layer == p.num_layers) return;
       unit = unit_of(p.stages[number], block, next), next += p.blocks / 2, i = 0;
     }
-    const TileMap* weight = &p.maps[layer].weights[number];
     const int column = (unit.first + i++) * kDepth;
+    if (!ask) return;
+    const TileMap* weight = &p.maps[layer].weights[number];
     if (p.stages[number].kind == kGated)
       prefetch_in_turns(weight, column, unit.tile * (kWide / 16));
     else
@@ -187,9 +190,19 @@ template <int T>
 DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int block, int lane) {
   using S = Shape<T>;
   Slot<S::kWeightSlots> turn;
-  int asked = 0;
+  int asked = 0, weights = 0;
+  Ahead& ahead = *reinterpret_cast<Ahead*>(control.ahead);
+  if (lane == 0) ahead = {0, 0, block / 2, 0, 0, {}};
   auto next = [&] {
-    if (asked++ >= S::kWeightSlots) wait_for(&control.weights_read[turn.slot], turn.phase ^ 1);
+    if (asked++ < S::kWeightSlots) return slots + turn.slot * kWeightBytes;
+    uint64_t* read = &control.weights_read[turn.slot];
+    if (JAXLLM_AHEAD > 0 && lane == 0) {  // all that was asked for is there, and there is no room
+      const int last = turn.slot ? turn.slot - 1 : S::kWeightSlots - 1;
+      const uint32_t phase = turn.slot ? turn.phase : turn.phase ^ 1;
+      for (; !has_come(read, turn.phase ^ 1) && ahead.count < weights + JAXLLM_AHEAD; pause())
+        if (has_come(&control.weights_there[last], phase)) ahead.pass(p, block, true);
+    }
+    wait_for(read, turn.phase ^ 1);
     return slots + turn.slot * kWeightBytes;
   };
   auto attend = [&](int layer) {
@@ -212,8 +225,6 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
       worker == 0 ? copy(walks[0], boxes[0], values) : copy(walks[1], boxes[1], values);
     });
   };
-  Ahead ahead(block);
-  for (int i = 0; i < JAXLLM_AHEAD && lane == 0; ++i) ahead.ask(p, block);
   each_unit(p, block, attend, [&](int layer, int number, const Unit& unit) {
     const Stage& stage = p.stages[number];
     const TileMap* weight = &p.maps[layer].weights[number];
@@ -223,7 +234,7 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
       uint64_t* there = &control.weights_there[turn.slot];
       sync_warp();
       if (lane > 0) continue;
-      if (JAXLLM_AHEAD > 0) ahead.ask(p, block);
+      if (JAXLLM_AHEAD > 0 && ahead.count == weights++) ahead.pass(p, block, false);
       expect_bytes(there, kWeightBytes);
       const int column = (unit.first + i) * kDepth;
       if (stage.kind == kGated)
@@ -263,7 +274,7 @@ DEVICE void copy_rows(const Steps& p, char* slots, Control& control, int block) 
   });
 }
 
-constexpr int kRowsAtOnce = 8;  // of scale_rows: loads on their way together
+constexpr int kRowsAtOnce = 4;  // of scale_rows: loads on their way together
 
 // Queries, new keys and values of a worker's segments in a layer, by a warp that has nothing else to do; the first one's are the
 // worker's own affair. `segments`: how many there were in all.
@@ -356,6 +367,11 @@ DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
 
 struct Place {  // of a thread
   int block, thread, warp, group, lane;
+  DEVICE Place(int block_, int thread_)
+      : block(block_), thread(thread_), warp(thread_ / 32), group(thread_ / kGroupThreads), lane(thread_ % 32) {}
+  // The same, for a part of the work by itself. Registers that are kept through an attention lie in memory meanwhile, and reading
+  // them again takes a microsecond.
+  DEVICE Place again() const { return Place(opaque(block), opaque(thread)); }
 };
 
 // Of a timeline (benchmarks/wide_layers.py): what a block's first computing thread has come to, a stage.
@@ -387,7 +403,7 @@ DEVICE void end_part(Control& control, const Place& at, int& ended) {
 }
 
 template <int T>
-DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, const Place& at, Control& control, const float* scale,
+DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, const Place at, Control& control, const float* scale,
                      const float (&sums)[T / 2], int& marks) {
   constexpr int GROUPS = Shape<T>::kGroups;
   const Stage& stage = p.stages[number];
@@ -475,7 +491,7 @@ struct Feed {  // a worker's tiles of those in the ring. The other's are passed 
 };
 
 template <int T>
-DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& control, const Place& at, Slot<Shape<T>::kWeightSlots>& turn,
+DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& control, const Place at, Slot<Shape<T>::kWeightSlots>& turn,
                          uint32_t& segments, int& marks) {
   Params& view = control.attention[at.group];
   mark(at.block, at.thread, marks++, kWaits);
@@ -496,17 +512,18 @@ DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& contro
 // ---- the whole ----
 
 template <int T>
-DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& at) {
+DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& given) {
   using S = Shape<T>;
   Slot<S::kWeightSlots> weights;
   Slot<S::kRowSlots> rows;
   uint32_t segments = 0;
   int ended = 0, marks = 0;
   auto attend = [&](int layer) {
-    attend_layer<T>(p, layer, slots, control, at, weights, segments, marks);
-    end_part(control, at, ended);
+    attend_layer<T>(p, layer, slots, control, given.again(), weights, segments, marks);
+    end_part(control, given.again(), ended);
   };
-  each_unit(p, at.block, attend, [&](int layer, int number, const Unit& unit) {
+  each_unit(p, given.block, attend, [&](int layer, int number, const Unit& unit) {
+    const Place at = given.again();
     float sums[T / 2];
 #pragma unroll
     for (int i = 0; i < T / 2; ++i) sums[i] = 0.f;
@@ -539,7 +556,7 @@ DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& 
     mark(at.block, at.thread, marks++, number * kPoints + kMultiplied);
     const bool wants = number % 2;
     if (wants) wait_for(&control.scaled[number / 2], layer & 1);
-    end_unit<T>(p, layer, number, unit, at, control, wants ? control.scale[number / 2] : nullptr, sums, marks);
+    end_unit<T>(p, layer, number, unit, at.again(), control, wants ? control.scale[number / 2] : nullptr, sums, marks);
     end_part(control, at, ended);
     mark(at.block, at.thread, marks++, number * kPoints + kEnded);
   });
@@ -563,7 +580,7 @@ template <int T>
 DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
   using S = Shape<T>;
   Control& control = *reinterpret_cast<Control*>(raw + S::kControlAt);
-  const Place at = {block, thread, thread / 32, thread / kGroupThreads, thread % 32};
+  const Place at(block, thread);
   const int role = at.warp - kComputing / 32;
   if (role == 0 && at.lane == 0) {
 #pragma unroll 1
@@ -587,7 +604,7 @@ DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
     clear_empty_rows(p.attention, block * kWorkers + at.group, thread % kGroupThreads);
     compute<T>(p, raw, control, at);
   } else {
-    give_registers<88>();
+    give_registers<96>();
     if (role == 0) tell(p, control, block, at.lane);
     if (role == 1 && at.lane == 0) copy_rows<T>(p, raw + S::kRowsAt, control, block);
     if (role == 2) scale_rows(p, control, block, at.lane);
