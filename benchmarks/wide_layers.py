@@ -44,7 +44,6 @@ PREDICTED = {  # ms of the layers: bytes at 4.0 TB/s, products of 128 rows at 3.
 VARIANTS = {
     "nothing asked ahead": ("-DJAXLLM_AHEAD=0",),
     "16 tiles ahead": ("-DJAXLLM_AHEAD=16",),
-    "64 KiB of x": ("-DJAXLLM_ROW_ROOM=64", "-DJAXLLM_MANY_ROW_ROOM=64"),
 }
 TIMELINE = ("-DJAXLLM_TIMELINE",)
 

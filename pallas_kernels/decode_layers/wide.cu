@@ -37,6 +37,9 @@ constexpr int kMostLayers = 37, kMostRanks = 8, kAttention = 4;  // the latter: 
 constexpr int kMostRows = 128, kMostSums = 64, kStages = 4, kWide = 128, kComputing = 256, kMostTiles = 512;
 constexpr int kWeightBytes = kWide * kDepth * 2, kMostWeightSlots = 12, kMostRowSlots = 12;
 constexpr int kSharedBytes = 227 * 1024, kMostBlocks = 160;
+// A block begins with 65,536 / 384 registers a thread, in eights; asking for more in all than these waits for ever.
+constexpr int kComputingRegisters = 208, kOtherRegisters = 88;
+static_assert(2 * kComputingRegisters + kOtherRegisters <= 3 * (65536 / kBlockThreads / 8 * 8));
 
 enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
 
@@ -600,11 +603,11 @@ DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
   arrive_at_cluster();
   await_cluster();  // barriers are there before others count on them
   if (role < 0) {
-    take_registers<208>();
+    take_registers<kComputingRegisters>();
     clear_empty_rows(p.attention, block * kWorkers + at.group, thread % kGroupThreads);
     compute<T>(p, raw, control, at);
   } else {
-    give_registers<96>();
+    give_registers<kOtherRegisters>();
     if (role == 0) tell(p, control, block, at.lane);
     if (role == 1 && at.lane == 0) copy_rows<T>(p, raw + S::kRowsAt, control, block);
     if (role == 2) scale_rows(p, control, block, at.lane);
