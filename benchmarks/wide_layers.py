@@ -42,8 +42,9 @@ PREDICTED = {  # ms of the layers: bytes at 4.0 TB/s, products of 128 rows at 3.
     ("qwen3-0.6b", 128): 4.6,
 }
 VARIANTS = {
-    "nothing asked ahead": ("-DJAXLLM_AHEAD=0",),
-    "16 tiles ahead": ("-DJAXLLM_AHEAD=16",),
+    "24 KiB of x": ("-DJAXLLM_ROW_ROOM=24", "-DJAXLLM_MANY_ROW_ROOM=64"),
+    "32 KiB of x": ("-DJAXLLM_ROW_ROOM=32", "-DJAXLLM_MANY_ROW_ROOM=80"),
+    "48 KiB of x": ("-DJAXLLM_ROW_ROOM=48", "-DJAXLLM_MANY_ROW_ROOM=112"),
 }
 TIMELINE = ("-DJAXLLM_TIMELINE",)
 

@@ -78,8 +78,6 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
     return row < half ? row + r % 16 / 8 * half : -1;
   });
 }
-DEVICE void prefetch_tile(const TileMap*, int, int) {}
-DEVICE void prefetch_in_turns(const TileMap*, int, int) {}
 DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
   for (int peer = 0; peer < 2; ++peer)
     copy_rows_of(of_peer(static_cast<char*>(to), peer), map, column, of_peer(barrier, peer), [=](int r) { return int64_t(row) + r; });
@@ -220,14 +218,6 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
       " [%0], [%1, {%2, %3, %3, %4}], [%5], policy;\n}" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(0), "r"(eight), "r"(shared_address(barrier))
       : "memory");
-}
-// Either of these, to the second-level cache only.
-DEVICE void prefetch_tile(const TileMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
-}
-DEVICE void prefetch_in_turns(const TileMap* map, int column, int eight) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %2, %3}];" ::"l"(map), "r"(column), "r"(0), "r"(eight)
-               : "memory");
 }
 // To the same place of both blocks of the cluster; the barrier of each counts what came to it.
 DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {

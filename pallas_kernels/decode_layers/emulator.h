@@ -285,8 +285,6 @@ inline void arrive(uint64_t* at) {
 inline void wait_for(uint64_t* at, uint32_t parity) {
   wait_until([=] { return bar(at).phase != (parity & 1); });
 }
-inline bool has_come(uint64_t* at, uint32_t parity) { return bar(at).phase != (parity & 1); }
-inline void pause() { yield(); }
 inline void later(Copy copy) {
   machine->copies.push_back(std::move(copy));
   machine->moved = true;

@@ -148,16 +148,6 @@ DEVICE void wait_for(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-DEVICE bool has_come(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile("{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-               : "=r"(done)
-               : "r"(shared_address(barrier)), "r"(parity)
-               : "memory");
-  return done;
-}
-DEVICE void pause() {}
-
 // Device memory to shared memory by the copy engine; the barrier counts the bytes. Read once: first to leave the cache.
 DEVICE void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile(

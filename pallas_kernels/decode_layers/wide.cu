@@ -25,9 +25,6 @@
 #define JAXLLM_ROW_ROOM 64
 #define JAXLLM_MANY_ROW_ROOM 96
 #endif
-#ifndef JAXLLM_AHEAD  // tiles of weights that the second-level cache is asked for before the ring is
-#define JAXLLM_AHEAD 8
-#endif
 
 #include "../decode_attention/warpgroup.h"
 
@@ -95,9 +92,7 @@ struct Counters {
 RESIDENT Counters counters[kDevices];
 RESIDENT float4 on_their_way[kDevices][kMostBlocks * (kMostRows / 8) * kComputing];
 
-struct Ahead;
 struct Control {  // behind the slots
-  alignas(16) char ahead[48];
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
   uint64_t rows_there[kMostRowSlots], rows_read[kMostRowSlots], scaled[2], ended, told;
   uint64_t prepared[kWorkers][2], attended[kWorkers][2];  // a worker's segments, in turns
@@ -165,47 +160,14 @@ DEVICE void each_tile(const Control& control, Use use) {
     if (i / 4 < control.tiles[i % kWorkers]) use(i % kWorkers, i / kWorkers % 2);
 }
 
-// A block's tiles of weights once more, for the second-level cache: when a stage ends the ring is soon full, and memory would wait.
-// Keys and values are not counted: the weights behind them are asked for before them. In shared memory, as it is seldom looked at.
-struct Ahead {
-  int layer, number, next, i, count;  // count: tiles that were passed
-  Unit unit;
-  DEVICE void pass(const Steps& p, int block, bool ask) {
-    ++count;
-    if (i == unit.count) {
-      for (; layer < p.num_layers && next >= p.stages[number].units; next = block / 2)
-        if (++number == stages_of(p, layer)) number = 0, ++layer;
-      if (layer == p.num_layers) return;
-      unit = unit_of(p.stages[number], block, next), next += p.blocks / 2, i = 0;
-    }
-    const int column = (unit.first + i++) * kDepth;
-    if (!ask) return;
-    const TileMap* weight = &p.maps[layer].weights[number];
-    if (p.stages[number].kind == kGated)
-      prefetch_in_turns(weight, column, unit.tile * (kWide / 16));
-    else
-      prefetch_tile(weight, column, unit.tile * kWide);
-  }
-};
-
 // Everything that goes through the ring, by a warp: its first lane asks for weights, all of them for keys and values.
 template <int T>
 DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int block, int lane) {
   using S = Shape<T>;
   Slot<S::kWeightSlots> turn;
-  int asked = 0, weights = 0;
-  Ahead& ahead = *reinterpret_cast<Ahead*>(control.ahead);
-  if (lane == 0) ahead = {0, 0, block / 2, 0, 0, {}};
+  int asked = 0;
   auto next = [&] {
-    if (asked++ < S::kWeightSlots) return slots + turn.slot * kWeightBytes;
-    uint64_t* read = &control.weights_read[turn.slot];
-    if (JAXLLM_AHEAD > 0 && lane == 0) {  // all that was asked for is there, and there is no room
-      const int last = turn.slot ? turn.slot - 1 : S::kWeightSlots - 1;
-      const uint32_t phase = turn.slot ? turn.phase : turn.phase ^ 1;
-      for (; !has_come(read, turn.phase ^ 1) && ahead.count < weights + JAXLLM_AHEAD; pause())
-        if (has_come(&control.weights_there[last], phase)) ahead.pass(p, block, true);
-    }
-    wait_for(read, turn.phase ^ 1);
+    if (asked++ >= S::kWeightSlots) wait_for(&control.weights_read[turn.slot], turn.phase ^ 1);
     return slots + turn.slot * kWeightBytes;
   };
   auto attend = [&](int layer) {
@@ -237,7 +199,6 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
       uint64_t* there = &control.weights_there[turn.slot];
       sync_warp();
       if (lane > 0) continue;
-      if (JAXLLM_AHEAD > 0 && ahead.count == weights++) ahead.pass(p, block, false);
       expect_bytes(there, kWeightBytes);
       const int column = (unit.first + i) * kDepth;
       if (stage.kind == kGated)
