@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from jaxllm.core import SamplingParams  # noqa: E402
 from jaxllm.engine.messages import Abort, Add, Beat, Control, News, Ready, Reply, Step, Stop  # noqa: E402
-from serve.engine_process import Channel, follow_parent, read_config  # noqa: E402
+from jaxllm.engine.process.main import Channel, follow_parent, read_config  # noqa: E402
 
 CONTEXT = 1 << 20
 
@@ -86,9 +86,9 @@ def engine_main() -> None:
 
 
 def server_main(rate: float, base: float) -> None:
+    from jaxllm.engine.process.links import ProcessLink
     from serve.client import EngineClient
     from serve.front import Front
-    from serve.links import ProcessLink
     from serve.metrics import FrontMetrics
     from serve.run import bind, serve
     from serve.settings import FrontSettings

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jaxllm.logs import StderrLog
 from serve import vllm_metrics
 from serve.admission import Admission
-from serve.logs import StderrLog
 from serve.streams import Stream
 from serve.utilisation import Utilisation
 

@@ -19,7 +19,7 @@ import typer
 from jaxllm.config import ConfigError, environment_api_key, load, load_table, model_directory, show
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.messages import Ready
-from serve.logs import StderrLog, log_to_stderr
+from jaxllm.logs import StderrLog, log_to_stderr
 from serve.settings import FrontSettings, hash_key
 
 GIB = 2**30
@@ -261,10 +261,10 @@ def show_front(settings: FrontSettings) -> str:
 
 def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_process: bool, log: StderrLog) -> int:
     """Binds, starts, serves; returns the exit code."""
+    from jaxllm.engine.process.links import ProcessLink, ThreadLink
     from serve.client import EngineClient, Supervision
-    from serve.engine_process import build_engine
+    from serve.engine_process import build
     from serve.front import Front
-    from serve.links import ProcessLink, ThreadLink
     from serve.metrics import FrontMetrics
     from serve.run import bind, serve
     from serve.texts import open_tokenizer
@@ -275,7 +275,7 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
     for warning in warnings:
         logging.getLogger(__name__).warning("%s", warning)
     if in_process:
-        link: Any = ThreadLink(lambda: build_engine(source), settings.stall_s)
+        link: Any = ThreadLink(lambda: build(source), settings.stall_s)
     else:
         config = json.dumps({**source, "stall_s": settings.stall_s}).encode()
         link = ProcessLink([sys.executable, "-m", "serve.engine_process"], config)

@@ -22,10 +22,10 @@ import uvloop
 from helpers.byte_model import build_engine, byte_tokenizer
 
 from jaxllm.config import BUNDLED_MODEL, model_directory
+from jaxllm.engine.process.links import ProcessLink, ThreadLink
 from jaxllm.tokenizer import Tokenizer
 from serve.client import EngineClient, Supervision
 from serve.front import Front
-from serve.links import ProcessLink, ThreadLink
 from serve.metrics import FrontMetrics
 from serve.run import bind, make_server
 from serve.settings import FrontSettings, hash_key
