@@ -243,7 +243,6 @@ class EngineLoop:
         if operation is None:
             self.send(Reply(command.id, error=f"not_supported: the engine has no operation {command.operation!r}"))
             return
-        self._rest()
         try:
             value = operation(self, command.arguments)
         except EngineBroken:
@@ -256,18 +255,12 @@ class EngineLoop:
         else:
             self._reply(command.id, value)
 
-    def _rest(self) -> None:
-        """An operation may touch pages, weights and devices of any engine: none is launching a step meanwhile."""
-        if isinstance(self.engine, ReplicatedEngine):
-            self.engine.rest()
-
     def _reply(self, number: int, value: Any) -> None:
         """What it changed is known at once, not with the next heartbeat."""
         self.send(self.progress.beat())
         self.send(Reply(number, value))
 
     def _advance(self, number: int, job: Generator[None, None, Any]) -> None:
-        self._rest()
         try:
             next(job)
         except StopIteration as end:

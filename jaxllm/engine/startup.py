@@ -164,8 +164,7 @@ def start(
     log.info("%s", report)
     residency = _residency(tuple(lanes), model_config, config, replicas, directory)
     if len(engines) > 1:
-        apart = all(len(own) == 1 for own in lanes)  # of a pipeline, lanes share the stages' devices
-        return ReplicatedEngine(tuple(engines), residency, apart), report
+        return ReplicatedEngine(tuple(engines), residency), report
     engines[0].residency = residency
     return engines[0], report
 

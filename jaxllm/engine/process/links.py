@@ -1,6 +1,6 @@
 """How commands reach an engine and its events come back: a thread in this process, or a process over ZeroMQ ipc.
 
-In: commands (`send`, from one thread), several at once where the engine should see them at once. Out: events (`receive`,
+In: commands (`send`, from one thread), several at once where the engine should see them so. Out: events (`receive`,
 blocking, from one other thread). Both links carry the same typed messages. Knows nothing of streams, restarts or HTTP.
 """
 
