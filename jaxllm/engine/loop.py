@@ -417,14 +417,27 @@ def _news(output: TokenOutput, begun: dict[str, float]) -> News:
 
 
 def watch(
-    progress: Progress, send: Send, give_up: Callable[[], None], *, stall_s: float, beat_s: float = 0.5
+    progress: Progress,
+    send: Send,
+    give_up: Callable[[], None],
+    *,
+    stall_s: float,
+    beat_s: float = 0.5,
+    when_idle: bool = True,
 ) -> threading.Thread:
-    """A thread that sends a Beat every `beat_s`; when one turn lasts `stall_s` it dumps all stacks and gives up."""
+    """A thread that sends a Beat every `beat_s`; when one turn lasts `stall_s` it dumps all stacks and gives up.
+
+    Not `when_idle`: only where something has changed, for a listener that does not listen while it asks for nothing.
+    """
 
     def body() -> None:
+        last: Beat | None = None
         while True:
             time.sleep(beat_s)
-            send(progress.beat())
+            beat = progress.beat()
+            if when_idle or beat != last:
+                send(beat)
+            last = beat
             if progress.stalled_s() > stall_s:
                 log.error("the engine has not finished a step for %.1f s", progress.stalled_s())
                 faulthandler.dump_traceback(all_threads=True)

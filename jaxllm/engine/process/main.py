@@ -160,7 +160,8 @@ def run(build: Build) -> int:
         channel.close()
         return CANNOT_START
     loop = EngineLoop(engine, channel.receive, send)
-    watch(loop.progress, channel.sender(), lambda: os._exit(HUNG), stall_s=settings.get("stall_s", 60.0), beat_s=0.5)
+    how = {"stall_s": settings.get("stall_s", 60.0), "when_idle": settings.get("beats_when_idle", True)}
+    watch(loop.progress, channel.sender(), lambda: os._exit(HUNG), **how)
     gc.collect()
     gc.freeze()  # what start-up made stays: no collection in the middle of a step looks at it
     try:

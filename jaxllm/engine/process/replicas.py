@@ -1,0 +1,60 @@
+"""Replicas as processes: whether, and from one config to a link over one process a replica.
+
+In: an EngineConfig with mesh.data replicas. Out: a FleetLink, not started; each process gets the config of one replica,
+GPUs of its own and its share of the cores to compile on. Imports no JAX: this process leaves the devices alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.engine.process.fleet import FleetLink, Restarts
+from jaxllm.engine.process.links import ProcessLink
+from jaxllm.gpus import gpu_slices, gpus_here, runs_on_gpus, seeing, visible_gpus
+
+COMMAND = (sys.executable, "-m", "jaxllm.engine.process.main")
+
+
+def in_processes(config: EngineConfig) -> bool:
+    """Whether the replicas are processes of their own."""
+    if config.mesh.data == 1 or config.disaggregation.role != "none":
+        return False
+    wanted = config.mesh.data_processes
+    return runs_on_gpus() if wanted == "auto" else bool(wanted)
+
+
+def fleet(config: EngineConfig, restarts: Restarts | None = None, **settings: Any) -> FleetLink:
+    """`settings`: what engine processes are told beside their config."""
+    environments = _environments(config)
+    links = []
+    for number in range(config.mesh.data):
+        told = {**settings, "overrides": dataclasses.asdict(one_replica(config, number))}
+        links.append(ProcessLink([*COMMAND], json.dumps(told).encode(), environment=environments[number]))
+    return FleetLink(links, {"mesh": str(config.mesh)}, restarts)
+
+
+def one_replica(config: EngineConfig, number: int) -> EngineConfig:
+    """A fault is the first one's: the others must not notice."""
+    threads = config.compile.threads or max(1, (os.cpu_count() or 1) // config.mesh.data)
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, data=1),
+        compile=dataclasses.replace(config.compile, threads=threads),
+        fault=config.fault if number == 0 else "",
+    )
+
+
+def _environments(config: EngineConfig) -> list[dict[str, str] | None]:
+    """Of each process; None: this one's."""
+    mesh = config.mesh
+    if not runs_on_gpus():
+        return [None] * mesh.data
+    visible, here = visible_gpus(), gpus_here()
+    if visible is None and here < mesh.size:
+        raise ConfigError(f"mesh {mesh}: {mesh.data} replicas x {mesh.replica_size} GPUs = {mesh.size}, of {here} here")
+    return [seeing(gpus) for gpus in gpu_slices(mesh.data, mesh.replica_size, visible)]
