@@ -35,6 +35,7 @@ from jaxllm.engine.output import OutputProcessor
 from jaxllm.tokenizer import ChatError, ChatPrompt, Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
+    from jaxllm.engine.process.remote import RemoteReport
     from jaxllm.engine.startup import StartReport
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}
@@ -138,7 +139,7 @@ class LLM:
         **overrides: Any,
     ) -> None:
         """`config` is a ready EngineConfig or the path of a TOML file; `engine` replaces starting one."""
-        self.report: StartReport | None = None
+        self.report: StartReport | RemoteReport | None = None
         if engine is None:
             engine = self._start(model, config, progress, overrides)
         elif model is not None or config is not None or overrides:
@@ -163,6 +164,12 @@ class LLM:
         else:
             settings = load(config, model=path, **overrides)
         model_directory(settings.model.path)  # a wrong path is told at once, not after the seconds that JAX takes
+        from jaxllm.engine.process.replicas import in_processes, remote_engine
+
+        if in_processes(settings):
+            replicas = remote_engine(settings, progress)
+            self.report = replicas.report
+            return replicas
         from jaxllm.engine.disagg.startup import start_role
 
         engine, self.report = start_role(settings, progress)

@@ -1,9 +1,9 @@
 """Several engine processes as one link: replicas of a model, each with its own devices, pages, schedule and Python.
 
 In: commands; a request goes to the replica with the fewest tokens before it, an operation to all. Out: the events of
-all, with what concerns the whole said once (`merge`). When a replica dies, its requests end with an error, the others go
-on, and it is started again, with the weights and the state that operations gave the others meanwhile. The fleet is dead
-when no replica serves, when one never was ready, or after too many restarts. Knows nothing of GPUs, text or HTTP.
+all, with what concerns the whole said once (`merge`). When a replica dies, its requests end with an error, the others
+go on, and it is started again, with the weights and the state that operations gave the others meanwhile. The fleet is
+dead when no replica is left, when one could not start, or after too many restarts. Knows nothing of GPUs, text or HTTP.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """Replicas as processes: whether, and from one config to a link over one process a replica.
 
-In: an EngineConfig with mesh.data replicas. Out: a FleetLink, not started; each process gets the config of one replica,
-GPUs of its own and its share of the cores to compile on. Imports no JAX: this process leaves the devices alone.
+In: an EngineConfig with mesh.data replicas. Out: a FleetLink, not started, or an engine over one; each process gets the
+config of one replica, GPUs of its own and its share of the cores to compile on. Imports no JAX: this process leaves the
+devices alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.process.fleet import FleetLink, Restarts
 from jaxllm.engine.process.links import ProcessLink
+from jaxllm.engine.process.remote import RemoteEngine
 from jaxllm.gpus import gpu_slices, gpus_here, runs_on_gpus, seeing, visible_gpus
 
 COMMAND = (sys.executable, "-m", "jaxllm.engine.process.main")
@@ -36,6 +40,13 @@ def fleet(config: EngineConfig, restarts: Restarts | None = None, **settings: An
         told = {**settings, "overrides": dataclasses.asdict(one_replica(config, number))}
         links.append(ProcessLink([*COMMAND], json.dumps(told).encode(), environment=environments[number]))
     return FleetLink(links, {"mesh": str(config.mesh)}, restarts)
+
+
+def remote_engine(config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> RemoteEngine:
+    """For LLM, which listens while it asks for something, and else not."""
+    link = fleet(config, Restarts(silent_s=math.inf), beats_when_idle=False)
+    tell = progress or (lambda phase, share: None)
+    return RemoteEngine(link, config, lambda: tell("replicas", link.num_ready / config.mesh.data))
 
 
 def one_replica(config: EngineConfig, number: int) -> EngineConfig:
