@@ -3,7 +3,7 @@
 In: requests (`add`) and the engine's TokenOutputs (`process`). Out: RequestOutputs, and the sequences that ended here
 (a stop string) and that the engine must finish. A streaming request gives an update after every step that brought it
 something, holding only what is new; any other gives one, complete, at its end. A fault in making the text of one
-sequence ends that sequence. Knows nothing of scheduling, devices or HTTP; LLM and the server both use it.
+sequence ends that sequence. Text that nobody needs before the end is made then. Knows nothing of scheduling, devices or HTTP; LLM and the server both use it.
 """
 
 from __future__ import annotations
@@ -67,9 +67,12 @@ def speed(timings: RequestTimings | None, num_tokens: int) -> Speed:
 class _Completion:
     """One of a request's n: its text machinery, and what has gathered since it was last taken."""
 
-    def __init__(self, request: Request, index: int, tokenizer: TokenPieces | None) -> None:
+    def __init__(self, request: Request, index: int, tokenizer: TokenPieces | None, *, at_end: bool) -> None:
+        """`at_end`: nobody needs the text before the sequence ends."""
         params = request.params
         self.index = index
+        self._at_end = at_end
+        self._unread: list[int] = []  # tokens whose text waits for the end
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
@@ -91,7 +94,10 @@ class _Completion:
                 self._cumulative_logprob += output.logprobs.logprob
             # The token that stops a sequence is listed, but its text is shown only on request.
             if output.finish_reason is not FinishReason.STOP or self._params.include_stop_str_in_output:
-                self._text.append(self._assembler.push(output.token_id))
+                if self._at_end:
+                    self._unread.append(output.token_id)
+                else:
+                    self._text.append(self._assembler.push(output.token_id))
         if self._assembler.stopped_by is not None:
             self._finish(FinishReason.STOP, self._assembler.stopped_by)
         elif output.finish_reason is not None:
@@ -103,6 +109,8 @@ class _Completion:
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """The end came from elsewhere: what was held back is text after all."""
+        unread, self._unread = self._unread, []  # whatever comes of it, it is tried once
+        self._text += map(self._assembler.push, unread)
         self._text.append(self._assembler.finish())
         self._finish(reason, stop_reason)
 
@@ -137,7 +145,8 @@ class _State:
 
     def __init__(self, request: Request, prompt: str | None, stream: bool, tokenizer: TokenPieces | None) -> None:
         self.request, self.prompt, self.stream = request, prompt, stream
-        self.completions = [_Completion(request, index, tokenizer) for index in range(request.params.n)]
+        at_end = not (stream or request.params.stop)
+        self.completions = [_Completion(request, i, tokenizer, at_end=at_end) for i in range(request.params.n)]
         self.timings = RequestTimings(request.arrival_s)
         self.touched: set[int] = set()
         self._prompt_token_ids = list(request.prompt_token_ids)
@@ -183,6 +192,11 @@ class _State:
         return output
 
 
+def _failed(state: _State, completion: _Completion, error: Exception) -> None:
+    log.exception("request %s: making its text failed", state.request.id)
+    completion.fail(f"making the text failed: {type(error).__name__}")
+
+
 class OutputProcessor:
     """Holds the text state of every request in flight. One thread owns it."""
 
@@ -212,8 +226,7 @@ class OutputProcessor:
             try:
                 state.apply(output, now)
             except Exception as error:  # one request's fault must not reach the others
-                log.exception("request %s: making its text failed", sequence.request.id)
-                completion.fail(f"making the text failed: {type(error).__name__}")
+                _failed(state, completion, error)
             reason = completion.finish_reason
             if state.stream:
                 state.touched.add(sequence.index)
@@ -232,7 +245,10 @@ class OutputProcessor:
             return None
         for completion in state.completions:
             if completion.finish_reason is None:
-                completion.finish(FinishReason.ABORT)
+                try:
+                    completion.finish(FinishReason.ABORT)
+                except Exception as error:  # of an abort nobody expects one
+                    _failed(state, completion, error)
                 state.touched.add(completion.index)
         return self._update(state, time.monotonic())
 
