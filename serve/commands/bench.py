@@ -110,21 +110,20 @@ def _heard(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def _subject(llm: LLM, repeats: int) -> Subject:
-    """The bench of this model on the device that JAX found; that device's name, and where start-up went."""
-    import jax
-
+    """The bench of this model on the device that its engine found; that device's name, and where start-up went."""
     from jaxllm.engine.engine import Engine
+    from jaxllm.engine.process.remote import RemoteEngine
     from jaxllm.engine.replicas import ReplicatedEngine
     from jaxllm.tools.bench import Bench, floors
 
-    device = jax.devices()[0].device_kind
-    if not isinstance(llm.engine, Engine | ReplicatedEngine):
-        raise ConfigError("a bench needs an engine of this process")
-    phases = {} if llm.report is None else {name: round(s, 3) for name, s in llm.report.seconds.items()}
+    if not isinstance(llm.engine, Engine | ReplicatedEngine | RemoteEngine) or llm.report is None:
+        raise ConfigError("a bench needs an engine that it started")
+    device = llm.report.device_kind
+    phases = {name: round(s, 3) for name, s in llm.report.seconds.items()}
     about = {"device": device, "ready_s": round(process_age_s(), 2), "start_phases_s": phases}
     llm.generate([[0, 1, 2, 3]], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1), use_tqdm=False)
     about["first_token_s"] = round(process_age_s(), 2)
-    metrics = llm.engine.scheduler.metrics
+    metrics = llm.engine.counts if isinstance(llm.engine, RemoteEngine) else llm.engine.scheduler.metrics
     config = llm.engine.config
     about["mesh"] = str(config.mesh)
     known = device if config.mesh.size == 1 else ""  # floors are one device's
@@ -207,11 +206,12 @@ class Commands:
     ) -> None:  # fmt: skip
         """What `startup` times."""
         from jaxllm.engine.engine import Engine
+        from jaxllm.engine.process.remote import RemoteEngine
         from jaxllm.engine.replicas import ReplicatedEngine
         from jaxllm.tools.bench import report_first_token
 
         llm = self.open_llm(model, config, [*(settings or ()), f"cache_dir={json.dumps(cache_dir)}"])
-        assert isinstance(llm.engine, Engine | ReplicatedEngine)
+        assert isinstance(llm.engine, Engine | ReplicatedEngine | RemoteEngine)
         assert llm.report is not None
         typer.echo(report_first_token(llm, llm.report.seconds, llm.engine.model_config.vocab_size))
 

@@ -134,8 +134,8 @@ class FleetLink:
             link.kill()
 
     def close(self) -> None:
-        """All are told before any is waited for."""
-        alive = [link for link in self._links if link.death() is None]
+        """All are told before any is waited for; one that is still starting would not listen."""
+        alive = [each.link for each in self._replicas if each.ready is not None and each.link.death() is None]
         for link in alive:
             link.send(Stop())
         deadline = time.monotonic() + STOP_WAIT_S

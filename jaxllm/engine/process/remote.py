@@ -79,7 +79,6 @@ class RemoteEngine:
         self._unsent: list[Add] = []
         self._kept: list[Event] = []  # came while something else was waited for
         self._numbers = itertools.count()
-        self._gone: str | None = None
         link.start()
         self._finalizer = weakref.finalize(self, _end, link)
         self.ready = self._wait_ready(starting)
@@ -195,9 +194,8 @@ class RemoteEngine:
             if isinstance(event, Step):
                 self._tell(event.news, outputs)
         if not events and self.link.death() is not None:
-            self._gone = self.link.death()
             for sequences in list(self._live.values()):
-                self._fail(sequences, f"engine_died: the engine died ({self._gone})", outputs)
+                self._fail(sequences, f"engine_died: the engine died ({self.link.death()})", outputs)
         return outputs
 
     def _send(self) -> list[Event]:
@@ -260,12 +258,12 @@ class RemoteEngine:
                         raise JaxLLMError(event.error)
                     return event.value
             if not events and self.link.death() is not None:
-                self._gone = self.link.death()
-                self._check_alive()
+                raise EngineGoneError(f"the engine is gone: {self.link.death()}")
 
     def _check_alive(self) -> None:
-        if self._gone is not None and not self._live:
-            raise EngineGoneError(f"the engine is gone: {self._gone}")
+        gone = self.link.death()
+        if gone is not None and not self._live:
+            raise EngineGoneError(f"the engine is gone: {gone}")
 
 
 def _end(link: Link) -> None:
