@@ -3,7 +3,8 @@
 In: requests (`add`) and the engine's TokenOutputs (`process`). Out: RequestOutputs, and the sequences that ended here
 (a stop string) and that the engine must finish. A streaming request gives an update after every step that brought it
 something, holding only what is new; any other gives one, complete, at its end. A fault in making the text of one
-sequence ends that sequence. Text that nobody needs before the end is made then. Knows nothing of scheduling, devices or HTTP; LLM and the server both use it.
+sequence ends that sequence. Text that nobody needs before the end is made then. Knows nothing of scheduling, devices or
+HTTP; LLM and the server both use it.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ class FleetLink:
         if not asked.replies:
             yield Reply(control.id, error=DIED)
             return
-        answer = merge.reply(control.id, control.operation, asked.replies)
+        answer = merge.reply(control.id, control.operation, asked.replies, self._own_stats())
         if answer.error is None:
             self._lasting.pop(UNDONE.get(control.operation, control.operation), None)
             if control.operation in LASTING:
@@ -316,9 +316,12 @@ class FleetLink:
     def _beat(self) -> Beat:
         now = time.monotonic()
         silent = max((now - replica.heard_s for replica in self._replicas if replica.ready is not None), default=0.0)
-        own = {"replicas_serving": len(self._serving()), "replica_restarts": self._restarts}
         beats = [replica.beat for replica in self._replicas if replica.beat is not None]
-        return merge.beat(beats, {**self._counted, **own}, silent if silent > SILENT_S else 0.0)
+        return merge.beat(beats, self._own_stats(), silent if silent > SILENT_S else 0.0)
+
+    def _own_stats(self) -> dict[str, float]:
+        """What no process that lives has counted."""
+        return {**self._counted, "replicas_serving": len(self._serving()), "replica_restarts": self._restarts}
 
     # ---- replicas that die ----
 

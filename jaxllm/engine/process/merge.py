@@ -53,7 +53,7 @@ def _slowest(each: list[Ready]) -> dict[str, Any]:
 
 
 def beat(each: list[Beat], more: Mapping[str, float], silent_s: float) -> Beat:
-    """`more`: counted by processes that are gone; `silent_s`: for how long the quietest has not been heard of."""
+    """`more`: counted elsewhere; `silent_s`: for how long the quietest has not been heard of."""
     return Beat(
         stalled_s=max([silent_s, *(one.stalled_s for one in each)]),
         paused=any(one.paused for one in each),
@@ -63,14 +63,16 @@ def beat(each: list[Beat], more: Mapping[str, float], silent_s: float) -> Beat:
     )
 
 
-def reply(number: int, operation: str, each: list[Reply]) -> Reply:
-    """One answer; any replica's error is the error of all."""
+def reply(number: int, operation: str, each: list[Reply], more: Mapping[str, float]) -> Reply:
+    """One answer; any replica's error is the error of all. `more`: as for a beat."""
     wrong = next((one for one in each if one.error is not None), None)
     if wrong is not None:
         return Reply(number, error=wrong.error)
     values = [one.value for one in each]
-    if len(values) > 1 and all(isinstance(value, dict) for value in values):
-        return Reply(number, sums(values) if operation == "check" else _said(values))
+    if operation == "check":
+        return Reply(number, sums([*values, more]))
+    if all(isinstance(value, dict) for value in values):
+        return Reply(number, _said(values))
     return Reply(number, values[0])
 
 

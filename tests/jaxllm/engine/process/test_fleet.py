@@ -280,7 +280,5 @@ def test_an_engine_that_is_gone_says_so_to_whoever_waits_and_to_whoever_comes(ll
     for pid in llm.engine.link.pids:
         os.kill(pid, signal.SIGKILL)
     assert list(stream)[-1].error.startswith("engine_died: ")
-    deadline = time.monotonic() + 10
     with pytest.raises(EngineGoneError, match="no replica is left"):
-        while time.monotonic() < deadline:
-            llm.generate(PROMPTS[0], asked("x").params)
+        llm.generate(PROMPTS[0], asked("x").params)
