@@ -208,7 +208,7 @@ def comes_back_with_the_others_weights(server, path, bodies, before):
     streams = together(server, bodies)
     assert [text_of(events) for events in streams] == after
     assert {events[0]["weights_version"] for events in streams} == {"second"}, "also of the new one"
-    assert all(link.death() is None for link in server.link._links)
+    assert all(link.death() is None for link in server.link.links)
 
 
 @pytest.mark.mesh

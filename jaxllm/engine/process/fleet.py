@@ -77,12 +77,12 @@ class FleetLink:
         self, links: Sequence[ProcessLink], facts: Mapping[str, Any] | None = None, restarts: Restarts | None = None
     ) -> None:
         """`facts`: of the whole, for Ready."""
-        self._links, self._facts, self._limits = tuple(links), facts or {}, restarts or Restarts()
+        self.links, self._facts, self._limits = tuple(links), facts or {}, restarts or Restarts()
         self._lock = threading.Lock()  # whoever sends is not the thread that receives
         self._begin()
 
     def _begin(self) -> None:
-        self._replicas = [_Replica(number, link) for number, link in enumerate(self._links)]
+        self._replicas = [_Replica(number, link) for number, link in enumerate(self.links)]
         self._homes: dict[str, _Replica] = {}
         self._asked: dict[int, _Asked] = {}
         self._lasting: dict[str, Control] = {}  # what a replica that starts again is told first
@@ -130,7 +130,7 @@ class FleetLink:
         return self._death
 
     def kill(self) -> None:
-        for link in self._links:
+        for link in self.links:
             link.kill()
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class FleetLink:
         while any(link.death() is None for link in alive) and time.monotonic() < deadline:
             time.sleep(0.02)
         self.kill()
-        for link in self._links:
+        for link in self.links:
             link.close()
 
     # ---- commands ----

@@ -129,7 +129,7 @@ class ProcessLink:
         stderr: IO[Any] | None = None,
         environment: dict[str, str] | None = None,
     ) -> None:
-        self._command, self._config, self._stderr, self._environment = command, config, stderr, environment
+        self._command, self._config, self._stderr, self.environment = command, config, stderr, environment
         self._context = zmq.Context()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
@@ -165,7 +165,7 @@ class ProcessLink:
             socket.bind(address)
         self._push, self._pull = push, pull
         self._process = subprocess.Popen(
-            [*self._command, *addresses], stdin=subprocess.PIPE, stderr=self._stderr, env=self._environment
+            [*self._command, *addresses], stdin=subprocess.PIPE, stderr=self._stderr, env=self.environment
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; death() says so

@@ -74,7 +74,7 @@ def heard(request):
     found = Heard(FleetLink(processes(step_s=0.01, **options.get("engine", {})), restarts=options.get("restarts")))
     yield found
     found.fleet.close()
-    assert all(link.death() is not None for link in found.fleet._links)
+    assert all(link.death() is not None for link in found.fleet.links)
 
 
 def test_requests_are_dealt_out_by_tokens_and_operations_are_everybodys(heard):

@@ -1,0 +1,24 @@
+"""Whether this process runs on GPUs, found without JAX."""
+
+import pytest
+
+from jaxllm import gpus
+
+
+@pytest.mark.parametrize(
+    ("here", "visible", "platforms", "found"),
+    [
+        (2, None, None, True),
+        (0, None, None, False),
+        (2, "", None, False),
+        (2, "-1", None, False),
+        (2, "GPU-7f", None, True),
+        (2, None, "cpu", False),
+        (2, None, "cuda,cpu", True),
+    ],
+)
+def test_there_must_be_gpus_that_are_neither_hidden_nor_passed_over(monkeypatch, here, visible, platforms, found):
+    monkeypatch.setattr(gpus, "gpus_here", lambda: here)
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("JAX_PLATFORMS", platforms)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert gpus.runs_on_gpus() is found
