@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxllm.config import ConfigError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+TOOL_S = 20.0
 
 
 def gpus_here() -> int:
-    """What the driver shows of this machine; in a container that has no such list, its devices."""
+    """What the driver shows of this machine; in a container that has no such list, its devices, or what the tool says."""
     listed = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    return listed or sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in Path("/dev").glob("nvidia*"))
+    listed = listed or sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in Path("/dev").glob("nvidia*"))
+    return listed or len(_told())
+
+
+def _told() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    try:
+        said = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=TOOL_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []  # a tool without a driver
+    return [line for line in said.splitlines() if line.startswith("GPU ")]
 
 
 def visible_gpus() -> list[str] | None:

@@ -32,6 +32,7 @@ from jaxllm.core import (
 )
 from jaxllm.core import Sequence as TokenSequence
 from jaxllm.engine.output import OutputProcessor
+from jaxllm.engine.process.choice import in_processes
 from jaxllm.tokenizer import ChatError, ChatPrompt, Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
@@ -164,9 +165,9 @@ class LLM:
         else:
             settings = load(config, model=path, **overrides)
         model_directory(settings.model.path)  # a wrong path is told at once, not after the seconds that JAX takes
-        from jaxllm.engine.process.replicas import in_processes, remote_engine
-
         if in_processes(settings):
+            from jaxllm.engine.process.replicas import remote_engine
+
             replicas = remote_engine(settings, progress)
             self.report = replicas.report
             return replicas

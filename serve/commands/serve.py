@@ -264,8 +264,9 @@ def show_front(settings: FrontSettings) -> str:
 
 def link_of(settings: FrontSettings, source: dict[str, Any], *, in_process: bool) -> Link:
     """To one engine, in a thread or a process, or to a process a replica."""
+    from jaxllm.engine.process.choice import in_processes
     from jaxllm.engine.process.links import ProcessLink, ThreadLink
-    from jaxllm.engine.process.replicas import fleet, in_processes
+    from jaxllm.engine.process.replicas import fleet
 
     if in_process:
         from serve.engine_process import build

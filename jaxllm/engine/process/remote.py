@@ -14,16 +14,18 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig, model_directory
 from jaxllm.core import FinishReason, JaxLLMError, Request, RequestError, SamplingParams, Sequence, TokenOutput
 from jaxllm.engine.decoding.grammar_trial import open_grammars
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.messages import Abort, Add, Control, Event, Failed, News, Ready, Reply, Step
-from jaxllm.engine.process.links import Link
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxllm.engine.process.links import Link
 
 WAIT_S = 0.1  # for news, before it is asked whether the engine lives
 

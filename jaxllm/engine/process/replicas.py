@@ -1,4 +1,4 @@
-"""Replicas as processes: whether, and from one config to a link over one process a replica.
+"""Replicas as processes: from one config to a link over one process a replica.
 
 In: an EngineConfig with mesh.data replicas. Out: a FleetLink, not started, or an engine over one; each process gets the
 config of one replica, GPUs of its own and its share of the cores to compile on. Imports no JAX: this process leaves the
@@ -22,14 +22,6 @@ from jaxllm.engine.process.remote import RemoteEngine
 from jaxllm.gpus import gpu_slices, gpus_here, runs_on_gpus, seeing, visible_gpus
 
 COMMAND = (sys.executable, "-m", "jaxllm.engine.process.main")
-
-
-def in_processes(config: EngineConfig) -> bool:
-    """Whether the replicas are processes of their own."""
-    if config.mesh.data == 1 or config.disaggregation.role != "none":
-        return False
-    wanted = config.mesh.data_processes
-    return runs_on_gpus() if wanted == "auto" else bool(wanted)
 
 
 def fleet(config: EngineConfig, restarts: Restarts | None = None, **settings: Any) -> FleetLink:
@@ -61,11 +53,10 @@ def one_replica(config: EngineConfig, number: int) -> EngineConfig:
 
 
 def _environments(config: EngineConfig) -> list[dict[str, str] | None]:
-    """Of each process; None: this one's."""
-    mesh = config.mesh
-    if not runs_on_gpus():
-        return [None] * mesh.data
-    visible, here = visible_gpus(), gpus_here()
-    if visible is None and here < mesh.size:
+    """Of each process; None: this one's. Where nobody knows of GPUs they are dealt out too: it does no harm."""
+    mesh, visible, here = config.mesh, visible_gpus(), gpus_here()
+    if not runs_on_gpus() and (visible is not None or here):
+        return [None] * mesh.data  # they are there, and not to be used
+    if visible is None and 0 < here < mesh.size:
         raise ConfigError(f"mesh {mesh}: {mesh.data} replicas x {mesh.replica_size} GPUs = {mesh.size}, of {here} here")
     return [seeing(gpus) for gpus in gpu_slices(mesh.data, mesh.replica_size, visible)]

@@ -12,8 +12,9 @@ import pytest
 from jaxllm.config import ConfigError, load
 from jaxllm.core import SamplingParams
 from jaxllm.engine.messages import Beat, Reply
-from jaxllm.engine.process import merge, replicas
-from jaxllm.engine.process.replicas import fleet, in_processes, one_replica
+from jaxllm.engine.process import choice, merge, replicas
+from jaxllm.engine.process.choice import in_processes
+from jaxllm.engine.process.replicas import fleet, one_replica
 from jaxllm.llm import LLM
 from sharding.axes import MeshError
 
@@ -87,7 +88,7 @@ def test_each_process_gets_one_replica_a_share_of_the_cores_and_the_first_the_fa
     [("auto", 4, 4, True), ("auto", 0, 4, False), (False, 4, 4, False), (True, 0, 4, True), (True, 4, 1, False)],
 )
 def test_replicas_are_processes_on_gpus_or_where_it_is_said(monkeypatch, wanted, gpus, data, found):
-    monkeypatch.setattr(replicas, "runs_on_gpus", lambda: gpus > 0)
+    monkeypatch.setattr(choice, "runs_on_gpus", lambda: gpus > 0)
     assert in_processes(load(**SMALL, data=data, data_processes=wanted)) is found
 
 
@@ -114,7 +115,10 @@ def test_each_process_sees_gpus_of_its_own_among_those_this_one_was_given(monkey
     with pytest.raises(ConfigError, match="names 3"):
         fleet(load(**SMALL, data=4))
     monkeypatch.setattr(replicas, "runs_on_gpus", lambda: False)
-    assert seen(load(**SMALL, data=2)) == [None, None]
+    assert seen(load(**SMALL, data=4)) == [None] * 4, "hidden, or JAX is told to use others"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(replicas, "gpus_here", lambda: 0)
+    assert seen(load(**SMALL, data=2)) == ["0", "1"], "should they be there and not be found"
 
 
 def test_a_model_that_is_not_there_is_told_at_once():
