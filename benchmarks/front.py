@@ -53,12 +53,13 @@ class NumberTokens:
 def engine_main() -> None:
     """The engine: a token for every stream at every tick."""
     gc.disable()  # its pauses are not the front's
-    base = read_config()["base_s"]
+    told = read_config()
+    base, vocab_size = told["base_s"], told.get("vocab_size", 2**31)
     rate = float(os.path.basename(sys.argv[-3]))
     follow_parent()
     channel = Channel(*sys.argv[-2:])
     send = channel.sender()
-    send(Ready(CONTEXT, 4096, CONTEXT, 2**31, (), None, SamplingParams()))
+    send(Ready(CONTEXT, 4096, CONTEXT, vocab_size, (), None, SamplingParams()))
     left: dict[str, int] = {}
     due = time.monotonic()
     while True:
@@ -80,7 +81,7 @@ def engine_main() -> None:
         if time.monotonic() < due:
             continue
         due = max(due + 1 / rate, time.monotonic() - 1)
-        token = int((time.monotonic() - base) * 1e6)
+        token = int((time.monotonic() - base) * 1e6) % vocab_size
         send(Step([News(name, 0, token, "length" if n == 1 else None) for name, n in left.items()]))
         left = {name: n - 1 for name, n in left.items() if n > 1}
 

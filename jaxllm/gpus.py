@@ -21,7 +21,7 @@ TOOL_S = 20.0
 
 
 def gpus_here() -> int:
-    """What the driver shows of this machine; in a container that has no such list, its devices, or what the tool says."""
+    """What the driver shows of this machine; in a container without such a list its devices, or what the tool says."""
     listed = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     listed = listed or sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in Path("/dev").glob("nvidia*"))
     return listed or len(_told())

@@ -72,33 +72,32 @@ class _Completion:
         """`at_end`: nobody needs the text before the sequence ends."""
         params = request.params
         self.index = index
+        wordy = params.logprobs is not None or params.prompt_logprobs is not None
+        self.quiet = at_end and not wordy  # until it ends, of its tokens only the ids are kept
         self._at_end = at_end
-        self._unread: list[int] = []  # tokens whose text waits for the end
+        self._hidden = 0  # tokens at the end that have no text
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
-        self.num_tokens = 0
         self._params = params
         self._assembler = TextAssembler(tokenizer, request)
         self._text: list[str] = []
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._cumulative_logprob = 0.0
 
     def apply(self, output: TokenOutput) -> None:
         """One token's news, and the end if it is one."""
         if output.token_id is not None:
-            self.num_tokens += 1
-            self._token_ids.append(output.token_id)
+            self.token_ids.append(output.token_id)
             if output.logprobs is not None and self._params.logprobs is not None:
                 self._logprobs.append(_trimmed(output.logprobs, self._params.logprobs))
                 self._cumulative_logprob += output.logprobs.logprob
             # The token that stops a sequence is listed, but its text is shown only on request.
-            if output.finish_reason is not FinishReason.STOP or self._params.include_stop_str_in_output:
-                if self._at_end:
-                    self._unread.append(output.token_id)
-                else:
-                    self._text.append(self._assembler.push(output.token_id))
+            if output.finish_reason is FinishReason.STOP and not self._params.include_stop_str_in_output:
+                self._hidden = 1
+            elif not self._at_end:
+                self._text.append(self._assembler.push(output.token_id))
         if self._assembler.stopped_by is not None:
             self._finish(FinishReason.STOP, self._assembler.stopped_by)
         elif output.finish_reason is not None:
@@ -110,8 +109,8 @@ class _Completion:
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """The end came from elsewhere: what was held back is text after all."""
-        unread, self._unread = self._unread, []  # whatever comes of it, it is tried once
-        self._text += map(self._assembler.push, unread)
+        if self._at_end:
+            self._text += map(self._assembler.push, self.token_ids[: len(self.token_ids) - self._hidden])
         self._text.append(self._assembler.finish())
         self._finish(reason, stop_reason)
 
@@ -126,13 +125,13 @@ class _Completion:
         output = CompletionOutput(
             index=self.index,
             text="".join(self._text),
-            token_ids=self._token_ids,
+            token_ids=self.token_ids,
             cumulative_logprob=self._cumulative_logprob if wanted else None,
             logprobs=self._logprobs if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-        self._text, self._token_ids, self._logprobs = [], [], []
+        self._text, self.token_ids, self._logprobs = [], [], []
         return output
 
 
@@ -153,6 +152,11 @@ class _State:
         self._prompt_token_ids = list(request.prompt_token_ids)
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._num_cached = 0
+
+    @property
+    def under_way(self) -> bool:
+        """The first token came: of later ones nobody asks when."""
+        return self.timings.first_token_s is not None
 
     @property
     def finished(self) -> bool:
@@ -221,9 +225,11 @@ class OutputProcessor:
         for output in outputs:
             sequence = output.sequence
             state = self._states.get(sequence.request.id)
-            if state is None or state.completions[sequence.index].finish_reason is not None:
+            if state is None or (completion := state.completions[sequence.index]).finish_reason is not None:
                 continue
-            completion = state.completions[sequence.index]
+            if completion.quiet and state.under_way and output.finish_reason is None and output.token_id is not None:
+                completion.token_ids.append(output.token_id)  # of most tokens of many prompts nobody asks for more
+                continue
             try:
                 state.apply(output, now)
             except Exception as error:  # one request's fault must not reach the others

@@ -2,7 +2,7 @@
 
 In: prompts and SamplingParams; the link's events. Out: TokenOutputs of sequences that mirror those of the engine. What
 a prompt or a grammar is refused for is said at once, as by an engine of this process. One thread owns it; what is added
-between two steps goes out together with the next. Knows nothing of how many processes there are.
+between two steps goes out together, with the next or when it is work enough. Knows nothing of processes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jaxllm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from jaxllm.engine.process.links import Link
 
+PARCEL_TOKENS = 16384  # of prompts, by replica: two full steps, so that none waits until thousands have been checked
 WAIT_S = 0.1  # for news, before it is asked whether the engine lives
 
 
@@ -79,6 +80,7 @@ class RemoteEngine:
         self._directory: Path = directory
         self._live: dict[str, list[Sequence]] = {}
         self._unsent: list[Add] = []
+        self._unsent_tokens = 0
         self._kept: list[Event] = []  # came while something else was waited for
         self._numbers = itertools.count()
         link.start()
@@ -94,6 +96,7 @@ class RemoteEngine:
             seeds=random.Random(config.seed),
         )
         self.grammars = open_grammars(directory, self.ready.vocab_size, self.ready.eos_token_ids)
+        self._parcel_tokens = PARCEL_TOKENS * self.ready.facts.get("replicas", 1)
         self._capacity = self.ready.facts.get("replica_capacity_tokens", self.ready.capacity_tokens)
 
     def _wait_ready(self, starting: Callable[[], None]) -> Ready:
@@ -153,6 +156,9 @@ class RemoteEngine:
             self.grammars.compile(spec)  # to refuse it here; the engine compiles its own
         sequences = self._live[request.id] = [Sequence(request, index) for index in range(request.params.n)]
         self._unsent.append(Add(request))
+        self._unsent_tokens += length
+        if self._unsent_tokens >= self._parcel_tokens:
+            self._kept += self._send()
         return sequences
 
     def abort(self, request_id: str) -> None:
@@ -205,7 +211,7 @@ class RemoteEngine:
         if not self._unsent:
             return []
         events = self.link.receive(0.0)
-        unsent, self._unsent = self._unsent, []
+        unsent, self._unsent, self._unsent_tokens = self._unsent, [], 0
         self.link.send(*unsent)
         return events
 
