@@ -37,7 +37,7 @@ def command(
     token_file: Annotated[str | None, typer.Option(help="File with a secret the processes share.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds for all processes to come.")] = None,
     one_server: Annotated[
-        bool | None, typer.Option("--one-server", help="Replicas in one process, without the gateway.")
+        bool | None, typer.Option("--one-server", help="Replicas behind one server, without the gateway.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to serve HTTP on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to serve HTTP on.")] = None,
