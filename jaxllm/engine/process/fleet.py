@@ -171,6 +171,8 @@ class FleetLink:
         return [replica for replica in self._replicas if replica.serves]
 
     def _take_in(self, request: Request) -> list[_Replica]:
+        if request.id in self._homes:
+            return [self._homes[request.id]]  # which says that the id is in use
         replica = min(self._serving(), key=lambda each: each.load, default=None)
         if replica is None or replica.ready is None:
             self._said.append(Step([News(request.id, 0, None, "error", error=NOBODY)]))

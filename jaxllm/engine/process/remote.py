@@ -193,8 +193,8 @@ class RemoteEngine:
     def step(self) -> list[TokenOutput]:
         """What came, after waiting a little for the first of it; maybe nothing."""
         self._check_alive()
-        events = self._kept or self._send()
-        self._kept = []
+        events, self._kept = self._kept, []
+        events += self._send()
         if not events:
             events = self.link.receive(WAIT_S)
         outputs: list[TokenOutput] = []

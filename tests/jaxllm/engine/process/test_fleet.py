@@ -104,6 +104,9 @@ def test_an_abort_finds_its_request_and_what_is_refused_leaves_nothing(heard):
     heard.fleet.send(Add(asked("kept", 5, 30)), Add(asked("gone", 5, 400)), Add(asked("too long", 600, 4, n=2)))
     heard.until(lambda: heard.ended("too long") and len(heard.news("gone")) > 3)
     assert heard.news("too long")[0].error.startswith("invalid_request")
+    heard.fleet.send(Add(asked("kept too", 5, 200)), Add(asked("kept too", 5, 4)))
+    heard.until(lambda: heard.ended("kept too"))
+    assert heard.news("kept too")[-1].error.startswith("invalid_request/id"), "whichever replica has fewer tokens"
     heard.fleet.send(Abort("gone"), Abort("unknown"))
     heard.until(lambda: heard.ended("kept"))
     assert len(heard.news("kept")) == 30
