@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from jaxllm.core import SamplingParams  # noqa: E402
 from jaxllm.engine.messages import Abort, Add, Beat, Control, News, Ready, Reply, Step, Stop  # noqa: E402
-from serve.engine_process import Channel, follow_parent, read_config  # noqa: E402
+from jaxllm.engine.process.main import Channel, follow_parent, read_config  # noqa: E402
 
 CONTEXT = 1 << 20
 
@@ -53,12 +53,13 @@ class NumberTokens:
 def engine_main() -> None:
     """The engine: a token for every stream at every tick."""
     gc.disable()  # its pauses are not the front's
-    base = read_config()["base_s"]
+    told = read_config()
+    base, vocab_size = told["base_s"], told.get("vocab_size", 2**31)
     rate = float(os.path.basename(sys.argv[-3]))
     follow_parent()
     channel = Channel(*sys.argv[-2:])
     send = channel.sender()
-    send(Ready(CONTEXT, 4096, CONTEXT, 2**31, (), None, SamplingParams()))
+    send(Ready(CONTEXT, 4096, CONTEXT, vocab_size, (), None, SamplingParams()))
     left: dict[str, int] = {}
     due = time.monotonic()
     while True:
@@ -80,15 +81,15 @@ def engine_main() -> None:
         if time.monotonic() < due:
             continue
         due = max(due + 1 / rate, time.monotonic() - 1)
-        token = int((time.monotonic() - base) * 1e6)
+        token = int((time.monotonic() - base) * 1e6) % vocab_size
         send(Step([News(name, 0, token, "length" if n == 1 else None) for name, n in left.items()]))
         left = {name: n - 1 for name, n in left.items() if n > 1}
 
 
 def server_main(rate: float, base: float) -> None:
+    from jaxllm.engine.process.links import ProcessLink
     from serve.client import EngineClient
     from serve.front import Front
-    from serve.links import ProcessLink
     from serve.metrics import FrontMetrics
     from serve.run import bind, serve
     from serve.settings import FrontSettings

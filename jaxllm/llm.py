@@ -32,9 +32,11 @@ from jaxllm.core import (
 )
 from jaxllm.core import Sequence as TokenSequence
 from jaxllm.engine.output import OutputProcessor
+from jaxllm.engine.process.choice import in_processes
 from jaxllm.tokenizer import ChatError, ChatPrompt, Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
+    from jaxllm.engine.process.remote import RemoteReport
     from jaxllm.engine.startup import StartReport
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}
@@ -138,7 +140,7 @@ class LLM:
         **overrides: Any,
     ) -> None:
         """`config` is a ready EngineConfig or the path of a TOML file; `engine` replaces starting one."""
-        self.report: StartReport | None = None
+        self.report: StartReport | RemoteReport | None = None
         if engine is None:
             engine = self._start(model, config, progress, overrides)
         elif model is not None or config is not None or overrides:
@@ -163,6 +165,12 @@ class LLM:
         else:
             settings = load(config, model=path, **overrides)
         model_directory(settings.model.path)  # a wrong path is told at once, not after the seconds that JAX takes
+        if in_processes(settings):
+            from jaxllm.engine.process.replicas import remote_engine
+
+            replicas = remote_engine(settings, progress)
+            self.report = replicas.report
+            return replicas
         from jaxllm.engine.disagg.startup import start_role
 
         engine, self.report = start_role(settings, progress)

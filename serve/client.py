@@ -21,8 +21,8 @@ from typing import Any
 from jaxllm.core import Request
 from jaxllm.engine.decoding.stop import TokenPieces
 from jaxllm.engine.messages import Abort, Add, Beat, Control, Event, Failed, Ready, Reply, Step
+from jaxllm.engine.process.links import Link
 from serve.errors import ApiError, from_engine
-from serve.links import Link
 from serve.streams import Piece, Reader, Stream
 
 log = logging.getLogger(__name__)

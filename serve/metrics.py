@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jaxllm.logs import StderrLog
 from serve import vllm_metrics
 from serve.admission import Admission
-from serve.logs import StderrLog
 from serve.streams import Stream
 from serve.utilisation import Utilisation
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 GAUGES = ("running", "waiting", "free_pages", "cached_pages", "held_pages", "total_pages", "expert_imbalance")
 GAUGES += ("prefill_running", "prefill_waiting", "prefill_held_pages", "prefill_cached_pages", "prefill_total_pages")
-GAUGES += ("prefill_workers",)
+GAUGES += ("prefill_workers", "replicas_serving")
 
 
 class EngineCollector(Collector):

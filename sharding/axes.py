@@ -48,6 +48,12 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _flag_or_auto(name: str, value: Any) -> bool | str:
+    if value != "auto" and not isinstance(value, bool):
+        raise MeshError(f"{name} = {value!r}: must be true, false or auto")
+    return value
+
+
 def _spare(name: str, value: Any) -> int:
     return 0 if value == 0 and not isinstance(value, bool) else _count(name, value)
 
@@ -73,6 +79,8 @@ class MeshConfig:
     """How many devices lie along each mesh axis. One of everything is one device."""
 
     data: int = _setting(1, _count, "dp", "data_parallel_size")
+    # Replicas as processes of their own, each with its devices; auto: on GPUs (docs/adr/0034).
+    data_processes: bool | str = _setting("auto", _flag_or_auto)
     pipe: int = _setting(1, _count, "pp", "pipeline_parallel_size")
     seq: int = _setting(1, _count, "cp", "context_parallel_size")
     expert: int = _setting(1, _count, "ep", "expert_parallel_size")

@@ -43,9 +43,10 @@ def test_a_module_opens_by_saying_what_it_is_and_a_package_file_is_empty(path):
 
 def test_at_most_five_environment_variables_all_read_in_config():
     reads = {relative(p): re.findall(r"environ\b|getenv\b", p.read_text()) for p in SOURCES}
-    # The launcher reads what a scheduler says, and hands its own environment to children: no settings of ours.
-    assert {path for path, found in reads.items() if found} <= {"jaxllm/config.py", "serve/launch/environment.py"}
-    assert "JAXLLM_" not in (ROOT / "serve" / "launch" / "environment.py").read_text()
+    # What a scheduler says, and which GPUs a process sees and hands to its children: no settings of ours.
+    others = {"serve/launch/environment.py", "jaxllm/gpus.py"}
+    assert {path for path, found in reads.items() if found} <= {"jaxllm/config.py", *others}
+    assert not any("JAXLLM_" in (ROOT / path).read_text() for path in others)
     config = ROOT / "jaxllm" / "config.py"
     assert len(set(re.findall(r"JAXLLM_[A-Z_]+", config.read_text()))) <= 5
 

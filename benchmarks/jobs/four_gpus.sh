@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Several single-GPU questions at one time on the four GPUs of one host, then several GPUs together. nvidia-h200-x4, repository root, results
-# under $OUT. PART: one (ours beside vLLM, 5 minutes), start (starts and kernels, 3 minutes), many (TP2 beside vLLM, DP4, TP4, 6 minutes).
+# under $OUT. PART: one (ours beside vLLM, 5 minutes), start (starts and kernels, 3 minutes), many (TP2 beside vLLM, TP4, 5 minutes),
+# replicas (DP1, DP4, 6 minutes).
 # vLLM needs .peer; with it the tree must stay under what may be carried: take the bundled models out of a commit of its own for the run.
 # Four processes share the host, so host times are those of a busy machine. Wait for pids by name: a bare `wait` waits for ever for a `tee`
 # that bash started for `exec > >(tee)` (470 s of four GPUs went there once).
 set -uo pipefail
 OUT=${OUT:?}; COMMIT=${COMMIT:-unknown}; M=/tmp/shapes; pids=""
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OUT COMMIT M
-part() { [[ ",${PART:-one,start,many}," == *",$1,"* ]]; }
+part() { [[ ",${PART:-one,start,many,replicas}," == *",$1,"* ]]; }
 on() { # GPUs, seconds, name, command
   (began=$SECONDS; CUDA_VISIBLE_DEVICES=$1 timeout -k 5 "$2" bash -c "$4" > "$OUT/$3.txt" 2>&1; echo "$3 rc $? $((SECONDS - began)) s") & pids="$pids $!"
 }
@@ -44,9 +45,15 @@ if part many; then
   on 0,1 170 ours-tp2 "$ours latency \$M/llama-3.1-8b --batch 1,32,128 --prefill 1024 --repeats 1 --requests 256 --set tp=2 --label \$COMMIT --out \$OUT/tp2.json"
   [ -d /tmp/vsite ] && on 2,3 170 vllm-tp2 "$peer /tmp/m/llama-3.1-8b --tp 2 --batch 1,32,128 --prefill 1024 --reps 1"
   all
-  on 0,1,2,3 150 ours-dp4 "$ours throughput \$M/llama-3.1-8b --set max_model_len=2304 --set max_num_seqs=256 --requests 1024 --set dp=4 --label \$COMMIT --out \$OUT/dp4.json"
-  all
   on 0,1,2,3 110 ours-tp4 "$ours latency \$M/llama-3.1-8b --batch 1,32,128 --prefill 1024 --repeats 1 --set tp=4 --label \$COMMIT --out \$OUT/tp4.json"
   all
+fi
+if part replicas; then  # as many requests for each replica; needs pyzmq and msgspec. The first run of each fills the caches
+  work="throughput \$M/llama-3.1-8b --set max_model_len=2304 --set max_num_seqs=256 --repeats 2 --label \$COMMIT"
+  on 0 190 ours-dp1 "$ours $work --requests 512 --out \$OUT/dp1.json"
+  all
+  on 0,1,2,3 190 ours-dp4 "$ours $work --requests 2048 --set dp=4 --set data_processes=true --out \$OUT/dp4.json"
+  all
+  echo "predicted dp4 >= 3.8x dp1; four processes at one time gave 3.98x, one process with threads 2.64x"
 fi
 for file in "$OUT"/*.txt; do echo "== $file"; grep -E '^\||^\{|^decode|PEER|tok/s|compiles|start to|rror' "$file" | grep -v '"begin"' | cut -c1-230 | tail -30; done

@@ -154,6 +154,11 @@ class Engine:
         self._turn = before, after
 
     @property
+    def begun(self) -> bool:
+        """Whether a turn waits for its second half."""
+        return self._turn is not None
+
+    @property
     def settled(self) -> bool:
         """Whether the device has finished the step that `end` will account for."""
         before = None if self._turn is None else self._turn[0]

@@ -243,7 +243,6 @@ class EngineLoop:
         if operation is None:
             self.send(Reply(command.id, error=f"not_supported: the engine has no operation {command.operation!r}"))
             return
-        self._rest()
         try:
             value = operation(self, command.arguments)
         except EngineBroken:
@@ -256,18 +255,12 @@ class EngineLoop:
         else:
             self._reply(command.id, value)
 
-    def _rest(self) -> None:
-        """An operation may touch pages, weights and devices of any engine: none is launching a step meanwhile."""
-        if isinstance(self.engine, ReplicatedEngine):
-            self.engine.rest()
-
     def _reply(self, number: int, value: Any) -> None:
         """What it changed is known at once, not with the next heartbeat."""
         self.send(self.progress.beat())
         self.send(Reply(number, value))
 
     def _advance(self, number: int, job: Generator[None, None, Any]) -> None:
-        self._rest()
         try:
             next(job)
         except StopIteration as end:
@@ -424,14 +417,27 @@ def _news(output: TokenOutput, begun: dict[str, float]) -> News:
 
 
 def watch(
-    progress: Progress, send: Send, give_up: Callable[[], None], *, stall_s: float, beat_s: float = 0.5
+    progress: Progress,
+    send: Send,
+    give_up: Callable[[], None],
+    *,
+    stall_s: float,
+    beat_s: float = 0.5,
+    when_idle: bool = True,
 ) -> threading.Thread:
-    """A thread that sends a Beat every `beat_s`; when one turn lasts `stall_s` it dumps all stacks and gives up."""
+    """A thread that sends a Beat every `beat_s`; when one turn lasts `stall_s` it dumps all stacks and gives up.
+
+    Not `when_idle`: only where something has changed, for a listener that does not listen while it asks for nothing.
+    """
 
     def body() -> None:
+        last: Beat | None = None
         while True:
             time.sleep(beat_s)
-            send(progress.beat())
+            beat = progress.beat()
+            if when_idle or beat != last:
+                send(beat)
+            last = beat
             if progress.stalled_s() > stall_s:
                 log.error("the engine has not finished a step for %.1f s", progress.stalled_s())
                 faulthandler.dump_traceback(all_threads=True)

@@ -52,8 +52,8 @@ class Metrics:
         flat: dict[str, float] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, dict):  # copied in one go: a replica's own thread may count meanwhile
-                flat |= {f"{item.name}_{key}": count for key, count in list(value.items())}
+            if isinstance(value, dict):
+                flat |= {f"{item.name}_{key}": count for key, count in value.items()}
             else:
                 flat[item.name] = value
         return flat

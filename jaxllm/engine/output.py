@@ -3,7 +3,8 @@
 In: requests (`add`) and the engine's TokenOutputs (`process`). Out: RequestOutputs, and the sequences that ended here
 (a stop string) and that the engine must finish. A streaming request gives an update after every step that brought it
 something, holding only what is new; any other gives one, complete, at its end. A fault in making the text of one
-sequence ends that sequence. Knows nothing of scheduling, devices or HTTP; LLM and the server both use it.
+sequence ends that sequence. Text that nobody needs before the end is made then. Knows nothing of scheduling, devices or
+HTTP; LLM and the server both use it.
 """
 
 from __future__ import annotations
@@ -67,30 +68,35 @@ def speed(timings: RequestTimings | None, num_tokens: int) -> Speed:
 class _Completion:
     """One of a request's n: its text machinery, and what has gathered since it was last taken."""
 
-    def __init__(self, request: Request, index: int, tokenizer: TokenPieces | None) -> None:
+    def __init__(self, request: Request, index: int, tokenizer: TokenPieces | None, *, at_end: bool) -> None:
+        """`at_end`: nobody needs the text before the sequence ends."""
         params = request.params
         self.index = index
+        wordy = params.logprobs is not None or params.prompt_logprobs is not None
+        self.quiet = at_end and not wordy  # until it ends, of its tokens only the ids are kept
+        self._at_end = at_end
+        self._hidden = 0  # tokens at the end that have no text
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
-        self.num_tokens = 0
         self._params = params
         self._assembler = TextAssembler(tokenizer, request)
         self._text: list[str] = []
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._cumulative_logprob = 0.0
 
     def apply(self, output: TokenOutput) -> None:
         """One token's news, and the end if it is one."""
         if output.token_id is not None:
-            self.num_tokens += 1
-            self._token_ids.append(output.token_id)
+            self.token_ids.append(output.token_id)
             if output.logprobs is not None and self._params.logprobs is not None:
                 self._logprobs.append(_trimmed(output.logprobs, self._params.logprobs))
                 self._cumulative_logprob += output.logprobs.logprob
             # The token that stops a sequence is listed, but its text is shown only on request.
-            if output.finish_reason is not FinishReason.STOP or self._params.include_stop_str_in_output:
+            if output.finish_reason is FinishReason.STOP and not self._params.include_stop_str_in_output:
+                self._hidden = 1
+            elif not self._at_end:
                 self._text.append(self._assembler.push(output.token_id))
         if self._assembler.stopped_by is not None:
             self._finish(FinishReason.STOP, self._assembler.stopped_by)
@@ -103,6 +109,8 @@ class _Completion:
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """The end came from elsewhere: what was held back is text after all."""
+        if self._at_end:
+            self._text += map(self._assembler.push, self.token_ids[: len(self.token_ids) - self._hidden])
         self._text.append(self._assembler.finish())
         self._finish(reason, stop_reason)
 
@@ -117,13 +125,13 @@ class _Completion:
         output = CompletionOutput(
             index=self.index,
             text="".join(self._text),
-            token_ids=self._token_ids,
+            token_ids=self.token_ids,
             cumulative_logprob=self._cumulative_logprob if wanted else None,
             logprobs=self._logprobs if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-        self._text, self._token_ids, self._logprobs = [], [], []
+        self._text, self.token_ids, self._logprobs = [], [], []
         return output
 
 
@@ -137,12 +145,18 @@ class _State:
 
     def __init__(self, request: Request, prompt: str | None, stream: bool, tokenizer: TokenPieces | None) -> None:
         self.request, self.prompt, self.stream = request, prompt, stream
-        self.completions = [_Completion(request, index, tokenizer) for index in range(request.params.n)]
+        at_end = not (stream or request.params.stop)
+        self.completions = [_Completion(request, i, tokenizer, at_end=at_end) for i in range(request.params.n)]
         self.timings = RequestTimings(request.arrival_s)
         self.touched: set[int] = set()
         self._prompt_token_ids = list(request.prompt_token_ids)
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._num_cached = 0
+
+    @property
+    def under_way(self) -> bool:
+        """The first token came: of later ones nobody asks when."""
+        return self.timings.first_token_s is not None
 
     @property
     def finished(self) -> bool:
@@ -183,6 +197,11 @@ class _State:
         return output
 
 
+def _failed(state: _State, completion: _Completion, error: Exception) -> None:
+    log.exception("request %s: making its text failed", state.request.id)
+    completion.fail(f"making the text failed: {type(error).__name__}")
+
+
 class OutputProcessor:
     """Holds the text state of every request in flight. One thread owns it."""
 
@@ -206,14 +225,15 @@ class OutputProcessor:
         for output in outputs:
             sequence = output.sequence
             state = self._states.get(sequence.request.id)
-            if state is None or state.completions[sequence.index].finish_reason is not None:
+            if state is None or (completion := state.completions[sequence.index]).finish_reason is not None:
                 continue
-            completion = state.completions[sequence.index]
+            if completion.quiet and state.under_way and output.finish_reason is None and output.token_id is not None:
+                completion.token_ids.append(output.token_id)  # of most tokens of many prompts nobody asks for more
+                continue
             try:
                 state.apply(output, now)
             except Exception as error:  # one request's fault must not reach the others
-                log.exception("request %s: making its text failed", sequence.request.id)
-                completion.fail(f"making the text failed: {type(error).__name__}")
+                _failed(state, completion, error)
             reason = completion.finish_reason
             if state.stream:
                 state.touched.add(sequence.index)
@@ -232,7 +252,10 @@ class OutputProcessor:
             return None
         for completion in state.completions:
             if completion.finish_reason is None:
-                completion.finish(FinishReason.ABORT)
+                try:
+                    completion.finish(FinishReason.ABORT)
+                except Exception as error:  # of an abort nobody expects one
+                    _failed(state, completion, error)
                 state.touched.add(completion.index)
         return self._update(state, time.monotonic())
 

@@ -2,19 +2,18 @@
 
 In: requests; each goes, with all its sequences, to the engine with the fewest tokens before it. Out: what all engines
 tell. Each keeps its own pages, prefix cache and schedule; they share the tokenizer and the compiled grammars. One
-thread accounts for them all: every engine has a step on its devices and one behind it, and whoever has finished comes
-first, so that a long prefill of one holds up nobody else. Engines on devices of their own launch their steps from
-threads of their own, since launching is mostly XLA's work, without Python's lock. Knows nothing of meshes.
+thread turns them all: every engine has a step on its devices and one behind it, and whoever has finished comes first,
+so that a long prefill of one holds up nobody else. Replicas on GPUs are processes instead (jaxllm.engine.process): one
+interpreter cannot do the host's work of four. Knows nothing of meshes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,6 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
 
 LOOK_S = 5e-5  # between looks at the devices while all of them work
-SWITCH_S = 5e-4  # a launch that has come back from XLA waits no longer than this for Python's lock
 WORST = ("compiles_after_ready", "expert_imbalance")  # of the process, so the same everywhere; a ratio
 
 
@@ -142,7 +140,6 @@ class Schedulers:
         self.engine.finish(sequence, reason)
 
     def check(self, others: Collection[int] = ()) -> None:
-        self.engine.rest()
         for number, scheduler in enumerate(self.each):
             scheduler.check(others if number == 0 else ())
 
@@ -151,19 +148,12 @@ class Schedulers:
 class ReplicatedEngine:
     engines: tuple[Engine, ...]
     residency: Residency | None = None  # None where their devices are not all of this process
-    apart: bool = False  # no two share a device: collectives of one are never launched between those of another
     _requests: list[dict[str, list[Sequence]]] = field(init=False)  # by engine; those that ended go when others come
     _failures: list[int] = field(init=False)  # in a row, by engine
-    _begun: list[Future[None] | None] = field(init=False)  # the first half of each engine's turn
-    _threads: ThreadPoolExecutor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._requests = [{} for _ in self.engines]
         self._failures = [0 for _ in self.engines]
-        self._begun = [None for _ in self.engines]
-        if self.apart:
-            self._threads = ThreadPoolExecutor(len(self.engines), thread_name_prefix="replica")
-            sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
 
     @property
     def scheduler(self) -> Schedulers:
@@ -211,7 +201,6 @@ class ReplicatedEngine:
         if self._home(request.id) is not None:  # another engine would not know
             raise RequestError("id", request.id, "already in use by a running request")
         number = min(range(len(self.engines)), key=self.load_tokens)
-        self._rest(number)
         sequences = self._requests[number][request.id] = self.engines[number].add(request, grammar)
         return sequences
 
@@ -222,13 +211,11 @@ class ReplicatedEngine:
     def abort(self, request_id: str) -> None:
         number = self._home(request_id)
         if number is not None:
-            self._rest(number)
             self.engines[number].abort(request_id)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
         number = self._home(sequence.request.id)
         if number is not None:
-            self._rest(number)
             self.engines[number].finish(sequence, reason, stop_reason)
 
     def _home(self, request_id: str) -> int | None:
@@ -239,56 +226,23 @@ class ReplicatedEngine:
 
     def step(self) -> list[TokenOutput]:
         """One turn of every engine that has work and whose devices have finished a step; at least one's."""
-        working = [n for n, engine in enumerate(self.engines) if engine.has_work or self._begun[n] is not None]
+        working = [number for number, engine in enumerate(self.engines) if engine.has_work or engine.begun]
+        outputs: list[TokenOutput] = []
         for number in working:
-            if self._begun[number] is None:
-                self._begun[number] = self._begin(number)
-        while not (settled := [number for number in working if self._settled(number)]):
+            self._guarded(number, outputs, self.engines[number].begin)
+        while not (settled := [number for number in working if self.engines[number].settled]):
             if len(working) == 1:
                 settled = working  # it waits for its own device
                 break
             time.sleep(LOOK_S)
-        outputs: list[TokenOutput] = []
         for number in settled:
-            self._end_begin(number, outputs)
             outputs += self._guarded(number, outputs, self.engines[number].end)
             self._failures[number] = 0
         return outputs
 
-    def _begin(self, number: int) -> Future[None]:
-        if self._threads is not None:
-            return self._threads.submit(self.engines[number].begin)
-        done = Future[None]()
-        try:
-            done.set_result(self.engines[number].begin())
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-    def _settled(self, number: int) -> bool:
-        begun = self._begun[number]
-        return begun is None or (begun.done() and (begun.exception() is not None or self.engines[number].settled))
-
-    def _end_begin(self, number: int, outputs: list[TokenOutput]) -> None:
-        begun, self._begun[number] = self._begun[number], None
-        if begun is not None:
-            self._guarded(number, outputs, begun.result)
-
-    def _rest(self, number: int) -> None:
-        """Until its thread has launched: nobody else may touch an engine meanwhile."""
-        begun = self._begun[number]
-        if begun is not None:
-            wait([begun])
-
-    def rest(self) -> None:
-        """Until no engine is launching; none will before the next `step`."""
-        for number in range(len(self.engines)):
-            self._rest(number)
-
     def drain(self) -> list[TokenOutput]:
         outputs: list[TokenOutput] = []
         for number, engine in enumerate(self.engines):
-            self._end_begin(number, outputs)
             outputs += self._guarded(number, outputs, engine.drain)
         return outputs
 
@@ -302,9 +256,8 @@ class ReplicatedEngine:
 
     @property
     def has_work(self) -> bool:
-        return any(engine.has_work for engine in self.engines) or any(begun is not None for begun in self._begun)
+        return any(engine.has_work or engine.begun for engine in self.engines)
 
     def check(self) -> None:
-        self.rest()
         for engine in self.engines:
             engine.check()

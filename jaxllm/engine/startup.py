@@ -28,8 +28,7 @@ from jaxllm.engine.buckets import Padding, few_tokens
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.cache.radix import RadixCache
-from jaxllm.engine.decoding.grammar_trial import GrammarTrial
-from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge
+from jaxllm.engine.decoding.grammar_trial import open_grammars
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.limits import Limits
 from jaxllm.engine.memory import (
@@ -141,7 +140,7 @@ def start(
                 f"vocab_size = {model_config.vocab_size}: they must be below it"
             )
     _plan(config, replicas[0], _shapes(config, replicas[0]))  # DoesNotFitError before it is loaded
-    grammars = _grammars(directory, model_config)
+    grammars = open_grammars(directory, model_config.vocab_size, model_config.eos_token_ids)
     engines, lanes = [], []
     if config.compile.directory is not None:
         with _timed(report, "compile cache"):
@@ -164,8 +163,7 @@ def start(
     log.info("%s", report)
     residency = _residency(tuple(lanes), model_config, config, replicas, directory)
     if len(engines) > 1:
-        apart = all(len(own) == 1 for own in lanes)  # of a pipeline, lanes share the stages' devices
-        return ReplicatedEngine(tuple(engines), residency, apart), report
+        return ReplicatedEngine(tuple(engines), residency), report
     engines[0].residency = residency
     return engines[0], report
 
@@ -253,16 +251,6 @@ def one_scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, metr
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
-
-
-def _grammars(directory: Path, model_config: ModelConfig) -> GrammarCompiler | None:
-    """Costs nothing until the first grammar comes; what that needs of the tokenizer is then read in a worker."""
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        return None
-    vocab_size, eos = model_config.vocab_size, model_config.eos_token_ids
-    bridge = lambda: TokenizerBridge(path.read_text("utf-8"), vocab_size, eos)  # noqa: E731
-    return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos))
 
 
 def _params(

@@ -23,6 +23,9 @@ from jaxllm.tools.figures import Figure, as_json, machine, table
 from serve.commands.bench_serve import serve as bench_serve
 
 if TYPE_CHECKING:
+    from jaxllm.engine.engine import Engine
+    from jaxllm.engine.process.remote import RemoteEngine
+    from jaxllm.engine.replicas import ReplicatedEngine
     from jaxllm.llm import LLM
     from jaxllm.tools.bench import Bench, Counted
 
@@ -109,26 +112,35 @@ def _heard(figures: Iterable[Figure]) -> list[Figure]:
     return found
 
 
-def _subject(llm: LLM, repeats: int) -> Subject:
-    """The bench of this model on the device that JAX found; that device's name, and where start-up went."""
-    import jax
-
+def _measurable(llm: LLM) -> tuple[Engine | ReplicatedEngine | RemoteEngine, Counted]:
+    """An engine that LLM started, and its counts."""
     from jaxllm.engine.engine import Engine
     from jaxllm.engine.replicas import ReplicatedEngine
+
+    if isinstance(llm.engine, Engine | ReplicatedEngine):
+        return llm.engine, llm.engine.scheduler.metrics
+    from jaxllm.engine.process.remote import RemoteEngine
+
+    if isinstance(llm.engine, RemoteEngine):
+        return llm.engine, llm.engine.counts
+    raise ConfigError("a bench needs an engine that computes all of it: disaggregation.role must be none")
+
+
+def _subject(llm: LLM, repeats: int) -> Subject:
+    """The bench of this model on the device that its engine found; that device's name, and where start-up went."""
     from jaxllm.tools.bench import Bench, floors
 
-    device = jax.devices()[0].device_kind
-    if not isinstance(llm.engine, Engine | ReplicatedEngine):
-        raise ConfigError("a bench needs an engine of this process")
-    phases = {} if llm.report is None else {name: round(s, 3) for name, s in llm.report.seconds.items()}
+    engine, metrics = _measurable(llm)
+    assert llm.report is not None
+    device = llm.report.device_kind
+    phases = {name: round(s, 3) for name, s in llm.report.seconds.items()}
     about = {"device": device, "ready_s": round(process_age_s(), 2), "start_phases_s": phases}
     llm.generate([[0, 1, 2, 3]], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1), use_tqdm=False)
     about["first_token_s"] = round(process_age_s(), 2)
-    metrics = llm.engine.scheduler.metrics
-    config = llm.engine.config
+    config = engine.config
     about["mesh"] = str(config.mesh)
     known = device if config.mesh.size == 1 else ""  # floors are one device's
-    least = floors(llm.engine.model_config, known, config.model.quantization, config.cache.kv_dtype)
+    least = floors(engine.model_config, known, config.model.quantization, config.cache.kv_dtype)
     return Subject(Bench(llm, least, metrics, repeats), metrics, about)
 
 
@@ -206,14 +218,12 @@ class Commands:
         settings: Settings = None,
     ) -> None:  # fmt: skip
         """What `startup` times."""
-        from jaxllm.engine.engine import Engine
-        from jaxllm.engine.replicas import ReplicatedEngine
         from jaxllm.tools.bench import report_first_token
 
         llm = self.open_llm(model, config, [*(settings or ()), f"cache_dir={json.dumps(cache_dir)}"])
-        assert isinstance(llm.engine, Engine | ReplicatedEngine)
+        engine, _ = _measurable(llm)
         assert llm.report is not None
-        typer.echo(report_first_token(llm, llm.report.seconds, llm.engine.model_config.vocab_size))
+        typer.echo(report_first_token(llm, llm.report.seconds, engine.model_config.vocab_size))
 
     def profile(
         self,

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxllm.config import ConfigError, load, load_table, model_directory, resolve
+from jaxllm.gpus import gpus_here, visible_gpus
 from serve.launch.settings import launch_settings
 
 MESH_FLAGS = {
@@ -36,7 +37,7 @@ def command(
     token_file: Annotated[str | None, typer.Option(help="File with a secret the processes share.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds for all processes to come.")] = None,
     one_server: Annotated[
-        bool | None, typer.Option("--one-server", help="Replicas in one process, without the gateway.")
+        bool | None, typer.Option("--one-server", help="Replicas behind one server, without the gateway.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to serve HTTP on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to serve HTTP on.")] = None,
@@ -80,7 +81,7 @@ def as_flags(overrides: dict[str, Any]) -> tuple[str, ...]:
 def _launch(
     config: Path | None, flags: dict[str, Any], overrides: dict[str, Any], front: dict[str, Any], *, dry_run: bool
 ) -> int:
-    from serve.launch.environment import membership, visible_gpus
+    from serve.launch.environment import membership
     from serve.launch.layout import lay_out, read_model
     from serve.launch.settings import place_of
 
@@ -134,11 +135,6 @@ def _launch(
     from serve.launch.multihost import run_group
 
     return run_group(layout, launch, source, server | given, directory)
-
-
-def gpus_here() -> int:
-    """Without JAX, which would take their memory: what the driver shows."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def _free_coordinator() -> str:

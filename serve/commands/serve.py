@@ -12,15 +12,18 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxllm.config import ConfigError, environment_api_key, load, load_table, model_directory, show
 from jaxllm.core import JaxLLMError
 from jaxllm.engine.messages import Ready
-from serve.logs import StderrLog, log_to_stderr
+from jaxllm.logs import StderrLog, log_to_stderr
 from serve.settings import FrontSettings, hash_key
+
+if TYPE_CHECKING:
+    from jaxllm.engine.process.links import Link
 
 GIB = 2**30
 MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
@@ -259,12 +262,27 @@ def show_front(settings: FrontSettings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def link_of(settings: FrontSettings, source: dict[str, Any], *, in_process: bool) -> Link:
+    """To one engine, in a thread or a process, or to a process a replica."""
+    from jaxllm.engine.process.choice import in_processes
+    from jaxllm.engine.process.links import ProcessLink, ThreadLink
+    from jaxllm.engine.process.replicas import fleet
+
+    if in_process:
+        from serve.engine_process import build
+
+        return ThreadLink(lambda: build(source), settings.stall_s)
+    config = load(source["config_file"], **source["overrides"])
+    if "group" not in source and in_processes(config):
+        return fleet(config, stall_s=settings.stall_s)
+    told = json.dumps({**source, "stall_s": settings.stall_s}).encode()
+    return ProcessLink([sys.executable, "-m", "serve.engine_process"], told)
+
+
 def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_process: bool, log: StderrLog) -> int:
     """Binds, starts, serves; returns the exit code."""
     from serve.client import EngineClient, Supervision
-    from serve.engine_process import build_engine
     from serve.front import Front
-    from serve.links import ProcessLink, ThreadLink
     from serve.metrics import FrontMetrics
     from serve.run import bind, serve
     from serve.texts import open_tokenizer
@@ -274,13 +292,8 @@ def run(settings: FrontSettings, directory: Path, source: dict[str, Any], *, in_
     tokenizer, warnings = open_tokenizer(directory)
     for warning in warnings:
         logging.getLogger(__name__).warning("%s", warning)
-    if in_process:
-        link: Any = ThreadLink(lambda: build_engine(source), settings.stall_s)
-    else:
-        config = json.dumps({**source, "stall_s": settings.stall_s}).encode()
-        link = ProcessLink([sys.executable, "-m", "serve.engine_process"], config)
     client = EngineClient(
-        link,
+        link_of(settings, source, in_process=in_process),
         tokenizer,
         Supervision(unhealthy_s=settings.unhealthy_s),
         stream_limit_tokens=settings.stream_limit_tokens,

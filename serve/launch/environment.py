@@ -1,15 +1,14 @@
 """What a cluster's scheduler says of this process: which of how many it is, and where the first one runs.
 
 In: environment variables (SLURM; LeaderWorkerSet; a Kubernetes Indexed Job). Out: a Membership, or None where no
-scheduler speaks. The only module beside jaxllm.config that reads the environment (docs/adr): these variables are
-the scheduler's, not settings of ours.
+scheduler speaks. These variables are the scheduler's, not settings of ours (docs/adr/0020).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxllm.config import ConfigError
@@ -66,19 +65,3 @@ def _integer(found: Mapping[str, str], name: str) -> int:
     if not value.isdigit():
         raise ConfigError(f"{name} = {value!r}: the scheduler should have set it to a number")
     return int(value)
-
-
-def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment with changes, for a process it starts."""
-    return {**os.environ, **changes}
-
-
-def see_gpus(gpus: Sequence[str]) -> None:
-    """What this process starts from now on sees only these."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-
-
-def visible_gpus() -> list[str] | None:
-    """The GPUs this process was given; None: all there are."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if given is None else [item.strip() for item in given.split(",") if item.strip()]

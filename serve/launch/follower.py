@@ -19,7 +19,7 @@ import msgspec
 
 from jaxllm.config import load
 from jaxllm.engine.group import GroupPlace
-from serve.engine_process import CANNOT_START, follow_parent, read_config
+from jaxllm.engine.process.main import CANNOT_START, follow_parent, read_config
 
 SIGN_S = 1.0
 

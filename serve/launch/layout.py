@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.disagg.sides import prefill_side
+from jaxllm.gpus import gpu_slices
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.dims import dims_of
 from jaxllm.tools.planner import MemoryUse, memory_use
@@ -67,17 +68,6 @@ def _spelled(mesh: MeshConfig) -> str:
 
 def read_model(directory: Path) -> ModelConfig:
     return ModelConfig.from_directory(directory)
-
-
-def gpu_slices(count: int, each: int, visible: list[str] | None) -> list[tuple[str, ...]]:
-    """Which GPUs each of `count` processes sees."""
-    have = visible if visible is not None else [str(i) for i in range(count * each)]
-    if len(have) < count * each:
-        raise ConfigError(
-            f"fewer devices than the mesh: {count} processes x {each} GPUs = {count * each}, and CUDA_VISIBLE_DEVICES "
-            f"names {len(have)}"
-        )
-    return [tuple(have[i * each : (i + 1) * each]) for i in range(count)]
 
 
 def without_data(overrides: tuple[str, ...]) -> tuple[str, ...]:

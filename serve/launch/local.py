@@ -13,9 +13,9 @@ from typing import Any
 
 import typer
 
+from jaxllm.gpus import child_environment
 from serve.gateway.run import serve
 from serve.gateway.settings import gateway_settings
-from serve.launch.environment import child_environment
 from serve.launch.layout import Layout
 from serve.launch.settings import LaunchSettings
 from serve.launch.supervise import Supervisor

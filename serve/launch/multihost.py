@@ -20,8 +20,8 @@ import msgspec
 import typer
 
 from jaxllm.engine.group import GroupPlace
-from serve.launch.environment import child_environment, see_gpus
-from serve.launch.layout import Layout, gpu_slices
+from jaxllm.gpus import child_environment, gpu_slices, gpus_here, see_gpus, visible_gpus
+from serve.launch.layout import Layout
 from serve.launch.settings import LaunchSettings, Place, read_token
 from serve.launch.supervise import Supervisor
 
@@ -88,9 +88,6 @@ def run_group(
 
 def _slices(layout: Layout, launch: LaunchSettings) -> list[tuple[str, ...]] | None:
     """Which GPUs each process here sees; None where there are none to deal out."""
-    from serve.commands.launch import gpus_here
-    from serve.launch.environment import visible_gpus
-
     if not gpus_here() or launch.gpus_per_process == 0:
         return None
     each = launch.gpus_per_process if launch.gpus_per_process > 0 else layout.mesh.size // layout.place.processes

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from serve.launch.environment import child_environment, see_gpus
+from jaxllm.gpus import child_environment, see_gpus
 from serve.launch.layout import Layout
 from serve.launch.multihost import give_up, serve_here
 from serve.launch.settings import LaunchSettings

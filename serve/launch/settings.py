@@ -29,7 +29,7 @@ class LaunchSettings:
     max_restarts: int = 3  # of each process or replica, within restart_window_s; then the launcher ends with 1
     restart_window_s: float = 600.0
     replica_port: int = 8100  # of the first replica behind the gateway
-    one_server: bool = False  # replicas in one process with one endpoint, rather than a server each and the gateway
+    one_server: bool = False  # replicas behind one server, rather than a server each and the gateway
     ray_address: str = "auto"  # of a running cluster; "local" starts one here
     gpus_per_process: int = -1  # -1: what the mesh needs; 0: none are asked for
 

@@ -162,17 +162,16 @@ def build_engine(
     start_error="",
     start_s=0.0,
     replicas=1,
-    apart=False,
     says=None,
 ):
-    """(Engine, facts), as the engine's process builds it; with `replicas`, several as one, faults in the first;
-    `apart`: launched from threads of their own; `says`: what every answer is."""
+    """(Engine, facts), as the engine's process builds it; with `replicas`, several as one, faults in the first; `says`:
+    what every answer is."""
     if replicas > 1:
         size = dict(step_s=step_s, num_pages=num_pages, page_size=page_size, max_num_seqs=max_num_seqs)
         size |= dict(token_budget=token_budget, context=context)
         first = build_engine(fault=fault, start_error=start_error, start_s=start_s, **size)
         others = [build_engine(**size)[0] for _ in range(replicas - 1)]
-        return ReplicatedEngine((first[0], *others), apart=apart), first[1]
+        return ReplicatedEngine((first[0], *others)), first[1]
     time.sleep(start_s)
     if start_error:
         raise ConfigError(start_error)

@@ -1,4 +1,4 @@
-"""The engine process of tests: serve.engine_process around the engine of byte_model."""
+"""The engine process of tests: jaxllm.engine.process.main around the engine of byte_model."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from helpers.byte_model import build_engine  # noqa: E402
 
-from serve.engine_process import run  # noqa: E402
+from jaxllm.engine.process.main import run  # noqa: E402
 
 if __name__ == "__main__":
     code = run(lambda settings: build_engine(**settings["engine"]))

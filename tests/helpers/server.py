@@ -22,10 +22,12 @@ import uvloop
 from helpers.byte_model import build_engine, byte_tokenizer
 
 from jaxllm.config import BUNDLED_MODEL, model_directory
+from jaxllm.engine.process.fleet import FleetLink
+from jaxllm.engine.process.links import ProcessLink, ThreadLink
 from jaxllm.tokenizer import Tokenizer
 from serve.client import EngineClient, Supervision
+from serve.commands.serve import link_of
 from serve.front import Front
-from serve.links import ProcessLink, ThreadLink
 from serve.metrics import FrontMetrics
 from serve.run import bind, make_server
 from serve.settings import FrontSettings, hash_key
@@ -40,13 +42,15 @@ def settings(**changes):
 
 
 class Server:
-    """`bundled`: settings of the real engine, which then runs the bundled model in a process of its own."""
+    """`bundled`: settings of the real engine, which then runs the bundled model in a process of its own, or in several.
+    `fleet`: so many engines without a device, each in a process."""
 
     def __init__(
         self,
         front_settings=None,
         *,
         process=False,
+        fleet=0,
         wait=True,
         supervision=None,
         env_settings=None,
@@ -60,14 +64,12 @@ class Server:
             overrides = {**REAL, **bundled}
             model = model_directory(overrides.get("model", BUNDLED_MODEL))
             tokenizer = tokenizer or Tokenizer.from_directory(model)
-            config = {"overrides": overrides, **(env_settings or {})}
-            command = [sys.executable, "-m", "serve.engine_process"]
-            self.link = ProcessLink(command, json.dumps(config).encode())
-        elif process:
+            self.link = link_of(self.settings, {"config_file": None, "overrides": overrides}, in_process=False)
+        elif process or fleet:
             command = [sys.executable, str(Path(__file__).with_name("engine_main.py"))]
-            self.link = ProcessLink(
-                command, json.dumps({"engine": engine, **(env_settings or {})}).encode(), subprocess.DEVNULL
-            )
+            told = json.dumps({"engine": engine, **(env_settings or {})}).encode()
+            links = [ProcessLink(command, told, subprocess.DEVNULL) for _ in range(fleet or 1)]
+            self.link = FleetLink(links) if fleet else links[0]
         else:
             self.link = ThreadLink(partial(build_engine, **engine))
         self.tokenizer = tokenizer or byte_tokenizer()

@@ -12,9 +12,9 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from helpers.byte_model import byte_tokenizer  # noqa: E402
 
 from jaxllm.config import ConfigError  # noqa: E402
+from jaxllm.engine.process.links import ProcessLink  # noqa: E402
 from serve.client import EngineClient, Supervision  # noqa: E402
 from serve.front import Front  # noqa: E402
-from serve.links import ProcessLink  # noqa: E402
 from serve.metrics import FrontMetrics  # noqa: E402
 from serve.run import bind, serve  # noqa: E402
 from serve.settings import FrontSettings  # noqa: E402

@@ -24,7 +24,7 @@ from helpers.server import REAL, Server
 
 from jaxllm.config import ConfigError
 from jaxllm.core import JaxLLMError
-from serve.engine_process import build_engine
+from jaxllm.engine.process.main import build_engine
 from serve.texts import open_tokenizer
 
 NORM = "model.norm.weight"

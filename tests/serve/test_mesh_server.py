@@ -1,12 +1,16 @@
 """One server in front of several engines, over real HTTP: replicas without a device, and real ones on a mesh."""
 
 import json
+import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.server import HEAD, Server, settings
+from safetensors.numpy import save_file
 
 from jaxllm.config import BUNDLED_MODEL, bundled_model_dir
 
@@ -110,6 +114,33 @@ def test_replicas_without_a_device_say_that_they_cannot_sleep():
         server.check_a()
 
 
+# ---- without a device, a process a replica ----
+
+
+def test_processes_say_what_one_engine_says_and_a_killed_one_ends_its_streams_alone():
+    bodies = [{"prompt": text, "max_tokens": 60} for text in TEXTS]
+    with Server(max_num_seqs=4) as server:
+        alone = [text_of(events) for events in together(server, bodies)]
+    with Server(fleet=2, max_num_seqs=4, step_s=0.01) as server:
+        info = server.info()
+        assert (info["max_num_seqs"], info["capacity_tokens"]) == (8, 2 * 128 * 8)
+        server.until(lambda: "jaxllm_engine_replicas_serving 2.0" in server.http.get("/metrics").text)
+        threading.Timer(0.3, os.kill, (server.link.pids[0], signal.SIGKILL)).start()
+        streams = together(server, bodies)
+        broken = [events[-1]["error"]["code"] for events in streams if events[-1] != "[DONE]"]
+        assert broken == ["engine_died"] * 4, "half of them were the first replica's"
+        whole = [text_of(events) == text for events, text in zip(streams, alone) if events[-1] == "[DONE]"]
+        assert whole == [True] * 4
+        assert server.status("/health") == server.status("/ready") == 200
+        server.until(lambda: stats_of(server)["replicas_serving"] == 2)
+        assert [text_of(events) for events in together(server, bodies)] == alone
+        server.check_a()
+        stats = stats_of(server)
+        assert (stats["replica_restarts"], server.info()["engine"]["restarts"]) == (1, 0)
+        assert stats["generated_tokens"] >= 12 * 60, "with what the killed one had told last"
+        assert admin(server, "/sleep")[1]["error"]["code"] == "not_supported"
+
+
 # ---- the bundled model on simulated devices ----
 
 
@@ -129,11 +160,13 @@ def sleeps_and_says_the_same(server, level):
     serves_as_one(server, GOLDEN[:2])
 
 
-def test_a_tiny_model_on_two_replicas_serves_and_sleeps(tmp_path):
+@pytest.mark.parametrize("processes", [False, True], ids=["one_process", "a_process_each"])
+def test_a_tiny_model_on_two_replicas_serves_and_sleeps(tmp_path, processes):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model_dir(BUNDLED_MODEL) / name, tmp_path)
     wanted = {**SMALL, "model": str(tmp_path), "load_format": "dummy", "dp": 2, "max_model_len": 128}
+    wanted |= {"data_processes": processes}
     with Server(settings(model_names=("tiny",)), bundled=wanted) as server:
         assert server.info()["start"]["mesh"] == "dp2"
         bodies = [{"prompt": row["prompt"], "max_tokens": 20, "ignore_eos": True} for row in GOLDEN[:4]]
@@ -145,6 +178,37 @@ def test_a_tiny_model_on_two_replicas_serves_and_sleeps(tmp_path):
         server.check_a()
         stats = stats_of(server)
         assert (stats["compiles_after_ready"], stats["total_pages"]) == (0, 128)
+        if processes:
+            shutil.copytree(tmp_path, tmp_path / "other")
+            comes_back_with_the_others_weights(server, tmp_path / "other", bodies, before)
+
+
+def write_weights(folder):
+    """Of the tiny model, random."""
+    D, F, V, q, kv = 32, 48, 8192, 32, 16
+    layer = {"self_attn.q_proj": (q, D), "self_attn.k_proj": (kv, D), "self_attn.v_proj": (kv, D)}
+    layer |= {"self_attn.o_proj": (D, q), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+    layer |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
+    shapes = {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    source = np.random.default_rng(1)
+    save_file({name: source.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}, folder)
+
+
+def comes_back_with_the_others_weights(server, path, bodies, before):
+    """A replica is killed after all got other weights."""
+    write_weights(path / "model.safetensors")
+    status, body = admin(server, "/update_weights", {"path": str(path), "version": "second"})
+    assert (status, body) == (200, {"weights_version": "second"})
+    after = [text_of(events) for events in together(server, bodies)]
+    assert after != before
+    os.kill(server.link.pids[0], signal.SIGKILL)
+    server.until(lambda: stats_of(server)["replicas_serving"] == 1)
+    server.until(lambda: stats_of(server)["replicas_serving"] == 2, 60)
+    streams = together(server, bodies)
+    assert [text_of(events) for events in streams] == after
+    assert {events[0]["weights_version"] for events in streams} == {"second"}, "also of the new one"
+    assert all(link.death() is None for link in server.link.links)
 
 
 @pytest.mark.mesh

@@ -1,7 +1,5 @@
 """Two engines as one: requests are balanced by tokens, found again, and counted together; the loop can drive them."""
 
-import threading
-
 import pytest
 from helpers.byte_model import build_engine
 
@@ -11,9 +9,9 @@ from jaxllm.engine.messages import Abort, Add, Beat, Control, News, Ready, Reply
 from jaxllm.engine.replicas import ReplicaFailedError
 
 
-@pytest.fixture(params=[False, True], ids=["one_thread", "threads"])
-def pair(request):
-    return lambda **options: build_engine(num_pages=64, replicas=2, apart=request.param, **options)[0]
+@pytest.fixture
+def pair():
+    return lambda **options: build_engine(num_pages=64, replicas=2, **options)[0]
 
 
 class OnceReady:
@@ -98,44 +96,6 @@ def test_an_engine_that_is_slow_holds_up_nobody_else(pair):
         engine.step()
         engine.check()
     assert slow.num_output == 9
-
-
-class Stuck:
-    """A runner whose launches take until the test says so."""
-
-    def __init__(self, inner, goes):
-        self.inner, self.goes, self.launching = inner, goes, False
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def launch(self, plan):
-        self.launching = True
-        assert self.goes.wait(10), "nobody let the launch go on"
-        self.launching = False
-        return self.inner.launch(plan)
-
-    def hidden_states(self, *arguments):
-        assert not self.launching, "two threads are at work on one device"
-        return self.inner.hidden_states(*arguments)
-
-
-def test_a_launch_that_takes_long_holds_up_nobody_else_and_is_waited_for_by_who_touches_its_engine():
-    engine = build_engine(num_pages=64, replicas=2, apart=True)[0]
-    goes = threading.Event()
-    engine.engines[0].runner = Stuck(engine.engines[0].runner, goes)
-    slow, quick = ask(engine, "slow", 20, 9), ask(engine, "quick", 5, 9)
-    while not quick.finished:
-        engine.step()
-    assert slow.num_output == 0
-    threading.Timer(0.05, goes.set).start()
-    engine.abort("slow")  # its scheduler is in the other thread's hands until then
-    assert goes.is_set()
-    while engine.has_work:
-        engine.step()
-        engine.check()
-    assert slow.finish_reason is FinishReason.ABORT
-    assert engine.scheduler.pool.num_held == 0
 
 
 def test_an_abort_between_the_halves_of_a_turn_leaves_nothing(pair):
@@ -269,28 +229,3 @@ def test_an_abort_through_the_loop_ends_what_it_names(pair):
     assert len(news_of(events, "a")) < 9
     assert not any(isinstance(event, News | Beat) for event in events)
     assert engine.scheduler.pool.num_held == 0
-
-
-def test_an_operation_waits_for_a_launch_in_another_thread():
-    engine = build_engine(num_pages=64, replicas=2, apart=True)[0]
-    goes = threading.Event()
-    engine.engines[0].runner = stuck = Stuck(engine.engines[0].runner, goes)
-    commands = [add(engine, "slow", 20, 9), add(engine, "quick", 5, 9)]
-    turns, events = 0, []
-
-    def receive(wait):
-        nonlocal turns
-        turns += 1
-        if turns == 1:
-            return commands
-        if turns == 4:
-            assert stuck.launching
-            threading.Timer(0.05, goes.set).start()
-            return [Control(1, "embed", {"token_ids": [5, 6, 7], "pooling": "mean"})]
-        return [] if engine.has_work or turns < 8 else [Stop()]
-
-    EngineLoop(engine, receive, events.append).run()
-    (reply,) = (event for event in events if isinstance(event, Reply))
-    assert reply.error is None
-    assert len(reply.value) == 16
-    engine.check()

@@ -20,6 +20,7 @@ from typing import Any
 from jaxllm.child import Children
 from jaxllm.core import GrammarKind, GrammarSpec, RequestError
 from jaxllm.engine.decoding.grammars import spec_key
+from jaxllm.engine.decoding.structured import GrammarCompiler, TokenizerBridge, compile_spec
 
 DEADLINE_S = 2.0
 START_S = 30.0
@@ -71,13 +72,21 @@ class GrammarTrial:
         self._children.close()
 
 
+def open_grammars(directory: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> GrammarCompiler | None:
+    """Of a model directory; None where there is no tokenizer. Costs nothing until the first grammar comes: what that
+    needs of the tokenizer is then read in a worker."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    bridge = lambda: TokenizerBridge(path.read_text("utf-8"), vocab_size, eos_token_ids)  # noqa: E731
+    return GrammarCompiler(bridge, GrammarTrial(path, vocab_size, eos_token_ids))
+
+
 # ---- the child ----
 
 
 def try_spec(spec: GrammarSpec, bridge: Any) -> str | None:
     """Compiles, then walks a little way in: where every mask is quick, those of a sequence most likely are."""
-    from jaxllm.engine.decoding.structured import compile_spec
-
     try:
         matcher = compile_spec(spec, bridge).matcher()
     except RequestError as error:
@@ -99,8 +108,6 @@ def try_spec(spec: GrammarSpec, bridge: Any) -> str | None:
 
 
 def main(arguments: list[str]) -> None:
-    from jaxllm.engine.decoding.structured import TokenizerBridge
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     tokenizer_json = Path(arguments[0]).read_text("utf-8")
     bridge = TokenizerBridge(tokenizer_json, int(arguments[1]), map(int, arguments[2:]))

@@ -193,7 +193,7 @@ def test_a_failed_sequence_ends_the_request_with_its_error_and_its_text_so_far(t
 
 
 def test_a_fault_in_making_text_ends_that_request_alone(tokenizer, monkeypatch, caplog):
-    good, bad = request("good", [1, 2]), request("bad", [1, 2])
+    good, bad = (request(name, [1, 2], stop=["needs the text at once"]) for name in ("good", "bad"))
     processor = OutputProcessor(tokenizer)
     for one in (good, bad):
         processor.add(one)
@@ -206,6 +206,24 @@ def test_a_fault_in_making_text_ends_that_request_alone(tokenizer, monkeypatch, 
     assert ended == [(sequences[0], FinishReason.ERROR, None)]
     assert processor.num_requests == 1
     assert "making its text failed" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["length", "abort"])
+def test_text_that_nobody_waits_for_is_made_at_the_end_and_a_fault_in_it_is_told_then(tokenizer, monkeypatch, end):
+    bad = request("bad", [1, 2])
+    processor = OutputProcessor(tokenizer)
+    processor.add(bad)
+    monkeypatch.setattr(processor._states["bad"].completions[0]._assembler, "push", lambda token: 1 / 0)
+    sequence = Sequence(bad)
+    assert processor.process([TokenOutput(sequence, 40)]) == ([], [])
+    if end == "abort":
+        update = processor.abort("bad")
+    else:
+        (update,), ended = processor.process([TokenOutput(sequence, 41, finish_reason=FinishReason.LENGTH)])
+        assert ended == []
+    assert (update.error, update.finished) == ("making the text failed: ZeroDivisionError", True)
+    assert update.outputs[0].finish_reason is FinishReason.ERROR
+    assert processor.num_requests == 0
 
 
 def test_an_abort_gives_what_there_is_and_later_news_is_dropped(tokenizer):

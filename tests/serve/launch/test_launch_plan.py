@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxllm.config import ConfigError
+from jaxllm.gpus import gpu_slices
 from serve.cli import main
 from serve.launch.environment import Membership, first_node, membership
-from serve.launch.layout import gpu_slices
 from serve.launch.settings import launch_settings, place_of, read_token
 
 ROOT = Path(__file__).parents[3]

@@ -1,7 +1,7 @@
 """How commands reach an engine and its events come back: a thread in this process, or a process over ZeroMQ ipc.
 
-In: commands (`send`, from one thread). Out: events (`receive`, blocking, from one other thread). Both links carry the
-same typed messages. Knows nothing of streams, restarts or HTTP.
+In: commands (`send`, from one thread), several at once where the engine should see them so. Out: events (`receive`,
+blocking, from one other thread). Both links carry the same typed messages. Knows nothing of streams, restarts or HTTP.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Build = Callable[[], tuple[Engine | ReplicatedEngine | DisaggregatedEngine, dict
 class Link(Protocol):
     def start(self) -> None: ...
 
-    def send(self, command: Command) -> None: ...
+    def send(self, *commands: Command) -> None: ...
 
     def receive(self, timeout_s: float) -> list[Event]:
         """At least one event, or [] at the timeout or when the engine is gone."""
@@ -95,8 +95,9 @@ class ThreadLink:
     def _die(self, why: str) -> None:
         self._death = self._death or why
 
-    def send(self, command: Command) -> None:
-        self._commands.put(command)
+    def send(self, *commands: Command) -> None:
+        for command in commands:
+            self._commands.put(command)
 
     def receive(self, timeout_s: float) -> list[Event]:
         return drain(self._events, timeout_s)
@@ -118,10 +119,17 @@ class ProcessLink:
 
     The two socket addresses are its last arguments and lie in a directory only this user can enter. `config` goes in
     on its standard input, which stays open: when this process dies, the engine reads the end of file and goes too.
+    `environment`: its variables, instead of this process's.
     """
 
-    def __init__(self, command: list[str], config: bytes = b"", stderr: IO[Any] | None = None) -> None:
-        self._command, self._config, self._stderr = command, config, stderr
+    def __init__(
+        self,
+        command: list[str],
+        config: bytes = b"",
+        stderr: IO[Any] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self._command, self._config, self._stderr, self.environment = command, config, stderr, environment
         self._context = zmq.Context()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
@@ -134,6 +142,12 @@ class ProcessLink:
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
+
+    @property
+    def events(self) -> zmq.Socket[bytes]:
+        """Where events come in, to be polled beside those of others; another one after each start."""
+        assert self._pull is not None
+        return self._pull
 
     def start(self) -> None:
         """Fresh sockets and a fresh process: nothing meant for the last engine reaches this one."""
@@ -150,19 +164,21 @@ class ProcessLink:
             socket.set(zmq.LINGER, 0)
             socket.bind(address)
         self._push, self._pull = push, pull
-        self._process = subprocess.Popen([*self._command, *addresses], stdin=subprocess.PIPE, stderr=self._stderr)
+        self._process = subprocess.Popen(
+            [*self._command, *addresses], stdin=subprocess.PIPE, stderr=self._stderr, env=self.environment
+        )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; death() says so
             self._process.stdin.write(len(self._config).to_bytes(8, "big") + self._config)
             self._process.stdin.flush()
 
-    def send(self, command: Command) -> None:
-        message = self._encode(command)
+    def send(self, *commands: Command) -> None:
+        message = [self._encode(command) for command in commands]
         with self._lock:
             if self._push is None:
                 return
             with contextlib.suppress(zmq.Again):  # nobody is connected: the engine's death ends the stream
-                self._push.send(message, zmq.NOBLOCK)
+                self._push.send_multipart(message, zmq.NOBLOCK)
 
     def receive(self, timeout_s: float) -> list[Event]:
         assert self._pull is not None
