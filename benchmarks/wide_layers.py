@@ -42,9 +42,8 @@ PREDICTED = {  # ms of the layers: bytes at 4.0 TB/s, products of 128 rows at 3.
     ("qwen3-0.6b", 128): 4.6,
 }
 VARIANTS = {
-    "24 KiB of x": ("-DJAXLLM_ROW_ROOM=24", "-DJAXLLM_MANY_ROW_ROOM=64"),
-    "32 KiB of x": ("-DJAXLLM_ROW_ROOM=32", "-DJAXLLM_MANY_ROW_ROOM=80"),
-    "48 KiB of x": ("-DJAXLLM_ROW_ROOM=48", "-DJAXLLM_MANY_ROW_ROOM=112"),
+    "96 KiB of x": ("-DJAXLLM_ROW_ROOM=96",),
+    "cut for 3 percent": ("-DJAXLLM_EVEN=63",),
 }
 TIMELINE = ("-DJAXLLM_TIMELINE",)
 
@@ -169,7 +168,7 @@ def variants(rows: tuple[int, ...] = ROWS) -> None:
 
 
 STAGES = ("o", "gate_up", "down", "qkv")
-POINTS = ("begun", "weights there", "rows there", "multiplied", "others there", "ended")
+POINTS = ("begun", "weights there", "rows there", "multiplied", "added", "ended")
 NAMES = [f"{stage}: {point}" for stage in STAGES for point in POINTS]
 NAMES += ["attention: waits", "attention: qkv there", "attention: ended"]
 FIRST = NAMES.index("attention: waits")  # of a layer's
@@ -206,6 +205,8 @@ def timeline(rows: tuple[int, ...] = ROWS) -> None:
         for (point, turn), each in sorted(found.items(), key=lambda item: float(np.median(item[1]))):
             us = [round((float(f(each)) - zero) / 1e3, 1) for f in (min, np.median, max)]
             say(what="timeline", B=B, point=NAMES[point], turn=turn, us=us, blocks=len(each))
+        ended = found[NAMES.index("attention: ended"), 0]
+        say(what="attended", B=B, us=[round((at - zero) / 1e3, 1) for at in ended])
 
 
 def shared(rows: tuple[int, ...] = ROWS) -> None:

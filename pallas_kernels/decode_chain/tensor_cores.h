@@ -13,17 +13,8 @@ DEVICE uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 #ifdef JAXLLM_EMULATED
 
-// Two numbers to a peer's memory with a flag beside each, and waiting for such.
-DEVICE void put_line(uint4* to, float a, float b, uint32_t flag) {
-  *to = {bits_of(a), flag, bits_of(b), flag};
-  machine->moved = true;
-}
-DEVICE void await_line(const uint4* from, uint32_t flag, float& a, float& b) {
-  wait_until([=] { return from->y == flag && from->w == flag; });
-  a = as_float(from->x), b = as_float(from->z);
-}
-
-// Four numbers whose words say by themselves whether they are there: zero is nobody's. Looking, and waiting for what was missing.
+// Four numbers whose words say by themselves whether they are there: zero is nobody's; in a peer's
+// memory too. Looking, and waiting for what was missing.
 DEVICE uint32_t never_zero(float x) { return bits_of(x) ? bits_of(x) : 0x80000000u; }
 DEVICE int missing(const float4& v) { return !bits_of(v.x) + !bits_of(v.y) + !bits_of(v.z) + !bits_of(v.w); }
 DEVICE void put_sums(float4* to, const float4& v) {
@@ -151,28 +142,17 @@ DEVICE int opaque(int value) { return value; }
 
 using TileMap = CUtensorMap;
 
-DEVICE void put_line(uint4* to, float a, float b, uint32_t flag) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(to), "r"(__float_as_uint(a)), "r"(flag), "r"(__float_as_uint(b))
-               : "memory");
-}
-DEVICE void await_line(const uint4* from, uint32_t flag, float& a, float& b) {
-  uint4 v;
-  do
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-  while (v.y != flag || v.w != flag);
-  a = __uint_as_float(v.x), b = __uint_as_float(v.z);
-}
-
-// Four numbers whose words say by themselves whether they are there: zero is nobody's. Looking, and waiting for what was missing.
+// Four numbers whose words say by themselves whether they are there: zero is nobody's; in a peer's
+// memory too. Looking, and waiting for what was missing.
 DEVICE uint32_t never_zero(float x) { return __float_as_uint(x) ? __float_as_uint(x) : 0x80000000u; }
 DEVICE void put_sums(float4* to, const float4& v) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(never_zero(v.x)), "r"(never_zero(v.y)),
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(never_zero(v.x)), "r"(never_zero(v.y)),
                "r"(never_zero(v.z)), "r"(never_zero(v.w))
                : "memory");
 }
 DEVICE float4 look(const float4* from) {
   float4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+  asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
   return v;
 }
 DEVICE void await_sums(const float4* from, float4& v) {

@@ -21,9 +21,8 @@
 #include <utility>
 #include <vector>
 
-#ifndef JAXLLM_ROW_ROOM  // KiB of x on their way: of up to 64 rows, and of more; a benchmark may try others
+#ifndef JAXLLM_ROW_ROOM  // KiB of x on their way; a benchmark may try others
 #define JAXLLM_ROW_ROOM 64
-#define JAXLLM_MANY_ROW_ROOM 96
 #endif
 
 #include "../decode_attention/warpgroup.h"
@@ -41,12 +40,10 @@ static_assert(2 * kComputingRegisters + kOtherRegisters <= 3 * (65536 / kBlockTh
 enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
 
 // Devices that hold shares of the same layers (tensor parallelism): o and down give each a part of the sums, and every thread
-// meets the one in its place on the others. Lines of 16 bytes {number, flag, number, flag} go to the peers' memory and are
-// looked for there: what all_reduce.cu does, where its reasons stand. Sums run in rank order, so all have the same bits.
+// sends its own to the threads in its place on the others, as splits do. Sums run in rank order, so all have the same bits.
 struct Peers {
-  uint4* lines[kMostRanks];  // two halves of [ranks, tiles * groups, computing threads, 2], for exchanges of either parity
-  uint32_t* exchanged;       // this device's count of sums that the group exchanged in all launches before
-  int64_t half;              // the same for all numbers of rows: what is read of one exchange is not in the next one's way
+  float4* sums[kMostRanks];  // of each device: two halves of [ranks, tiles * groups, computing threads], for o and for down
+  int64_t half;
   int rank, ranks;           // ranks 1: nobody
 };
 
@@ -102,15 +99,14 @@ struct Control {  // behind the slots
   Params attention[kWorkers];  // of the present layer, as the worker sees it
   float scale[2][kMostRows];  // 1 / root mean square of x's rows, of the stages that want it
   float squares[kComputing / 32][kMostRows];  // of a warp's columns
-  uint32_t exchanged;  // before this launch
 };
 
 template <int T>
 struct Shape {
   static constexpr int kGroups = T / 8;  // of rows of x, in a thread's sums
   static constexpr int kRowBytes = T * kDepth * 2;
-  static constexpr int kFits = (T > 64 ? JAXLLM_MANY_ROW_ROOM : JAXLLM_ROW_ROOM) * 1024 / kRowBytes;
-  static constexpr int kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
+  static constexpr int kFits = JAXLLM_ROW_ROOM * 1024 / kRowBytes, kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
+  static_assert(kRowSlots * kRowBytes >= kGroups * kComputing * 16);  // a block's sums have room there
   static constexpr int kRoom = (kSharedBytes - int(sizeof(Control)) - kRowSlots * kRowBytes) / kWeightBytes;
   static constexpr int kWeightSlots = kRoom < kMostWeightSlots ? kRoom : kMostWeightSlots;
   static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
@@ -326,7 +322,6 @@ DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
   Counters& all = counters[here()];
   if (lane <= kAttention) all.done[lane] = 0;
   if (lane == 0) all.left = 0;
-  if (lane == 0 && p.peers.ranks > 1) *p.peers.exchanged += 2 * p.num_layers;
 }
 
 struct Place {  // of a thread
@@ -358,6 +353,7 @@ namespace {
 // This block's warps are done with something: told to all by the warp that tells.
 DEVICE void end_part(Control& control, const Place& at, int& ended) {
   between_stores_and_copies();
+  before_copy_in();
   sync_warp();
   if (at.lane == 0) {  // not twice before it was seen once: a phase that comes round again looks like none
     if (ended > 0) wait_for(&control.told, uint32_t(ended - 1) & 1);
@@ -367,39 +363,20 @@ DEVICE void end_part(Control& control, const Place& at, int& ended) {
 }
 
 template <int T>
-DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, const Place at, Control& control, const float* scale,
+DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, const Place at, char* slots, Control& control, const float* scale,
                      const float (&sums)[T / 2], int& marks) {
   constexpr int GROUPS = Shape<T>::kGroups;
   const Stage& stage = p.stages[number];
   const Layer& l = p.layers[layer];
   const uint16_t* bias = number == 0 ? l.o_bias : number == 3 ? l.qkv_bias : nullptr;
   const uint16_t* norm = number == 0 ? l.middle_norm : number == 2 ? l.next_norm : nullptr;
-  const uint32_t exchange = control.exchanged + 2 * layer + number / 2 + 1;
-  const Now now = {stage, bias, norm, layer + number == 0 ? p.x : stage.residual, exchange};
-  const int begin = unit.split * GROUPS / stage.splits, end = (unit.split + 1) * GROUPS / stage.splits;
-  auto group_of = [&](int group) {
-    return float4{sums[group * 4], sums[group * 4 + 1], sums[group * 4 + 2], sums[group * 4 + 3]};
-  };
+  const Now now = {stage, bias, norm, layer + number == 0 ? p.x : stage.residual, number / 2};
   if (stage.splits == 1 && stage.kind == kGated) {
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) finish_gated(p, stage, unit, at, scale, group, group_of(group));
+    for (int group = 0; group < GROUPS; ++group) finish_gated(p, stage, unit, at, scale, group, group_of(sums, group));
   } else {
-    const Columns columns(now, unit, at);
-    float4* own = way_of(stage, unit, at, unit.split, GROUPS);
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) put_sums(own + group * kComputing, group_of(group));
-    if (now.norm != nullptr) sync_computing();  // all have read the squares of the unit before
-    add_up<T>(p, now, unit, at, control, columns, scale, begin, end);
+    add_up<T>(p, now, unit, at, control, scale, reinterpret_cast<float4*>(slots + Shape<T>::kRowsAt), sums);
     mark(at.block, at.thread, marks++, number * kPoints + kOthersThere);
-  }
-  if (now.norm != nullptr) {
-    sync_computing();
-    const int m = begin * 8 + at.thread;
-    if (m < end * 8 && m < p.M) {
-      float sum = 0.f;
-      for (int warp = 0; warp < kComputing / 32; ++warp) sum += control.squares[warp][m];
-      stage.squares[m * kMostSums + unit.tile] = sum;
-    }
   }
 }
 
@@ -520,14 +497,13 @@ DEVICE void compute(const Steps& p, char* slots, Control& control, const Place& 
     mark(at.block, at.thread, marks++, number * kPoints + kMultiplied);
     const bool wants = number % 2;
     if (wants) wait_for(&control.scaled[number / 2], layer & 1);
-    end_unit<T>(p, layer, number, unit, at.again(), control, wants ? control.scale[number / 2] : nullptr, sums, marks);
+    end_unit<T>(p, layer, number, unit, at.again(), slots, control, wants ? control.scale[number / 2] : nullptr, sums, marks);
     end_part(control, at, ended);
     mark(at.block, at.thread, marks++, number * kPoints + kEnded);
   });
 }
 
 DEVICE void begin(const Steps& p, Control& control, const Place& at) {
-  if (at.thread == 0 && p.peers.ranks > 1) control.exchanged = load_fresh(p.peers.exchanged);
   if (at.group >= kWorkers) return;
   if (at.thread % kGroupThreads == 0) control.attention[at.group] = p.attention;
   if (at.warp % kWarps > 0) return;

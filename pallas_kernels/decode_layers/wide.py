@@ -36,7 +36,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    loaded.jaxllm_wide_layers_lines.restype = ctypes.c_int64
+    loaded.jaxllm_wide_layers_sums.restype = ctypes.c_int64
     return loaded
 
 
@@ -160,7 +160,7 @@ def _numbers(kernel: Kernel, groups: tuple[tuple[int, ...], ...], D: int) -> np.
     """The library's numbers of groups of devices in rank order; memory for any number of rows is taken once."""
     if not groups:
         return np.zeros(0, np.int64)
-    size = kernel.library.jaxllm_wide_layers_lines(*map(ctypes.c_int64, (MOST_ROWS, D, len(groups[0]))))
+    size = kernel.library.jaxllm_wide_layers_sums(*map(ctypes.c_int64, (MOST_ROWS, D, len(groups[0]))))
     return np.array([_number(kernel, group, size) for group in groups], np.int64)
 
 

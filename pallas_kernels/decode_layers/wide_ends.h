@@ -6,7 +6,7 @@ namespace {
 struct Now {  // what a tile's end is about
   const Stage& stage;
   const uint16_t *bias, *norm, *residual;  // norm: also write `scaled` and `squares`
-  uint32_t exchange;  // its number, of kResidual
+  int turn;  // of the two halves of the peers' memory: an exchange is not in the way of the one before, which others may still read
 };
 
 DEVICE int sixteen_of(const Place& at) { return at.group * 64 + at.warp % 4 * 16; }  // in the block's tile
@@ -42,6 +42,11 @@ DEVICE Pairs residual_of(const Steps& p, const Now& now, const Unit& unit, const
       pairs.of[half] = load_fresh(reinterpret_cast<const uint32_t*>(now.residual + int64_t(row) * stage.N + column));
   }
   return pairs;
+}
+
+template <int COUNT>
+DEVICE float4 group_of(const float (&products)[COUNT], int group) {
+  return {products[group * 4], products[group * 4 + 1], products[group * 4 + 2], products[group * 4 + 3]};
 }
 
 // Of a gated stage: the first half of the sixteen are gates, the second their ups.
@@ -89,82 +94,102 @@ DEVICE void finish(const Steps& p, const Now& now, const Unit& unit, const Place
   if (t == 0) control.squares[at.warp][row] = squares;
 }
 
-// The first of a thread's two lines; the other one is kComputing behind: a warp's lie side by side.
-DEVICE uint4* line_of(const Steps& p, int device, int parity, int source, int place, int thread) {
-  const int64_t places = int64_t(p.stages[0].units / p.stages[0].splits * 2) * p.groups;  // o's and down's tiles are the same
-  return p.peers.lines[device] + parity * p.peers.half + (source * places + place) * 2 * kComputing + thread;
+// Sums of all sources, first to last, of up to AT_ONCE groups of rows. This one's own are `sums`; those of the others are awaited
+// where from(source, r) says, and zeros put back. Eight are asked for at one time.
+template <int AT_ONCE, typename From>
+DEVICE void add_sources(int sources, int mine, int count, float4 (&sums)[AT_ONCE], From from) {
+  constexpr int SOURCES = 8 / AT_ONCE;
+  float4 totals[AT_ONCE];
+#pragma unroll 1
+  for (int first = 0; first < sources; first += SOURCES) {
+    float4 parts[SOURCES][AT_ONCE];
+    auto each = [&](auto use) {
+#pragma unroll
+      for (int s = 0; s < SOURCES; ++s)
+#pragma unroll
+        for (int r = 0; r < AT_ONCE; ++r)
+          if (first + s < sources && first + s != mine && r < count) use(parts[s][r], from(first + s, r));
+    };
+    each([](float4& part, float4* at) { part = look(at); });
+    each([](float4& part, float4* at) { await_sums(at, part), *at = float4{0.f, 0.f, 0.f, 0.f}; });
+#pragma unroll
+    for (int s = 0; s < SOURCES; ++s)
+#pragma unroll
+      for (int r = 0; r < AT_ONCE; ++r) {
+        if (first + s >= sources) break;
+        const float4 part = first + s == mine ? sums[r] : parts[s][r];
+        float4& total = totals[r];
+        total = first + s ? float4{total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w} : part;
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < AT_ONCE; ++r) sums[r] = totals[r];
 }
 
-// Sums of up to AT_ONCE groups of rows, of all devices.
+// Of all devices: each sends the others what it has.
 template <int AT_ONCE>
-DEVICE void exchange(const Steps& p, int thread, uint32_t flag, int place, int count, float4 (&sums)[AT_ONCE]) {
-  const int rank = p.peers.rank, ranks = p.peers.ranks;
+DEVICE void exchange(const Steps& p, const Now& now, int thread, int place, int count, float4 (&sums)[AT_ONCE]) {
+  const int64_t places = int64_t(p.stages[0].units / p.stages[0].splits * 2) * p.groups;  // o's and down's tiles are the same
+  auto way = [&](int device, int source, int r) {
+    return p.peers.sums[device] + now.turn * p.peers.half + (source * places + place + r) * kComputing + thread;
+  };
 #pragma unroll
   for (int r = 0; r < AT_ONCE; ++r)
     if (r < count)
-      for (int next = 1; next < ranks; ++next) {
-        uint4* to = line_of(p, (rank + next) % ranks, flag & 1, rank, place + r, thread);
-        put_line(to, sums[r].x, sums[r].y, flag), put_line(to + kComputing, sums[r].z, sums[r].w, flag);
-      }
-#pragma unroll
-  for (int r = 0; r < AT_ONCE; ++r)
-    if (r < count) {
-      float4 total = {};
-      for (int source = 0; source < ranks; ++source) {
-        float4 part = sums[r];
-        if (source != rank) {
-          const uint4* from = line_of(p, rank, flag & 1, source, place + r, thread);
-          await_line(from, flag, part.x, part.y), await_line(from + kComputing, flag, part.z, part.w);
-        }
-        total = source ? float4{total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w} : part;
-      }
-      sums[r] = total;
-    }
+      for (int next = 1; next < p.peers.ranks; ++next) put_sums(way((p.peers.rank + next) % p.peers.ranks, p.peers.rank, r), sums[r]);
+  add_sources(p.peers.ranks, p.peers.rank, count, sums, [&](int source, int r) { return way(p.peers.rank, source, r); });
 }
 
-// Where a thread's sums of a split go: those of a product that is not cut are for itself.
-DEVICE float4* way_of(const Stage& stage, const Unit& unit, const Place& at, int split, int groups) {
-  const int block = stage.splits > 1 ? unit.tile * stage.splits + split : at.block;
-  return on_their_way[here()] + int64_t(block) * (groups * kComputing) + at.thread;
-}
-
-// All splits' sums of this block's share of the rows. Eight loads are on their way together.
+// All splits' sums of this block's share of the rows. `products`: this block's own. What of them are others' shares goes to them;
+// what is its own waits in `kept`, where x was: x of what follows comes when all blocks have ended this. (Of a product that is not
+// cut a block may have several tiles, and their x is there; then it waits in memory.)
 template <int T>
-DEVICE void add_up(const Steps& p, const Now& now, const Unit& unit, const Place& at, Control& control, const Columns& columns,
-                   const float* scale, int begin, int end) {
-  constexpr int GROUPS = Shape<T>::kGroups, AT_ONCE = T > 64 ? 4 : 2, SPLITS = 8 / AT_ONCE;
+DEVICE void add_up(const Steps& p, const Now& now, const Unit& unit, const Place& at, Control& control, const float* scale,
+                   float4* kept, const float (&products)[T / 2]) {
+  constexpr int GROUPS = Shape<T>::kGroups, AT_ONCE = T > 64 ? 4 : 2;
   const Stage& stage = now.stage;
+  const Columns columns(now, unit, at);
+  const int begin = unit.split * GROUPS / stage.splits, end = (unit.split + 1) * GROUPS / stage.splits;
+  auto way = [&](int split, int group) {
+    return on_their_way[here()] + ((unit.tile * stage.splits + split) * GROUPS + group) * kComputing + at.thread;
+  };
+  const bool cut = stage.splits > 1;
+  if (!cut) kept = on_their_way[here()] + at.block * (GROUPS * kComputing);
+  kept += at.thread - begin * kComputing;
+  sync_computing();  // all have multiplied, and read the squares of the unit before
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) {
+    const float4 four = group_of(products, group);
+    if (group >= begin && group < end)
+      kept[group * kComputing] = four;
+    else
+      put_sums(way(unit.split, group), four);
+  }
 #pragma unroll 1
   for (int group = begin; group < end; group += AT_ONCE) {
+    const int count = end - group;
     float4 sums[AT_ONCE];
     Pairs residual[AT_ONCE];
 #pragma unroll
-    for (int r = 0; r < AT_ONCE; ++r)
-      residual[r] = residual_of(p, now, unit, at, group + r < end ? group + r : end - 1);
-#pragma unroll 1
-    for (int first = 0; first < stage.splits; first += SPLITS) {
-      float4 parts[SPLITS][AT_ONCE];
-      auto each = [&](auto use) {
-#pragma unroll
-        for (int s = 0; s < SPLITS; ++s)
-#pragma unroll
-          for (int r = 0; r < AT_ONCE; ++r)
-            if (first + s < stage.splits && group + r < end)
-              use(parts[s][r], way_of(stage, unit, at, first + s, GROUPS) + (group + r) * kComputing, sums[r], first + s);
-      };
-      each([](float4& part, float4* from, float4&, int) { part = look(from); });
-      each([](float4& part, float4* from, float4& sum, int split) {
-        await_sums(from, part);
-        sum = split ? float4{sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w} : part;
-        *from = float4{0.f, 0.f, 0.f, 0.f};
-      });
+    for (int r = 0; r < AT_ONCE; ++r) {
+      residual[r] = residual_of(p, now, unit, at, r < count ? group + r : end - 1);
+      if (r >= count) continue;
+      sums[r] = kept[(group + r) * kComputing];
+      if (!cut) kept[(group + r) * kComputing] = float4{0.f, 0.f, 0.f, 0.f};
     }
-    if (p.peers.ranks > 1 && stage.kind == kResidual)
-      exchange(p, at.thread, now.exchange, unit.tile * GROUPS + group, end - group, sums);
+    add_sources(stage.splits, unit.split, count, sums, [&](int split, int r) { return way(split, group + r); });
+    if (p.peers.ranks > 1 && stage.kind == kResidual) exchange(p, now, at.thread, unit.tile * GROUPS + group, count, sums);
 #pragma unroll
     for (int r = 0; r < AT_ONCE; ++r)
-      if (group + r < end) finish(p, now, unit, at, control, columns, scale, group + r, sums[r], residual[r]);
+      if (r < count) finish(p, now, unit, at, control, columns, scale, group + r, sums[r], residual[r]);
   }
+  if (now.norm == nullptr) return;
+  sync_computing();
+  const int m = begin * 8 + at.thread;
+  if (m >= end * 8 || m >= p.M) return;
+  float sum = 0.f;
+  for (int warp = 0; warp < kComputing / 32; ++warp) sum += control.squares[warp][m];
+  stage.squares[m * kMostSums + unit.tile] = sum;
 }
 
 }  // namespace

@@ -19,13 +19,11 @@ enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4 };  // which optional weights 
 
 ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "wide layers: " + what); }
 
-constexpr int64_t kCountBytes = 256;  // behind the lines: how many exchanges there were
-
-// Devices of one process that hold shares of the same layers, in rank order, and the lines they send each other.
+// Devices of one process that hold shares of the same layers, in rank order, and the memory in which they send each other sums.
 struct Group {
   std::vector<int> devices;
   int64_t bytes;
-  std::vector<void*> lines;
+  std::vector<void*> sums;
 #ifdef JAXLLM_EMULATED
   std::mutex mutex;
   std::condition_variable changed;
@@ -85,7 +83,7 @@ std::string launch(Stream, const Steps& p, Group* group) {
 }
 
 std::string make(Group& group) {
-  for (size_t i = 0; i < group.devices.size(); ++i) group.lines.push_back(std::calloc(1, group.bytes + kCountBytes));
+  for (size_t i = 0; i < group.devices.size(); ++i) group.sums.push_back(std::calloc(1, group.bytes));
   return "";
 }
 
@@ -121,7 +119,7 @@ cudaError_t load() {
 }
 
 std::string make(Group& group) {
-  cudaError_t error = take_among_peers(group.devices, group.bytes + kCountBytes, group.lines);
+  cudaError_t error = take_among_peers(group.devices, group.bytes, group.sums);
   if (error == cudaSuccess) error = on_each(group.devices, [] { return load<16, 32, 64, 96, kMostRows>(); });
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
@@ -144,10 +142,10 @@ std::string launch(Stream stream, const Steps& p, Group* group) {
   }
 }
 
-// Bytes of the lines that `ranks` devices send one of them.
-int64_t bytes_of_lines(int64_t M, int64_t D, int64_t ranks) {
+// Bytes of what `ranks` devices send one of them.
+int64_t bytes_of_sums(int64_t M, int64_t D, int64_t ranks) {
   const int64_t tiles = (D + 2 * kWide - 1) / (2 * kWide) * 2, threads = padded(int(M)) / 8 * kComputing;
-  return 2 * ranks * tiles * threads * 2 * int64_t(sizeof(uint4));
+  return 2 * ranks * tiles * threads * int64_t(sizeof(float4));
 }
 
 // The group that this device is of, and its rank there; null: it has all of the layers.
@@ -158,9 +156,8 @@ Group* find_peers(Steps& p, ffi::Span<const int64_t> numbers, int device, std::s
     for (size_t rank = 0; rank < group.devices.size(); ++rank) {
       if (group.devices[rank] != device) continue;
       p.peers.rank = int(rank), p.peers.ranks = int(group.devices.size());
-      p.peers.exchanged = reinterpret_cast<uint32_t*>(static_cast<char*>(group.lines[rank]) + group.bytes);
-      p.peers.half = group.bytes / 2 / int64_t(sizeof(uint4));
-      for (size_t r = 0; r < group.lines.size(); ++r) p.peers.lines[r] = static_cast<uint4*>(group.lines[r]);
+      p.peers.half = group.bytes / 2 / int64_t(sizeof(float4));
+      for (size_t r = 0; r < group.sums.size(); ++r) p.peers.sums[r] = static_cast<float4*>(group.sums[r]);
       return &group;
     }
   }
@@ -287,7 +284,7 @@ ffi::Error run_wide(Stream stream, int device, ffi::RemainingArgs args, ffi::Rem
 #endif
   std::string fault = fill(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, args, rets, splits, has);
   Group* group = find_peers(*p, numbers, device, fault);
-  if (group != nullptr && group->bytes < bytes_of_lines(rows, D, p->peers.ranks)) fault = "the peers' lines are too few";
+  if (group != nullptr && group->bytes < bytes_of_sums(rows, D, p->peers.ranks)) fault = "the peers' memory is too small";
   if (fault.empty()) fault = launch(stream, *p, group);
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
@@ -327,7 +324,7 @@ extern "C" int64_t jaxllm_wide_layers_work(int64_t num_layers, int64_t rows, int
 }
 // Bytes that a device of `ranks` needs for what the others send it, and the number of the group of these devices, in rank
 // order; -1 and a reason in `why` when it cannot be made.
-extern "C" int64_t jaxllm_wide_layers_lines(int64_t rows, int64_t D, int64_t ranks) { return bytes_of_lines(rows, D, ranks); }
+extern "C" int64_t jaxllm_wide_layers_sums(int64_t rows, int64_t D, int64_t ranks) { return bytes_of_sums(rows, D, ranks); }
 extern "C" int jaxllm_wide_layers_group(const int* devices, int count, int64_t bytes, char* why, int why_bytes) {
   std::lock_guard<std::mutex> lock(groups_mutex);
   const std::vector<int> wanted(devices, devices + count);
