@@ -334,7 +334,7 @@ struct Place {  // of a thread
 };
 
 // Of a timeline (benchmarks/wide_layers.py): what a block's first computing thread has come to, a stage.
-enum Point { kBegun, kWeightsThere, kRowsThere, kMultiplied, kOthersThere, kEnded, kPoints };
+enum Point { kBegun, kWeightsThere, kRowsThere, kMultiplied, kAdded, kEnded, kPoints };
 enum AttentionPoint { kWaits = kStages * kPoints, kQkvThere, kAttended };
 
 DEVICE float gated(float gate, float up) { return divided(gate, 1.f + exp_(-gate)) * up; }
@@ -376,7 +376,7 @@ DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, co
     for (int group = 0; group < GROUPS; ++group) finish_gated(p, stage, unit, at, scale, group, group_of(sums, group));
   } else {
     add_up<T>(p, now, unit, at, control, scale, reinterpret_cast<float4*>(slots + Shape<T>::kRowsAt), sums);
-    mark(at.block, at.thread, marks++, number * kPoints + kOthersThere);
+    mark(at.block, at.thread, marks++, number * kPoints + kAdded);
   }
 }
 

@@ -95,10 +95,10 @@ DEVICE void finish(const Steps& p, const Now& now, const Unit& unit, const Place
 }
 
 // Sums of all sources, first to last, of up to AT_ONCE groups of rows. This one's own are `sums`; those of the others are awaited
-// where from(source, r) says, and zeros put back. Eight are asked for at one time.
+// where from(source, r) says, and zeros put back. What up to four of them have is asked for at one time.
 template <int AT_ONCE, typename From>
 DEVICE void add_sources(int sources, int mine, int count, float4 (&sums)[AT_ONCE], From from) {
-  constexpr int SOURCES = 8 / AT_ONCE;
+  constexpr int SOURCES = 4;
   float4 totals[AT_ONCE];
 #pragma unroll 1
   for (int first = 0; first < sources; first += SOURCES) {
