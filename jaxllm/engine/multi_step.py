@@ -11,7 +11,7 @@ import dataclasses
 import logging
 
 from jaxllm.config import AUTO, EngineConfig
-from jaxllm.graph.compile import MULTI_STEP_ROWS
+from jaxllm.graph.compile import FEW_ROWS, MULTI_STEP_ROWS
 from pallas_kernels.roofline import StepCost, peak_of
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,11 @@ def _decided(config: EngineConfig, cost: StepCost, device_kind: str) -> tuple[in
             return 1, f"a mesh with the axis {name} goes step by step"
     if asked != AUTO:
         return asked, "configured"
-    floor_s = _floor_s(cost, few[-1], min(CONTEXT, config.model.max_model_len), device_kind, mesh.tensor)
+    rows = max((each for each in few if each <= FEW_ROWS), default=few[0])
+    floor_s = _floor_s(cost, rows, min(CONTEXT, config.model.max_model_len), device_kind, mesh.tensor)
     if floor_s is None:
         return 1, f"nothing is known of the speed of {device_kind}"
-    said = f"the floor of a step of {few[-1]} rows is {floor_s * 1e3:.2f} ms"
+    said = f"the floor of a step of {rows} rows is {floor_s * 1e3:.2f} ms"
     return (STEPS if floor_s < SHORT_S else 1), said
 
 

@@ -67,8 +67,9 @@ from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
 # Of decode steps, ends included: where one kernel for all layers is ahead of kernels one by one, where one between
-# two attentions is (benchmarks/results/decode_layers_h200, decode_chain_h200), and where either can be asked for.
-WHOLE_ROWS, CHAINED_ROWS, EVERY_ROWS = (1, 8), (33, 96), (1, 128)
+# two attentions is (benchmarks/results/decode_layers_h200, wide_layers_h200, decode_chain_h200), and where either can
+# be asked for.
+WHOLE_ROWS, CHAINED_ROWS, EVERY_ROWS = ((1, 8), (17, 32)), (33, 96), (1, 128)
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 Compiled = tuple[Executables, Ladder, list[KVCacheSpec]]  # and the pages of each stage they are compiled for
@@ -341,10 +342,9 @@ def _compile(
     kernels = config.compile.kernels
     fastest = kernels == "auto" and homes[0].device.platform != "cpu"
     chained = EVERY_ROWS if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
-    alone = (
-        config.mesh.tensor * config.mesh.expert == 1
-    )  # layers that devices share: ahead on two GPUs at 1 and 128 rows only, behind on four (wide_layers_h200)
-    whole = EVERY_ROWS if kernels == "layers" else WHOLE_ROWS if fastest and alone else None
+    shared = config.mesh.tensor * config.mesh.expert  # devices that do: ahead everywhere with two, not yet with four
+    able = WHOLE_ROWS if shared == 1 else (EVERY_ROWS,) if config.mesh.tensor == shared == 2 else ()
+    whole = (EVERY_ROWS,) if kernels == "layers" else able if fastest else ()
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"

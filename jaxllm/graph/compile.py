@@ -34,7 +34,10 @@ COUNTS_CHUNK = 512  # tokens a set_counts call takes
 ROWS, LOGITS, KV, WHOLE = cast("tuple[Any, Any, Any, Any]", ("rows", "logits", "kv", "whole"))
 STEP_TAKES, STEP_GIVES = ("params", KV, ROWS, LOGITS, ROWS), Stepped(ROWS, KV, ROWS, LOGITS, ROWS, WHOLE)
 SAMPLE_TAKES, SAMPLE_GIVES = (ROWS, ROWS, LOGITS, *[ROWS] * 4), (ROWS, ROWS, ROWS)
-MULTI_STEP_ROWS = 8  # most rows of several decode steps in one dispatch: more hide the host's turn anyway
+FEW_ROWS, MULTI_STEP_ROWS = (
+    8,
+    32,
+)  # of several decode steps in one dispatch; the latter the most: more hide the host's turn
 Progress = Callable[[int, int], None]  # executables done, executables in all
 
 
@@ -83,10 +86,11 @@ class Ladder:
         return next(shape for shape in self.multi_steps() if shape.rows >= rows)
 
     def multi_steps(self) -> list[StepShape]:
-        """Two at most, as each is compiled for every sampler: one for a single row, one for a few."""
-        few = [bucket for bucket in self.decode_rows if bucket <= MULTI_STEP_ROWS]
+        """Three at most, as each is compiled for every sampler: for a single row, for a few, and for the most."""
+        able = [bucket for bucket in self.decode_rows if bucket <= MULTI_STEP_ROWS]
+        few = [bucket for bucket in able if bucket <= FEW_ROWS]
         several = self.decode_steps > 1 and not self.one_shape
-        return [self.decode(bucket) for bucket in sorted({*few[:1], *few[-1:]})] if several else []
+        return [self.decode(bucket) for bucket in sorted({*few[:1], *few[-1:], *able[-1:]})] if several else []
 
     def shapes(self) -> list[StepShape]:
         decode = [] if self.one_shape else [self.decode(b) for b in self.decode_rows]

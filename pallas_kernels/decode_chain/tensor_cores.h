@@ -14,7 +14,7 @@ DEVICE uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 #ifdef JAXLLM_EMULATED
 
 // Four numbers whose words say by themselves whether they are there: zero is nobody's; in a peer's
-// memory too. Looking, and whether some are missing.
+// memory too. Looking, and waiting for what was missing.
 DEVICE uint32_t never_zero(float x) { return bits_of(x) ? bits_of(x) : 0x80000000u; }
 DEVICE int missing(const float4& v) { return !bits_of(v.x) + !bits_of(v.y) + !bits_of(v.z) + !bits_of(v.w); }
 DEVICE void put_sums(float4* to, const float4& v) {
@@ -23,7 +23,10 @@ DEVICE void put_sums(float4* to, const float4& v) {
   machine->moved = true;
 }
 DEVICE float4 look(const float4* from) { return *from; }
-DEVICE void pause() { yield(); }
+DEVICE void await_sums(const float4* from, float4& v) {
+  wait_until([=] { return missing(*from) == 0; });
+  v = *from;
+}
 
 struct TileMap {  // of a matrix [rows, columns], row after row
   const uint16_t* base;
@@ -140,7 +143,7 @@ DEVICE int opaque(int value) { return value; }
 using TileMap = CUtensorMap;
 
 // Four numbers whose words say by themselves whether they are there: zero is nobody's; in a peer's
-// memory too. Looking, and whether some are missing.
+// memory too. Looking, and waiting for what was missing.
 DEVICE uint32_t never_zero(float x) { return __float_as_uint(x) ? __float_as_uint(x) : 0x80000000u; }
 DEVICE void put_sums(float4* to, const float4& v) {
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(never_zero(v.x)), "r"(never_zero(v.y)),
@@ -152,10 +155,9 @@ DEVICE float4 look(const float4* from) {
   asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
   return v;
 }
-DEVICE bool missing(const float4& v) {
-  return !__float_as_uint(v.x) || !__float_as_uint(v.y) || !__float_as_uint(v.z) || !__float_as_uint(v.w);
+DEVICE void await_sums(const float4* from, float4& v) {
+  while (!__float_as_uint(v.x) || !__float_as_uint(v.y) || !__float_as_uint(v.z) || !__float_as_uint(v.w)) v = look(from);
 }
-DEVICE void pause() {}
 
 DEVICE uint32_t address_at(const void* mine, int peer) {  // of another block of the cluster
   uint32_t at;

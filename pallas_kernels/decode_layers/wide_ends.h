@@ -95,34 +95,23 @@ DEVICE void finish(const Steps& p, const Now& now, const Unit& unit, const Place
 }
 
 // Sums of all sources, first to last, of up to AT_ONCE groups of rows. This one's own are `sums`; those of the others are awaited
-// where from(source, r) says, and zeros put back. The first group of up to four sources is looked for until all have come, then
-// the other groups, which are mostly there: looking for everything takes the second-level cache from those who still work, and
-// one after the other takes a microsecond each.
+// where from(source, r) says, and zeros put back. Eight are asked for at one time.
 template <int AT_ONCE, typename From>
 DEVICE void add_sources(int sources, int mine, int count, float4 (&sums)[AT_ONCE], From from) {
-  constexpr int SOURCES = 4;
+  constexpr int SOURCES = 8 / AT_ONCE;
   float4 totals[AT_ONCE];
 #pragma unroll 1
   for (int first = 0; first < sources; first += SOURCES) {
     float4 parts[SOURCES][AT_ONCE];
-    auto each = [&](int begin, int end, auto use) {
+    auto each = [&](auto use) {
 #pragma unroll
       for (int s = 0; s < SOURCES; ++s)
 #pragma unroll
-        for (int r = begin; r < end; ++r)
+        for (int r = 0; r < AT_ONCE; ++r)
           if (first + s < sources && first + s != mine && r < count) use(parts[s][r], from(first + s, r));
     };
-    auto gather = [&](int begin, int end) {
-      each(begin, end, [](float4& part, float4* at) { part = look(at); });
-      for (bool waits = true; waits; pause()) {
-        waits = false;
-        each(begin, end, [&](float4& part, float4* at) {
-          if (missing(part)) part = look(at), waits = true;
-        });
-      }
-    };
-    gather(0, 1), gather(1, AT_ONCE);
-    each(0, AT_ONCE, [](float4&, float4* at) { *at = float4{0.f, 0.f, 0.f, 0.f}; });
+    each([](float4& part, float4* at) { part = look(at); });
+    each([](float4& part, float4* at) { await_sums(at, part), *at = float4{0.f, 0.f, 0.f, 0.f}; });
 #pragma unroll
     for (int s = 0; s < SOURCES; ++s)
 #pragma unroll

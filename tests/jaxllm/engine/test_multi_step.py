@@ -228,14 +228,14 @@ def test_a_dispatch_without_memory_is_launched_again_as_halves_of_as_many_steps(
 # ---- how many, and for which rows ----
 
 
-def test_there_are_executables_for_one_row_and_for_a_few():
-    ladder = Ladder((1, 2, 4, 8, 16), (32,), 4, decode_steps=4)
-    assert [shape.rows for shape in ladder.multi_steps()] == [1, 8]
-    assert [ladder.multi_step(rows).rows for rows in (1, 2, 8)] == [1, 8, 8]
+def test_there_are_executables_for_one_row_for_a_few_and_for_the_most():
+    ladder = Ladder((1, 2, 4, 8, 16, 32, 64), (32,), 4, decode_steps=4)
+    assert [shape.rows for shape in ladder.multi_steps()] == [1, 8, 32]
+    assert [ladder.multi_step(rows).rows for rows in (1, 2, 8, 9, 32)] == [1, 8, 8, 32, 32]
     assert Ladder((8,), (32,), 4, decode_steps=4).multi_step(3).rows == 8
     for without in ({"decode_steps": 1}, {"decode_steps": 4, "one_shape": True}):
         assert not Ladder((1, 8), (32,), 4, **without).multi_steps()
-    assert not Ladder((16,), (32,), 4, decode_steps=4).multi_steps()
+    assert not Ladder((48,), (32,), 4, decode_steps=4).multi_steps()
 
 
 def decided(model="qwen3-0.6b", device=H200, linear_bytes=2.0, **settings):
@@ -262,4 +262,4 @@ def test_a_number_that_is_given_is_taken_where_steps_can_go_together(caplog):
     for mesh in ({"pipeline_parallel_size": 2}, {"ep": 2}, {"cp": 2}):
         assert decided(decode_steps=4, **mesh) == 1
         assert "mesh" in caplog.records[-1].message
-    assert decided(decode_steps=4, decode_buckets=[16], max_num_seqs=16) == 1
+    assert decided(decode_steps=4, decode_buckets=[48], max_num_seqs=48) == 1

@@ -32,7 +32,7 @@ def stepped(config, params, *, whole):
         config,
         PAGE,
         PAGES,
-        whole=(1, 128) if whole else None,
+        whole=((1, 128),) if whole else (),
         reference_attention=True,
     )
     run = jax.jit(functools.partial(step, graph, shape))
