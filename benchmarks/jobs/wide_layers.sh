@@ -51,6 +51,6 @@ part tp && for kernels in auto layers; do
   timeout 110 python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py llama-3.1-8b /tmp/shapes)" --batch 1,32,128 --prefill "" \
     --repeats 1 --set tp=$GPUS --set kernels=$kernels --label "$COMMIT tp$GPUS $kernels" --out "$OUT/tp$GPUS-$kernels.json" 2>&1 | tail -n 8
 done
-echo "predicted, layers, two GPUs: 2.3 / 2.9 / 4.8 ms at 1 / 32 / 128 (auto 3.35 / 4.33 / 8.59)"
-echo "predicted, layers: 8B 5.0 / 6.2 / 9.1 ms at 32 / 64 / 128 (auto 5.88 / 6.8 / 10.3), 0.6B 2.0 / 4.9 at 32 / 128 (2.37 / 5.76)"
+echo "found before (718fd18), 1 / 32 / 128: two GPUs 2.96 / 3.84 / 6.61 ms; four GPUs (f144ba1, before sums went without flags) 2.71 / 3.72 / 7.02: predicted 2.4 / 3.2 / 5.7"
+echo "found before, layers alone: 8B 5.21 / 6.68 / 9.83 ms at 32 / 64 / 128, 0.6B 2.01 / 3.32 / 5.98; predicted steps with layers: 8B 6.9 / 10.5 at 64 / 128"
 date -u +%T
