@@ -203,12 +203,13 @@ def test_35_who_waits_too_long_in_the_queue_is_told():
 def test_37_a_reader_that_is_too_slow_is_ended_and_nobody_waits_for_it():
     with Server(settings(stream_limit_tokens=50), context=4096, num_pages=600) as server:
         request = b'{"prompt":"slow","max_tokens":4000,"stream":true,"logprobs":20,"return_token_ids":true}'
+        server.narrow()
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.port))
             head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             connection.sendall(head + b"content-length: %d\r\n\r\n" % len(request) + request)
-            server.until(lambda: server.front.client.aborted == 1, 20)
+            server.until(lambda: server.front.client.aborted == 1, 60)
             assert server.complete().status_code == 200
             server.until(lambda: server.info()["engine"]["stats"]["held_pages"] == 0)
         server.check_a()
