@@ -117,7 +117,7 @@ class Server:
             return 0
 
     def narrow(self):
-        """Of connections from now on the kernel keeps little that nobody reads: else 4 MB, more than some tests send."""
+        """Of connections from now on the kernel keeps little that nobody reads: else 4 MB, more than a test sends."""
         self._bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
 
     def until(self, condition, seconds=10.0):
