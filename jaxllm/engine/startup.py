@@ -63,6 +63,7 @@ from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.graph.weights.kv_scales import with_scales
 from jaxllm.tokenizer import Tokenizer
+from sharding.axes import MeshConfig
 from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
@@ -328,6 +329,16 @@ def _counts_shape(config: EngineConfig, home: Home) -> tuple[int, int]:
     return config.mesh.attention_shards * (config.scheduler.max_num_seqs + 1), home.model.vocab_size
 
 
+def whole_rows(kernels: str, mesh: MeshConfig, *, fastest: bool) -> tuple[tuple[int, int], ...]:
+    """Decode steps of which numbers of rows, ends included, are one kernel. `fastest`: whatever is ahead on a GPU."""
+    if kernels == "layers":
+        return (EVERY_ROWS,)
+    shared = mesh.tensor * mesh.expert  # devices that do: two are ahead everywhere, four not yet
+    if not fastest or shared > 2 or mesh.expert > 1:
+        return ()
+    return WHOLE_ROWS if shared == 1 else (EVERY_ROWS,)
+
+
 def _compile(
     config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
 ) -> Compiled:
@@ -342,9 +353,7 @@ def _compile(
     kernels = config.compile.kernels
     fastest = kernels == "auto" and homes[0].device.platform != "cpu"
     chained = EVERY_ROWS if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
-    shared = config.mesh.tensor * config.mesh.expert  # devices that do: ahead everywhere with two, not yet with four
-    able = WHOLE_ROWS if shared == 1 else (EVERY_ROWS,) if config.mesh.tensor == shared == 2 else ()
-    whole = (EVERY_ROWS,) if kernels == "layers" else able if fastest else ()
+    whole = whole_rows(kernels, config.mesh, fastest=fastest)
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"

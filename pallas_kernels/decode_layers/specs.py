@@ -150,6 +150,7 @@ LAYERS_SPECS = (
     replace(_SMALL, name="eight_queries_a_key", lengths=(200, 64), N=8, K=1, page_size=64, width=5, L=1, qk_norm=True),
     LayersSpec("long", (2900,), L=1, D=64, N=1, K=1, F=64, page_size=64, width=46),
     replace(_SMALL, name="head", lengths=(33, 0, 5), L=1, V=1003),
-    replace(_SMALL, name="too_many_rows", lengths=(3,) * 9),
+    # For the kernel of up to 8; the other one's workers have several segments each.
+    replace(_SMALL, name="too_many_rows", lengths=(3, 20, 0) * 4, qk_norm=True),
     replace(_SMALL, name="small_f32", lengths=(3, 20), dtype="float32"),
 )
