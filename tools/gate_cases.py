@@ -277,14 +277,15 @@ def grouped_matmul_cases() -> Iterator[Case]:
 
     from pallas_kernels.grouped_matmul import mosaic_sm90
 
-    D, F, E = 2048, 768, 128
-    for N, tiles in ((1, 8), (8, 64), (9, 72), (32, 112), (16, 200), (64, 300), (128, 640)):
+    D, E = 2048, 128
+    shapes = [(N, tiles, 768) for N, tiles in ((1, 8), (8, 64), (9, 72), (32, 112), (16, 200), (64, 300), (128, 640))]
+    for N, tiles, F in (*shapes, (128, 640, 192)):
         for gated in (True, False):
             K, rows = (D, 2 * F) if gated else (F, D)
             product = functools.partial(mosaic_sm90.tiles_matmul, gated=gated)
             x = _array((1, N, K) if gated and N in (1, 8, 9, 32) else (tiles, -N // 8 * -8, K), jnp.bfloat16)
             arrays = x, _array((E, rows, K), jnp.bfloat16), _i32(tiles), _i32(1)
-            yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N}", product, arrays)
+            yield Case("mosaic_sm90", f"{'gate and up' if gated else 'down'} N{N} F{F}", product, arrays)
 
 
 def route_cases() -> Iterator[Case]:

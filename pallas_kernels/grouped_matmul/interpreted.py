@@ -30,6 +30,6 @@ def routed_mlp(
     products = ids.size * (gate_up[0].size + down[0].size)
     if products > MOST_PRODUCTS:
         raise NotImplementedError(f"{products} products would keep the interpreter busy for minutes")
-    blocks = dataclasses.replace(mosaic_sm90.default_blocks(8, x.shape[1]), programs=PROGRAMS, block_k=64)
+    blocks = dataclasses.replace(mosaic_sm90.default_blocks(8, *gate_up.shape[:0:-1]), programs=PROGRAMS, block_k=64)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     return routed.routed_mlp(x, gate_up, down, ids, weights, blocks=blocks, interpret=interpret, **options)

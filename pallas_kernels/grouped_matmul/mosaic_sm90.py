@@ -122,7 +122,7 @@ def tiles_matmul(
     """
     tiles, (shared, T, K) = experts.shape[0], x.shape
     N = pl.cdiv(T, 8) * 8
-    blocks = blocks or default_blocks(N, K)
+    blocks = blocks or default_blocks(N, K, w.shape[1])
     refuse(x, w, gated, blocks)
     if T > 8 or interpret is not None:  # up to 8 the copy engine fills up what is not there; its interpreter does not
         x = jnp.pad(x, ((0, 0), (0, N - T), (0, 0)))
@@ -153,10 +153,12 @@ def tiles_matmul(
     )(x, w, experts, count)
 
 
-def default_blocks(N: int, K: int) -> Blocks:
-    """Few tokens: one warpgroup keeps up with memory. Many: two share each token's block."""
+def default_blocks(N: int, K: int, rows: int) -> Blocks:
+    """Few tokens: one warpgroup keeps up with memory. Many: two share each token's block, if an expert's rows allow."""
     if N < 128:
         return Blocks(block_k=128 if K % 128 == 0 else 64)
+    if rows % (2 * HELD):
+        return Blocks(block_k=64)
     return Blocks(warpgroups=2, block_k=64)
 
 

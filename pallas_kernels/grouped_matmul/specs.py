@@ -73,6 +73,7 @@ LARGE_SPECS = (
     RoutedSpec("qwen3_30b_a3b_200", T=200, D=2048, F=768, E=128, k=8),
     RoutedSpec("qwen3_30b_a3b_300_hot", T=300, D=2048, F=768, E=128, k=8, routing="one_expert_hot"),
     RoutedSpec("qwen3_30b_a3b_2000", T=2000, D=2048, F=768, E=128, k=8),
+    RoutedSpec("qwen3_30b_a3b_2000_a_quarter_of_each_expert", T=2000, D=2048, F=192, E=128, k=8),
     RoutedSpec("qwen2_moe_a2_7b_33", T=33, D=2048, F=1408, E=60, k=4),
     RoutedSpec("mixtral_small_130", T=130, D=1024, F=3584, E=8, k=2),
 )

@@ -201,7 +201,17 @@ def test_arguments_that_do_not_fit_are_refused_by_shape(change, message):
 )
 def test_the_kernel_says_why_it_declines(x, w, message):
     with pytest.raises(NotImplementedError, match=message):
-        mosaic_sm90.refuse(x, w, True, mosaic_sm90.default_blocks(x.shape[1], x.shape[2]))
+        mosaic_sm90.refuse(x, w, True, mosaic_sm90.default_blocks(x.shape[1], x.shape[2], w.shape[1]))
+
+
+@pytest.mark.parametrize("F", [768, 384, 192, 96])
+def test_a_shard_of_an_experts_rows_still_has_blocks_that_fit(F):
+    x, w = jnp.zeros((1, 128, 2048), jnp.bfloat16), jnp.zeros((2, 2 * F, 2048), jnp.bfloat16)
+    if F == 96:  # not two blocks of 64
+        with pytest.raises(NotImplementedError, match="multiple of 128 rows"):
+            mosaic_sm90.refuse(x, w, True, mosaic_sm90.default_blocks(128, 2048, 2 * F))
+    else:
+        mosaic_sm90.refuse(x, w, True, mosaic_sm90.default_blocks(128, 2048, 2 * F))
 
 
 @pytest.mark.skipif(ON_GPU, reason="a CPU's gradient")
