@@ -114,6 +114,22 @@ class Gaps:
         self.watched: set[Sequence] = set()
         self.gaps: list[float] = []
         self.turns: list[float] = []
+        self.parts: dict[str, list[float]] = {}  # of a turn: where the host's time goes
+        if isinstance(engine, DisaggregatedEngine):
+            side = engine.prefill
+            for owner, name in ((engine.decode, "step"), (side, "_launch"), (side, "_take"), (side, "_collect")):
+                setattr(owner, name, self._timed(name.strip("_"), getattr(owner, name)))
+            engine.put = self._timed("put", engine.put)
+
+    def _timed(self, name: str, call: Any) -> Any:
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                self.parts.setdefault(name, []).append(time.perf_counter() - began)
+
+        return timed
 
     def add(self, length: int, tokens: int, salt: int) -> Sequence:
         vocab = self.engine.model_config.vocab_size
@@ -136,10 +152,13 @@ class Gaps:
     def summary(self) -> dict[str, float]:
         gaps, turns = np.array(self.gaps[SKIP:]) * 1e3, np.array(self.turns) * 1e3
         found = {f"p{q}_ms": round(float(np.percentile(gaps, q)), 3) for q in (50, 90, 99)}
+        parts = {name: np.percentile(times, (50, 99)) * 1e3 for name, times in self.parts.items()}
+        found |= {f"{name}_p50_p99_ms": [*map(float, pair.round(2))] for name, pair in parts.items()}
         return {**found, "max_ms": round(float(gaps.max()), 3), "gaps": len(gaps), "turn_max_ms": round(turns.max(), 2)}
 
     def forget(self) -> None:
         self.gaps, self.turns, self.last = [], [], {}
+        self.parts.clear()
 
 
 def itl(engine: Any, batch: int, prompt: int, pressure: int, steps: int) -> None:

@@ -16,7 +16,7 @@ peer='export PYTHONPATH=/tmp/vsite VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_S
   export VLLM_ALLREDUCE_USE_SYMM_MEM=0 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 VLLM_LOGGING_LEVEL=WARNING
   export VLLM_CACHE_ROOT=/tmp/vllm-$CUDA_VISIBLE_DEVICES; cd .peer; python3 peer_vllm.py'
 few='--set max_num_seqs=128 --set decode_buckets=[1,32,128] --set token_buckets=[256,1024,2048] --set token_budget=2048'
-long='--batch "" --prefill 131072 --repeats 1 --set max_model_len=131200 --set max_num_seqs=8 --set decode_buckets=[1,8]'
+long='--batch "" --prefill 131056 --repeats 1 --set max_model_len=131072 --set max_num_seqs=8 --set decode_buckets=[1,8]'
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; date -u +%T
 for model in llama-3.1-8b llama-3.3-70b qwen3-30b-a3b; do timeout 20 python3 benchmarks/shapes.py $model $M > /dev/null; done
 setup=""
@@ -27,11 +27,10 @@ if [ -d .peer ] && [ ! -d /tmp/vsite ] && { part pairs || part peer; }; then  # 
 fi
 if part pairs; then
   echo "predicted TP2 2.96 3.24 3.84 6.61 ms (vLLM 3.50 4.40 4.50 6.80), 256 requests 14,500 tok/s (vLLM 15,300); layers at 64 / 128 6.9 / 10.5"
-  echo "predicted 30B on one GPU 3.3 15.5 23.5 ms, prefill 25.8; 128k on one GPU 12 s"
+  echo "predicted 30B on one GPU 3.3 15.5 23.5 ms, prefill 25.8"
   on 0,1 330 tp2 "JAXLLM_CACHE_DIR=/tmp/jt $latency \$M/llama-3.1-8b --batch 1,8,32,128 --prefill 1024 --repeats 3 --requests 256 --set tp=2 --label \$COMMIT --out \$OUT/tp2.json
     while [ ! -d /tmp/vsite ]; do sleep 1; done; $peer /tmp/m/llama-3.1-8b --tp 2 --batch 1,8,32,128 --prefill 1024 --reps 2"
-  on 2 330 one-2 "JAXLLM_CACHE_DIR=/tmp/jl timeout 120 $latency \$M/llama-3.1-8b --batch 64,128 --prefill '' --repeats 3 --set kernels=layers --label \$COMMIT --out \$OUT/8b_layers.json
-    JAXLLM_CACHE_DIR=/tmp/jlong timeout 150 $latency \$M/llama-3.1-8b $long --set token_buckets=[64,8192] --set token_budget=8192 --label \$COMMIT --out \$OUT/long_one.json"
+  on 2 330 one-2 "JAXLLM_CACHE_DIR=/tmp/jl timeout 120 $latency \$M/llama-3.1-8b --batch 64,128 --prefill '' --repeats 3 --set kernels=layers --label \$COMMIT --out \$OUT/8b_layers.json"
   on 3 330 one-3 "JAXLLM_CACHE_DIR=/tmp/ja timeout 120 $latency \$M/llama-3.1-8b --batch 64,128 --prefill '' --repeats 3 --label \$COMMIT --out \$OUT/8b_auto.json
     JAXLLM_CACHE_DIR=/tmp/jx timeout 180 $latency \$M/qwen3-30b-a3b --batch 1,32,128 --prefill 1024 --repeats 2 $few --label \$COMMIT --out \$OUT/experts_one.json"
   all
@@ -59,10 +58,11 @@ if part long; then
   on 0,1,2,3 130 long4 "JAXLLM_CACHE_DIR=/tmp/jl4 $latency \$M/llama-3.1-8b $long --set token_buckets=[64,32768] --set token_budget=32768 --set cp=4 --label \$COMMIT --out \$OUT/long_cp4.json"; all
 fi
 if part sides; then
-  echo "predicted p99 ITL under prefill load 1.02 to 1.10 of idle (bar 1.1), on one GPU 5 to 45"
+  echo "predicted p99 ITL under prefill load 1.02 to 1.10 of idle (bar 1.1), on one GPU 5 to 45; 128k on one GPU 12 s"
   sides="python3 -m benchmarks.disaggregation itl \$M/llama-3.1-8b --batch 8,32 --pressure 4 --set max_model_len=16384 --set max_num_seqs=64
     --set decode_buckets=[8,32,64] --set token_buckets=[64,2048,8192] --set token_budget=8192"; sides=${sides//$'\n'/}
   on 0,1 240 sides "JAXLLM_CACHE_DIR=/tmp/js $sides --prompts 2048,8192 --steps 300 --out \$OUT/sides.jsonl"
+  on 3 200 long-one "JAXLLM_CACHE_DIR=/tmp/jlong $latency \$M/llama-3.1-8b $long --set token_buckets=[64,8192] --set token_budget=8192 --label \$COMMIT --out \$OUT/long_one.json"
   on 2 240 sides-one "JAXLLM_CACHE_DIR=/tmp/jso $sides --role none --prompts 2048 --steps 150 --out \$OUT/sides_one.jsonl"
   all
 fi

@@ -39,13 +39,14 @@ def _decided(config: EngineConfig, cost: StepCost, device_kind: str) -> tuple[in
         return 1, "deterministic mode computes every step with one executable"
     if not few:
         return 1, f"no decode bucket has {MULTI_STEP_ROWS} rows or fewer"
-    for name, used in (("pipe", mesh.pipe > 1), ("seq", mesh.seq > 1), ("expert", mesh.expert > 1)):
+    alone = {"pipe": mesh.pipe > 1, "seq": mesh.seq > 1, "attention_data": mesh.attention_data}
+    for name, used in (alone | {"experts that move": mesh.balances}).items():
         if used:
-            return 1, f"a mesh with the axis {name} goes step by step"
+            return 1, f"a mesh with {name} goes step by step"
     if asked != AUTO:
         return asked, "configured"
     rows = max((each for each in few if each <= FEW_ROWS), default=few[0])
-    floor_s = _floor_s(cost, rows, min(CONTEXT, config.model.max_model_len), device_kind, mesh.tensor)
+    floor_s = _floor_s(cost, rows, min(CONTEXT, config.model.max_model_len), device_kind, mesh.tensor * mesh.expert)
     if floor_s is None:
         return 1, f"nothing is known of the speed of {device_kind}"
     said = f"the floor of a step of {rows} rows is {floor_s * 1e3:.2f} ms"

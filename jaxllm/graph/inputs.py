@@ -106,8 +106,9 @@ def unpack(
     starts = packed[at + shape.rows * shape.width :]
     token = jnp.arange(shape.tokens, dtype=jnp.int32)
     live = token < starts[-1]
-    # The row whose range holds the token: how many ranges end at or before it.
-    row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
+    # The row whose range holds the token: how many ranges end at or before it. Not by bisection, whose loop would stand
+    # outside the step's CUDA graph.
+    row = jnp.searchsorted(starts[1:], token, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, shape.rows - 1)
     positions = jnp.where(live, kv_lens[row] - starts[row + 1] + token, 0)
     slots = _slots(table, row, positions, live, **size)

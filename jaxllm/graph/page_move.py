@@ -58,8 +58,8 @@ class Layout:
 
 
 def block_sizes(most: int) -> tuple[int, ...]:
-    """1, 4, 16 ... pages, up to `most`."""
-    return tuple(itertools.takewhile(lambda size: size <= most, (4**i for i in itertools.count())))
+    """1, 2, 4 ... pages, up to `most`: what a block holds in vain is sent and put too."""
+    return tuple(itertools.takewhile(lambda size: size <= most, (2**i for i in itertools.count())))
 
 
 def layer_groups(num_layers: int, at_once: int) -> tuple[range, ...]:

@@ -83,9 +83,9 @@ def paged_attention(
     )
     if interpret is not None:  # the interpreter's threads and other work of the CPU's small pool can starve each other
         found, q = lax.optimization_barrier((found, q))
-    first = query_starts[:-1]
-    single = query_starts[1:] - first == 1
+    single = query_starts[1:] - query_starts[:-1] == 1
     lens = jnp.where(single, kv_lens, 0)
+    first = jnp.where(single, query_starts[:-1], 0)  # no slice: XLA draws those around a call, out of the step's graph
     options |= {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
     if not return_lse:
         among = dispatch("paged_attention.among", platform="gpu" if interpret is None else "interpret")
@@ -129,7 +129,8 @@ def _aligned(begin: jax.Array, lens: jax.Array, S: int) -> tuple[jax.Array, jax.
     ends = jnp.cumsum((lens + ALIGN - 1) // ALIGN * ALIGN, dtype=jnp.int32)
     moved = ends - (lens + ALIGN - 1) // ALIGN * ALIGN
     places = jnp.arange(pl.cdiv(S, ALIGN) * ALIGN + ALIGN * lens.shape[0], dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(ends, places, side="right"), lens.shape[0] - 1)
+    row = jnp.searchsorted(ends, places, side="right", method="compare_all")  # else a loop, out of the step's graph
+    row = jnp.minimum(row, lens.shape[0] - 1)
     return moved, begin[row] + places - moved[row]
 
 

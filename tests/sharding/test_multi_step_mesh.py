@@ -25,6 +25,15 @@ MODEL = {
     "eos_token_id": EOS,
     "bos_token_id": 0,
 }
+EXPERTS = MODEL | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+}
 SHAPE = dict(
     load_format="dummy",
     cache_dir="",
@@ -47,8 +56,16 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mesh")
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    return written(tmp_path_factory.mktemp("mesh"), MODEL)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("experts"), EXPERTS)
+
+
+def written(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 
@@ -73,6 +90,13 @@ def served(directory, **settings):
 def test_steps_over_a_mesh_go_together_and_give_the_same_tokens(directory, mesh):
     single, none = served(directory, decode_steps=1, **mesh)
     several, saved = served(directory, decode_steps=4, **mesh)
+    assert several == single
+    assert (none, saved > 10) == (0, True)
+
+
+def test_steps_of_spread_experts_go_together_and_give_the_same_tokens(experts):
+    single, none = served(experts, decode_steps=1, ep=2)
+    several, saved = served(experts, decode_steps=4, ep=2)
     assert several == single
     assert (none, saved > 10) == (0, True)
 

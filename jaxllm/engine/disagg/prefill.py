@@ -1,7 +1,8 @@
 """The prefill side: prompts in; their pages, chunk by chunk and some layers at a time, and one token each out.
 
 Owns a scheduler and a runner like an engine's, but never waits for a step while somebody else has work: two steps are
-on the device, and are read when they are done. A step's pages are taken out right behind it in the device's own order,
+on the device, and are read when they are done. While somebody does, a turn launches one step, takes out one block and
+hands over one: what a turn costs the host, and a block the other device, is the wait of every token there. A step's pages are taken out right behind it in the device's own order,
 so that a prompt's pages travel while its next chunk is computed; as a step is one executable, no layer leaves before
 the step ends. Pages that wait to be taken are held here; blocks under way are bounded in bytes. Knows nothing of who
 wants the pages: `carry` brings a block there.
@@ -23,6 +24,7 @@ from jaxllm.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 STEPS_AHEAD = 2
+BLOCKS = 1 << 30  # of a turn in which nobody else has work: all there are
 STEP_FAILED = "engine_error: a prefill step failed; this request was ended by it"
 
 
@@ -96,13 +98,14 @@ class PrefillSide:
 
     def turn(self, wait: bool) -> list[Item]:
         found: list[Item] = []
+        most = BLOCKS if wait else 1
         try:
-            while len(self._steps) < STEPS_AHEAD and self._may_schedule and self._launch():
+            while len(self._steps) < STEPS_AHEAD and self._may_schedule and self._launch() and wait:
                 pass
-            self._take()
-            self._deliver(found, wait)
+            taken = self._take(most)
+            self._deliver(found, wait, most)
             self._collect(found, wait and not found and not self._under_way)
-            self._take()
+            self._take(most - taken)
         except Exception as error:
             log.exception("a prefill step failed; %d prompts end with an error", len(self._jobs))
             if is_device_lost(error) or self._failed_in_a_row:
@@ -183,14 +186,15 @@ class PrefillSide:
 
     # ---- pages on their way ----
 
-    def _take(self) -> None:
-        """Takes out what is wanted, as far as the limit goes; one block always may be under way."""
-        while self._bytes < self.limit_bytes:
+    def _take(self, most: int) -> int:
+        """Takes out `most` blocks of what is wanted, as far as the limit goes; one always may be under way."""
+        taken = 0
+        while self._bytes < self.limit_bytes and taken < most:
             if not self._batch:
                 count = min(len(self._wanted), self.block_pages)
                 self._batch = tuple(self._wanted.popleft() for _ in range(count))
                 if not self._batch:
-                    return
+                    break
             layers = self.groups[self._next_group]
             pages = self.carry(self.take(layers, [wanted.page for wanted in self._batch]))
             entries = [(wanted.key, wanted.number) for wanted in self._batch]
@@ -198,14 +202,16 @@ class PrefillSide:
             self._bytes += pages.nbytes
             self.moved_bytes += pages.nbytes
             self._next_group += 1
+            taken += 1
             if self._next_group == len(self.groups):
                 self.scheduler.pool.free([wanted.page for wanted in self._batch])
                 self.moved_pages += len(self._batch)
                 self._batch, self._next_group = (), 0
+        return taken
 
-    def _deliver(self, found: list[Item], wait: bool) -> None:
-        """Blocks that are where they are wanted, in the order in which they were taken."""
-        while self._under_way and (wait or self._under_way[0].pages.is_ready()):
+    def _deliver(self, found: list[Item], wait: bool, most: int) -> None:
+        """`most` blocks that are where they are wanted, in the order in which they were taken."""
+        while self._under_way and len(found) < most and (wait or self._under_way[0].pages.is_ready()):
             self._under_way[0].pages.block_until_ready()  # raises when the step before it failed: nothing bad is put
             found.append(self._under_way.popleft())
             wait = False

@@ -249,7 +249,7 @@ def test_short_steps_go_together_and_long_ones_do_not():
     assert decided() == STEPS
     assert decided("llama-3.1-8b") == 1
     assert decided("llama-3.1-8b", linear_bytes=0.5) == STEPS
-    assert decided("llama-3.1-8b", tensor_parallel_size=4) == STEPS
+    assert decided("llama-3.1-8b", tensor_parallel_size=4) == decided("qwen3-30b-a3b", ep=4) == STEPS
     assert decided(device="cpu") == 1
 
 
@@ -259,7 +259,7 @@ def test_a_number_that_is_given_is_taken_where_steps_can_go_together(caplog):
     assert not caplog.records
     assert decided(decode_steps=4, deterministic=True) == 1
     assert "deterministic" in caplog.records[-1].message
-    for mesh in ({"pipeline_parallel_size": 2}, {"ep": 2}, {"cp": 2}):
+    for mesh in ({"pipeline_parallel_size": 2}, {"cp": 2}, {"ep": 2, "attention_data": True}, {"ep": 2, "redundant_experts": 2}):
         assert decided(decode_steps=4, **mesh) == 1
         assert "mesh" in caplog.records[-1].message
     assert decided(decode_steps=4, decode_buckets=[48], max_num_seqs=48) == 1

@@ -80,12 +80,12 @@ def test_nothing_is_compiled_once_all_sizes_are_there():
     theirs, ours = cache(0, 1, numbers), cache(4, 1, nothing)
     take = PageTaker.compiled(theirs, HEADS, 2, Layout.of(ours, HEADS), most=5)
     put = PagePutter.compiled(ours, HEADS, 2, Layout.of(theirs, HEADS), most=5)
-    assert take.sizes == (1, 4)
-    assert set(take.executables.table) == {("take", n, size) for n in (1, 2) for size in (1, 4)}
-    assert set(put.executables.table) == {("put", n, size) for n in (1, 2) for size in (1, 4)}
+    assert take.sizes == (1, 2, 4)
+    assert set(take.executables.table) == {("take", n, size) for n in (1, 2) for size in take.sizes}
+    assert set(put.executables.table) == {("put", n, size) for n in (1, 2) for size in take.sizes}
 
 
 def test_sizes_and_groups_cover_what_there_is():
-    assert block_sizes(64) == (1, 4, 16, 64)
-    assert block_sizes(63) == (1, 4, 16)
+    assert block_sizes(64) == (1, 2, 4, 8, 16, 32, 64)
+    assert block_sizes(63) == (1, 2, 4, 8, 16, 32)
     assert layer_groups(5, 2) == (range(2), range(2, 4), range(4, 5))
