@@ -275,9 +275,13 @@ def decode_chain_cases() -> Iterator[Case]:
 def grouped_matmul_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
-    from pallas_kernels.grouped_matmul import mosaic_sm90
+    from pallas_kernels.grouped_matmul import mosaic_sm90, planner
 
     D, E = 2048, 128
+    for T, N, shared in ((32, 32, True), (128, 16, False), (256, 32, False)):
+        yield Case(
+            "mosaic_sm90", f"plan T{T}", functools.partial(planner.tiles, E=E, N=N, shared=shared), (_i32(T, 8),)
+        )
     shapes = [(N, tiles, 768) for N, tiles in ((1, 8), (8, 64), (9, 72), (32, 112), (16, 200), (64, 300), (128, 640))]
     for N, tiles, F in (*shapes, (128, 640, 192)):
         for gated in (True, False):

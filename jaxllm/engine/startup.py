@@ -333,8 +333,8 @@ def whole_rows(kernels: str, mesh: MeshConfig, *, fastest: bool) -> tuple[tuple[
     """Decode steps of which numbers of rows, ends included, are one kernel. `fastest`: whatever is ahead on a GPU."""
     if kernels == "layers":
         return (EVERY_ROWS,)
-    shared = mesh.tensor * mesh.expert  # devices that do: two are ahead everywhere, four not yet
-    if not fastest or shared > 2 or mesh.expert > 1:
+    shared = mesh.tensor * mesh.expert  # devices that do: two and four are ahead everywhere, eight have not run
+    if not fastest or shared > 4 or mesh.expert > 1:
         return ()
     return WHOLE_ROWS if shared == 1 else (EVERY_ROWS,)
 

@@ -1,20 +1,22 @@
 """Routed experts by tiles: plan, gate and up with SwiGLU, down, and the weighted sum of each token's choices.
 
-In: tokens, experts' weights, routing. Out: [T, D]. Two Mosaic kernels stream the weights of the experts in use once
-each; everything between them is XLA's. A token's bits do not depend on its batch: tiles only decide which tensor-core
-column a token is, sums run along the weights' rows in one order, and choices are added in the token's own order.
+In: tokens, experts' weights, routing. Out: [T, D]. One Triton kernel plans, two of Mosaic stream the weights of the
+experts in use once each, what is between them is XLA's. A token's bits do not depend on its batch: tiles only decide
+which tensor-core column a token is, sums run along the weights' rows in one order, and choices are added in the token's
+own order.
 It does not know routers, layers or meshes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import mosaic_sm90
+from pallas_kernels.grouped_matmul import mosaic_sm90, planner
 from pallas_kernels.grouped_matmul.plan import Plan, shared_tile, sorted_tiles, tile_width
 
 SHARED_TOKENS = 32  # up to here all tokens are one tile; tokens the copy engine re-reads cost more beyond
@@ -34,17 +36,24 @@ def routed_mlp(
     interpret: Any = None,
 ) -> jax.Array:
     """See api.routed_mlp."""
-    T, E, k = x.shape[0], gate_up.shape[0], expert_ids.shape[1]
-    if shared_tokens >= T:
-        plan = shared_tile(expert_ids, E, max(8, -(-T // 8) * 8), elsewhere)
-        tiles = x[None]
-    else:
-        plan = sorted_tiles(expert_ids, E, width or tile_width(T, k, E))
-        tiles = x.at[plan.tokens].get(mode="clip")
+    T, E = x.shape[0], gate_up.shape[0]
+    shared = shared_tokens >= T
+    plan = planned(expert_ids, E, shared, width, elsewhere, interpret=interpret is not None)
+    tiles = x[None] if shared else x.at[plan.tokens].get(mode="clip")
     product = functools.partial(mosaic_sm90.tiles_matmul, blocks=blocks, interpret=interpret)
     hidden = product(tiles, gate_up, plan.experts, plan.live, gated=True)
     out = product(hidden, down, plan.experts, plan.live, gated=False, early=True)
     return combine(out, plan, expert_ids, expert_weights, E if elsewhere else None).astype(x.dtype)
+
+
+def planned(ids: jax.Array, E: int, shared: bool, width: int | None, elsewhere: bool, *, interpret: bool) -> Plan:
+    """In one kernel where there is something to plan, and not too much."""
+    T, k = ids.shape
+    N = max(8, -(-T // 8) * 8) if shared else width or tile_width(T, k, E)
+    if not (shared and T == 1 and not elsewhere):
+        with contextlib.suppress(NotImplementedError):
+            return planner.tiles(ids, E, N, shared=shared, interpret=interpret)
+    return shared_tile(ids, E, N, elsewhere) if shared else sorted_tiles(ids, E, N)
 
 
 def combine(out: jax.Array, plan: Plan, expert_ids: jax.Array, expert_weights: jax.Array, E: int | None) -> jax.Array:

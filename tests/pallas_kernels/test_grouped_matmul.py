@@ -8,7 +8,7 @@ import pytest
 from helpers.kernel_backends import ON_GPU, jitted, pairs
 from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 
-from pallas_kernels.grouped_matmul import interpreted, mosaic_sm90, plan, routed
+from pallas_kernels.grouped_matmul import interpreted, mosaic_sm90, plan, planner, routed
 from pallas_kernels.grouped_matmul.api import route, routed_mlp
 from pallas_kernels.grouped_matmul.specs import LARGE_SPECS, ROUTED_SPECS, RoutedSpec
 
@@ -126,13 +126,19 @@ def pairs_of(ids, E):
     return [(t, c) for t, c in np.argwhere((ids >= 0) & (ids < E))]
 
 
+def by_a_kernel(ids, E, N, shared):
+    return planner.tiles(ids, E, N, shared=shared, interpret=not ON_GPU)
+
+
 @pytest.mark.parametrize(("T", "E", "k", "routing"), ROUTINGS)
-@pytest.mark.parametrize("elsewhere", [True, False])
-def test_a_shared_tile_is_seen_by_every_expert_in_use_once(T, E, k, routing, elsewhere):
+@pytest.mark.parametrize("maker", ["some elsewhere", "none elsewhere", pytest.param("kernel", marks=pytest.mark.gpu)])
+def test_a_shared_tile_is_seen_by_every_expert_in_use_once(T, E, k, routing, maker):
     ids = RoutedSpec("", T=T, D=1, F=1, E=E, k=k, routing=routing).inputs()[3]
-    if not elsewhere:
+    if maker == "none elsewhere":
         ids = ids % E
-    experts, count, place, tokens = plan.shared_tile(jnp.asarray(ids), E, 32, elsewhere)
+    arrays = jnp.asarray(ids), E, 32
+    found = by_a_kernel(*arrays, True) if maker == "kernel" else plan.shared_tile(*arrays, maker == "some elsewhere")
+    experts, count, place, tokens = found
     live = np.asarray(experts)[: int(count[0])]
     assert sorted(live) == sorted({int(ids[pair]) for pair in pairs_of(ids, E)})
     assert tokens is None
@@ -161,6 +167,30 @@ def test_sorted_pairs_fill_tiles_of_their_expert_in_token_order(T, E, k, routing
     for expert in range(E):
         own = [place[pair] for pair in live if ids[pair] == expert]
         assert own == sorted(own)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("T", "E", "k", "routing", "N"),
+    [*((*routing, 8) for routing in ROUTINGS), (128, 128, 8, "random", 16), (200, 60, 4, "one_expert_hot", 32)],
+)
+def test_the_kernel_sorts_pairs_as_xla_does(T, E, k, routing, N):
+    ids = jnp.asarray(RoutedSpec("", T=T, D=1, F=1, E=E, k=k, routing=routing).inputs()[3])
+    own, expected = by_a_kernel(ids, E, N, False), plan.sorted_tiles(ids, E, N)
+    live, takes_part = int(expected.live[0]), np.asarray((ids >= 0) & (ids < E))
+    assert int(own.live[0]) == live
+    np.testing.assert_array_equal(own.experts[:live], expected.experts[:live])
+    np.testing.assert_array_equal(own.tokens, expected.tokens)
+    np.testing.assert_array_equal(np.asarray(own.place)[takes_part], np.asarray(expected.place)[takes_part])
+    assert 0 <= int(own.experts.min()) <= int(own.experts.max()) < E
+    assert 0 <= int(own.place.min()) <= int(own.place.max()) < own.tokens.size
+
+
+def test_too_many_pairs_for_one_kernel_are_planned_by_several():
+    ids = jnp.asarray(RoutedSpec("", T=600, D=1, F=1, E=8, k=4).inputs()[3])
+    with pytest.raises(NotImplementedError, match="2400 choices of 8 experts: at most 2048 of 256"):
+        by_a_kernel(ids, 8, 8, False)
+    assert routed.planned(ids, 8, False, 8, True, interpret=True).live.shape == (1,)
 
 
 def test_the_bound_on_tiles_is_reached():

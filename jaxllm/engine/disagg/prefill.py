@@ -2,10 +2,10 @@
 
 Owns a scheduler and a runner like an engine's, but never waits for a step while somebody else has work: two steps are
 on the device, and are read when they are done. While somebody does, a turn launches one step, takes out one block and
-hands over one: what a turn costs the host, and a block the other device, is the wait of every token there. A step's pages are taken out right behind it in the device's own order,
-so that a prompt's pages travel while its next chunk is computed; as a step is one executable, no layer leaves before
-the step ends. Pages that wait to be taken are held here; blocks under way are bounded in bytes. Knows nothing of who
-wants the pages: `carry` brings a block there.
+hands over one: what a turn costs the host, and a block the other device, is the wait of every token there. A step's
+pages are taken out right behind it in the device's own order, so that a prompt's pages travel while its next chunk is
+computed; as a step is one executable, no layer leaves before the step ends. Pages that wait to be taken are held here;
+blocks under way are bounded in bytes. Knows nothing of who wants the pages: `carry` brings a block there.
 """
 
 from __future__ import annotations

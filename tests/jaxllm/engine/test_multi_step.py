@@ -259,7 +259,12 @@ def test_a_number_that_is_given_is_taken_where_steps_can_go_together(caplog):
     assert not caplog.records
     assert decided(decode_steps=4, deterministic=True) == 1
     assert "deterministic" in caplog.records[-1].message
-    for mesh in ({"pipeline_parallel_size": 2}, {"cp": 2}, {"ep": 2, "attention_data": True}, {"ep": 2, "redundant_experts": 2}):
+    for mesh in (
+        {"pipeline_parallel_size": 2},
+        {"cp": 2},
+        {"ep": 2, "attention_data": True},
+        {"ep": 2, "redundant_experts": 2},
+    ):
         assert decided(decode_steps=4, **mesh) == 1
         assert "mesh" in caplog.records[-1].message
     assert decided(decode_steps=4, decode_buckets=[48], max_num_seqs=48) == 1

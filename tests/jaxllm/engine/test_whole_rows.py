@@ -11,7 +11,8 @@ from jaxllm.engine.startup import EVERY_ROWS, WHOLE_ROWS, whole_rows
     [
         ("auto", {}, True, WHOLE_ROWS),
         ("auto", {"tp": 2}, True, (EVERY_ROWS,)),
-        ("auto", {"tp": 4}, True, ()),
+        ("auto", {"tp": 4}, True, (EVERY_ROWS,)),
+        ("auto", {"tp": 8}, True, ()),
         ("auto", {"ep": 2}, True, ()),
         ("auto", {}, False, ()),
         ("chain", {}, False, ()),
