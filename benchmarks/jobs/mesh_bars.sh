@@ -61,7 +61,7 @@ if part long; then
   on 0,1,2,3 130 long4 "JAXLLM_CACHE_DIR=/tmp/jl4 $latency \$M/llama-3.1-8b $long --set token_buckets=[64,32768] --set token_budget=32768 --set cp=4 --label \$COMMIT --out \$OUT/long_cp4.json"; all
 fi
 if part quick; then
-  prefill='--batch "" --prefill 1024,8192 --repeats 3 --set max_num_seqs=8 --set decode_buckets=[1,8] --set token_buckets=[64,1024,8192] --set token_budget=8192'
+  prefill='--batch "" --prefill 1024,8192 --repeats 3 --set max_num_seqs=256 --set decode_buckets=[8,256] --set token_buckets=[64,1024,8192] --set token_budget=8192'
   echo "predicted, a mixed step being one graph: 8B prefill 23.6 / 209 -> 23.2 / 208.5 ms, 0.6B 5.7 / 30.1 -> 5.3 / 29.7; 30B 3.16 15.3 23.9 -> 3.15 14.8 22.7, prefill 25.5 -> 24.5"
   on 2 130 prefill "for m in llama-3.1-8b qwen3-0.6b; do JAXLLM_CACHE_DIR=/tmp/jp\$m timeout 70 $latency \$M/\$m $prefill --label \$COMMIT --out \$OUT/prefill_\$m.json; done"
   on 3 130 experts-one "JAXLLM_CACHE_DIR=/tmp/jx $latency \$M/qwen3-30b-a3b --batch 1,32,128 --prefill 1024 --repeats 2 $few --label \$COMMIT --out \$OUT/experts_one.json"
