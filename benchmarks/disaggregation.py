@@ -30,6 +30,7 @@ import numpy as np
 from jaxllm.config import load
 from jaxllm.core import SamplingParams, Sequence
 from jaxllm.engine.disagg.engine import DisaggregatedEngine
+from jaxllm.engine.disagg.prefill import PrefillSide
 from jaxllm.engine.disagg.startup import start_role
 from jaxllm.graph.kv_cache import KVCacheSpec, allocate
 from jaxllm.graph.models.config import ModelConfig
@@ -120,6 +121,8 @@ class Gaps:
             for owner, name in ((engine.decode, "step"), (side, "_launch"), (side, "_take"), (side, "_collect")):
                 setattr(owner, name, self._timed(name.strip("_"), getattr(owner, name)))
             engine.put = self._timed("put", engine.put)
+            if isinstance(side, PrefillSide) and side.feeder is not None:  # in its thread
+                side.feeder.runner.launch = self._timed("fed", side.feeder.runner.launch)
 
     def _timed(self, name: str, call: Any) -> Any:
         def timed(*args: Any) -> Any:
@@ -149,7 +152,7 @@ class Gaps:
                     self.gaps.append(now - self.last[sequence])
                 self.last[sequence] = now
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         gaps, turns = np.array(self.gaps[SKIP:]) * 1e3, np.array(self.turns) * 1e3
         found = {f"p{q}_ms": round(float(np.percentile(gaps, q)), 3) for q in (50, 90, 99)}
         parts = {name: np.percentile(times, (50, 99)) * 1e3 for name, times in self.parts.items()}

@@ -73,7 +73,7 @@ if part sides; then
     --set decode_buckets=[8,32,64] --set token_buckets=[64,2048,8192] --set token_budget=8192"; sides=${sides//$'\n'/}
   on 0,1 240 sides "JAXLLM_CACHE_DIR=/tmp/js $sides --prompts 2048,8192 --steps 300 --out \$OUT/sides.jsonl"
   part long && on 3 200 long-one "JAXLLM_CACHE_DIR=/tmp/jlong $latency \$M/llama-3.1-8b $long --set token_buckets=[64,8192] --set token_budget=8192 --label \$COMMIT --out \$OUT/long_one.json"
-  part quick || on 2 240 sides-one "JAXLLM_CACHE_DIR=/tmp/jso $sides --role none --prompts 2048 --steps 150 --out \$OUT/sides_one.jsonl"
+  part quick || [ -n "${PAIR:-}" ] || on 2 240 sides-one "JAXLLM_CACHE_DIR=/tmp/jso $sides --role none --prompts 2048 --steps 150 --out \$OUT/sides_one.jsonl"
   all
 fi
 for file in "$OUT"/*.txt; do echo "== $file"; grep -E '^\||^\{|PEER|tok/s|compiles|exposed|rror' "$file" | grep -v '"begin"' | cut -c1-260 | tail -16; done

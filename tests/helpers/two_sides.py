@@ -7,7 +7,7 @@ a prefill worker: `two_sides.py ADDRESS STEP_S` listens until it is ended.
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,6 +22,7 @@ from jaxllm.core import FinishReason
 from jaxllm.engine.cache.hashed import PrefixCache
 from jaxllm.engine.cache.pages import PagePool
 from jaxllm.engine.disagg.engine import DisaggregatedEngine
+from jaxllm.engine.disagg.feeder import FedPages, Feeder
 from jaxllm.engine.disagg.messages import VERSION, Hello
 from jaxllm.engine.disagg.prefill import PrefillSide
 from jaxllm.engine.engine import Engine
@@ -126,13 +127,27 @@ def decode_side(prefill, *, pages=64, seqs=6, budget=16, context=120, policy="fc
     decode = Engine(config, model, _scheduler(pages, seqs, budget, context, policy, decode_steps=decode_steps), runner)
 
     def put(group, block, places):
-        values = np.asarray(block).reshape(2, -1)
+        values = np.asarray(block.block.result() if isinstance(block, FedPages) else block).reshape(2, -1)
         for number, page in enumerate(places):
             if page is not None:
                 for slot, value in zip(_slots(group, page), values[:, number]):
                     runner.memory[slot] = int(value)
 
     return DisaggregatedEngine(decode, prefill, put, len(GROUPS))
+
+
+def fed(side, launch_s=0.001):
+    """The side with a thread that takes its time over what its device is given."""
+    launch, send = side.runner.launch, side.send
+
+    def slowly(call, *args):
+        time.sleep(launch_s)
+        return call(*args)
+
+    side.runner.launch = lambda plan: slowly(launch, plan)
+    size = lambda layers, count: len(layers) * 2 * 8 * count  # noqa: E731
+    feeder = Feeder(side.runner, lambda layers, pages: slowly(send, layers, pages), size)
+    return replace(side, runner=feeder, send=feeder.send, feeder=feeder)
 
 
 def fill_side(
@@ -142,20 +157,20 @@ def fill_side(
     dice = dice or random.Random(0)
     runner = SlowRunner(pages, PAGE_SIZE, seqs, VOCAB, dice=dice, chance=chance, step_s=step_s)
 
-    def take(group, pages):
+    def send(group, pages):
         values = np.array([[runner.memory[slot] for slot in _slots(group, page)] for page in pages], np.uint64)
         return Later(values.T.reshape(1, 2, -1, 1, 1, 1).copy(), dice, chance)
 
     scheduler = _scheduler(pages, seqs, budget, context, policy, chunk)
-    return PrefillSide(scheduler, runner, take, GROUPS, 4, lambda block: block, 16 * limit)
+    return PrefillSide(scheduler, runner, send, GROUPS, 4, 16 * limit)
 
 
 def two_sides(*, seed=0, chance=0.5, decode_pages=64, prefill_pages=64, decode_seqs=6, prefill_seqs=4, **more):
     """Both in this process."""
     dice = random.Random(seed)
-    limit, chunk = more.pop("limit", 6), more.pop("chunk", None)
+    limit, chunk, feeds = more.pop("limit", 6), more.pop("chunk", None), more.pop("feeds", False)
     side = fill_side(pages=prefill_pages, seqs=prefill_seqs, chunk=chunk, limit=limit, dice=dice, chance=chance, **more)
-    return decode_side(side, pages=decode_pages, seqs=decode_seqs, dice=dice, **more)
+    return decode_side(fed(side) if feeds else side, pages=decode_pages, seqs=decode_seqs, dice=dice, **more)
 
 
 def peers(addresses, **settings):

@@ -5,7 +5,7 @@ on the device, and are read when they are done. While somebody does, a turn laun
 hands over one: what a turn costs the host, and a block the other device, is the wait of every token there. A step's
 pages are taken out right behind it in the device's own order, so that a prompt's pages travel while its next chunk is
 computed; as a step is one executable, no layer leaves before the step ends. Pages that wait to be taken are held here;
-blocks under way are bounded in bytes. Knows nothing of who wants the pages: `carry` brings a block there.
+blocks under way are bounded in bytes. Knows nothing of who wants the pages: `send` brings a block there.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from jaxllm.core import FinishReason, Request, RowResult, SampledToken, Sequence, StepPlan, TokenLogprobs, TokenOutput
+from jaxllm.engine.disagg.feeder import Feeder
 from jaxllm.engine.disagg.handoff import FirstToken, Item, Key, PageBlock, Pages, PrefillFailed, twin
 from jaxllm.engine.engine import StepOnDevice, StepRunner
 from jaxllm.engine.retry import is_device_lost
@@ -52,12 +52,12 @@ class PrefillSide:
     """Satisfies Prefills where `carry` ends in this process."""
 
     scheduler: Scheduler
-    runner: StepRunner
-    take: Callable[[range, list[int]], Any]  # pages of some layers, as the device has them once it gets there
+    runner: StepRunner | Feeder
+    send: Callable[[range, list[int]], Pages]  # takes pages of some layers out and begins to bring them over
     groups: tuple[range, ...]
     block_pages: int  # most pages of a block
-    carry: Callable[[Any], Pages]  # begins to bring a block where it is wanted
     limit_bytes: int  # of blocks under way
+    feeder: Feeder | None = None  # that is `runner`, and whose is `send`
     moved_bytes: int = 0
     moved_pages: int = 0
     _jobs: dict[Key, _Job] = field(default_factory=dict)
@@ -84,6 +84,7 @@ class PrefillSide:
         """Takes a prompt back, wherever it is; what is under way of it goes on and is ignored."""
         job = self._jobs.pop(key, None)
         if job is not None:
+            self._settle()
             del self._keys[job.twin]
             self.scheduler.finish(job.twin, FinishReason.ABORT)
         self._drop(lambda wanted: wanted.key == key)
@@ -100,18 +101,35 @@ class PrefillSide:
         found: list[Item] = []
         most = BLOCKS if wait else 1
         try:
-            while len(self._steps) < STEPS_AHEAD and self._may_schedule and self._launch() and wait:
-                pass
+            if wait:
+                self._settle()
+            while not self._launching and len(self._steps) < STEPS_AHEAD and self._may_schedule and self._launch():
+                if wait:
+                    self._settle()
             taken = self._take(most)
             self._deliver(found, wait, most)
-            self._collect(found, wait and not found and not self._under_way)
+            if not self._launching:
+                self._collect(found, wait and not found and not self._under_way)
             self._take(most - taken)
         except Exception as error:
             log.exception("a prefill step failed; %d prompts end with an error", len(self._jobs))
-            if is_device_lost(error) or self._failed_in_a_row:
+            again = self._failed_in_a_row
+            found += self._fail_all()  # first: a step launched behind one that failed in its thread is void too
+            if is_device_lost(error) or again:
+                self.release(
+                    sum(item.pages.nbytes for item in found if isinstance(item, PageBlock))
+                )  # nobody gets them
                 raise
-            found += self._fail_all()
         return found
+
+    @property
+    def _launching(self) -> bool:
+        """What a step is made of must stay as it is."""
+        return self.feeder is not None and self.feeder.launching
+
+    def _settle(self) -> None:
+        if self.feeder is not None:
+            self.feeder.settle()
 
     @property
     def _may_schedule(self) -> bool:
@@ -171,6 +189,7 @@ class PrefillSide:
     def _fail_all(self) -> list[Item]:
         """A step raised: every prompt here ends, and so does every one whose pages have not all left."""
         self._failed_in_a_row += 1
+        self._settle()
         keys = dict.fromkeys([*self._jobs, *(wanted.key for wanted in (*self._wanted, *self._batch))])
         keys |= dict.fromkeys(key for block in self._under_way for key, _ in block.entries)
         self._steps.clear()
@@ -196,7 +215,7 @@ class PrefillSide:
                 if not self._batch:
                     break
             layers = self.groups[self._next_group]
-            pages = self.carry(self.take(layers, [wanted.page for wanted in self._batch]))
+            pages = self.send(layers, [wanted.page for wanted in self._batch])
             entries = [(wanted.key, wanted.number) for wanted in self._batch]
             self._under_way.append(PageBlock(layers, entries, pages))
             self._bytes += pages.nbytes

@@ -6,6 +6,8 @@ the prefill side has the first devices, the decode side those behind them.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.disagg.engine import DisaggregatedEngine, schedule_of
+from jaxllm.engine.disagg.feeder import FedPages, Feeder
 from jaxllm.engine.disagg.handoff import Prefills
 from jaxllm.engine.disagg.prefill import PrefillSide
 from jaxllm.engine.disagg.sides import decode_side, prefill_side
@@ -63,10 +66,18 @@ def start_both(config: EngineConfig, progress: Progress | None = None) -> tuple[
     side = filler(filling, config, _layout(decoding), lambda block: jax.device_put(block, put.block))
     for layers in put.groups:  # a first run of each, on pages that nobody uses
         for size in put.sizes:
-            _putting(decoding, put)(layers, side.carry(side.take(layers, [0] * size)), [None] * size)
+            _putting(decoding, put)(layers, side.send(layers, [0] * size), [None] * size)
     for engine in (decoding, filling):
         _runner(engine).all_compiled()
-    return DisaggregatedEngine(decoding, side, _putting(decoding, put), len(put.groups)), report
+    return DisaggregatedEngine(decoding, _fed(side, filling, put), _put_fed(decoding, put), len(put.groups)), report
+
+
+def _fed(side: PrefillSide, filling: Engine, put: PagePutter) -> PrefillSide:
+    """The same side with a thread of its own for what its device is given."""
+    page_bytes = 2 * filling.model_config.num_kv_heads * math.prod(_pages(filling).shape[2:]) * _pages(filling).itemsize
+    size_of = lambda count: next(size for size in put.sizes if size >= count)  # noqa: E731
+    feeder = Feeder(side.runner, side.send, lambda layers, count: len(layers) * size_of(count) * page_bytes)
+    return dataclasses.replace(side, runner=feeder, send=feeder.send, feeder=feeder)
 
 
 def start_prefill(config: EngineConfig, progress: Progress | None = None) -> tuple[Engine, PrefillSide, StartReport]:
@@ -74,7 +85,7 @@ def start_prefill(config: EngineConfig, progress: Progress | None = None) -> tup
     filling, report = _one(start(prefill_side(config), progress=progress))
     side = filler(filling, config, None, _to_host)
     for layers in side.groups:
-        np.asarray(side.take(layers, [0] * side.block_pages))
+        np.asarray(side.send(layers, [0] * side.block_pages))
     _runner(filling).all_compiled()
     return filling, side, report
 
@@ -105,10 +116,9 @@ def filler(
     return PrefillSide(
         schedule_of(engine),
         ShrinkingRunner(runner),
-        lambda layers, pages: taker(cast("KVCache", runner.kv), layers, pages),
+        lambda layers, pages: carry(taker(cast("KVCache", runner.kv), layers, pages)),
         taker.groups,
         taker.sizes[-1],
-        carry,
         config.disaggregation.transfer_bytes,
     )
 
@@ -153,3 +163,8 @@ def _putting(engine: Engine, putter: PagePutter) -> Callable[[range, Any, list[i
         runner.kv = putter(cast("KVCache", runner.kv), layers, block, pages)
 
     return put
+
+
+def _put_fed(engine: Engine, putter: PagePutter) -> Callable[[range, FedPages, list[int | None]], None]:
+    put = _putting(engine, putter)
+    return lambda layers, pages, places: put(layers, pages.block.result(), places)

@@ -1,6 +1,7 @@
 """Prefill and decode on sides of their own, without devices: one engine's tokens, and no page lost at any moment."""
 
 import random
+import threading
 
 import pytest
 from helpers.fake_runner import expected_tokens
@@ -30,9 +31,10 @@ def right(sequence):
     return sequence.output_token_ids == expected_tokens(sequence.request.prompt_token_ids, count, index=sequence.index)
 
 
+@pytest.mark.parametrize("feeds", [False, True], ids=["one thread", "fed"])
 @pytest.mark.parametrize("chance", [1.0, 0.3])
-def test_every_token_is_the_one_that_one_engine_gives_and_is_told_once(chance):
-    engine = two_sides(chance=chance, chunk=7)
+def test_every_token_is_the_one_that_one_engine_gives_and_is_told_once(chance, feeds):
+    engine = two_sides(chance=chance, chunk=7, feeds=feeds)
     asked = [request(f"r{i}", 3 + 5 * i, max_tokens=6 + i) for i in range(9)]
     sequences = [engine.add(one)[0] for one in asked]
     outputs = run(engine)
@@ -173,19 +175,19 @@ def test_a_failed_prefill_step_also_ends_what_was_computed_and_has_not_arrived()
     decoding = engine.add(request("d", 9, max_tokens=60))[0]
     while not decoding.num_output:
         engine.step()
-    take = engine.prefill.take
+    send = engine.prefill.send
 
     def slowly(layers, pages):
-        block = take(layers, pages)
+        block = send(layers, pages)
         block.chance = 0.0  # its copy takes for ever
         return block
 
-    engine.prefill.take = slowly
+    engine.prefill.send = slowly
     leaving = engine.add(request("l", 30))[0]
     while engine.prefill._wanted or not any(handoff.first for handoff in engine._handoffs.values()):
         engine.step()
     assert engine.prefill._under_way
-    engine.prefill.take = take
+    engine.prefill.send = send
     engine.add(request("f", 9))
     engine.prefill.runner.broken = 1
     outputs = run(engine)
@@ -194,9 +196,10 @@ def test_a_failed_prefill_step_also_ends_what_was_computed_and_has_not_arrived()
     whole(engine)
 
 
-def test_a_prefill_side_that_fails_twice_in_a_row_is_not_kept_up():
-    engine = two_sides(chance=1.0)
-    engine.prefill.runner.broken = 2
+@pytest.mark.parametrize("feeds", [False, True], ids=["one thread", "fed"])
+def test_a_prefill_side_that_fails_twice_in_a_row_is_not_kept_up(feeds):
+    engine = two_sides(chance=1.0, feeds=feeds)
+    breakable(engine).broken = 2
     first = engine.add(request("a", 9))[0]
     run(engine)
     assert first.finish_reason is FinishReason.ERROR
@@ -207,10 +210,59 @@ def test_a_prefill_side_that_fails_twice_in_a_row_is_not_kept_up():
     whole(engine)
 
 
+def breakable(engine):
+    """The prefill side's runner, whoever feeds it."""
+    side = engine.prefill
+    return side.runner if side.feeder is None else side.feeder.runner
+
+
+def test_a_token_does_not_wait_for_the_launch_of_a_prompts_step():
+    engine = two_sides(chance=1.0, feeds=True)
+    decoding = engine.add(request("d", 9, max_tokens=40))[0]
+    while decoding.num_output < 3:
+        engine.step()
+    begun, go_on = threading.Event(), threading.Event()
+    launch = breakable(engine).launch
+
+    def held_up(plan):
+        begun.set()
+        assert go_on.wait(20)
+        return launch(plan)
+
+    breakable(engine).launch = held_up
+    filling = engine.add(request("f", 9, max_tokens=2))[0]
+    while not begun.is_set():
+        engine.step()
+    before = decoding.num_output
+    for _ in range(10):
+        engine.step()
+    assert decoding.num_output >= before + 9
+    assert not filling.num_output
+    go_on.set()
+    run(engine)
+    assert right(decoding)
+    assert right(filling)
+    whole(engine)
+
+
+def test_a_launch_that_fails_in_its_thread_ends_its_prompts_and_the_decodes_go_on():
+    engine = two_sides(chance=1.0, feeds=True)
+    decoding = engine.add(request("d", 9, max_tokens=60))[0]
+    while not decoding.num_output:
+        engine.step()
+    breakable(engine).broken = 1
+    failing = engine.add(request("a", 9))[0]
+    run(engine)
+    assert failing.finish_reason is FinishReason.ERROR
+    assert right(decoding)
+    assert decoding.finish_reason is FinishReason.LENGTH
+    whole(engine)
+
+
 class Machine:
     """Random requests, aborts and failures of either side; books checked after each."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, feeds):
         self.rng = rng = random.Random(seed)
         self.engine = two_sides(
             seed=seed,
@@ -223,6 +275,7 @@ class Machine:
             context=80,
             policy=rng.choice(["fcfs", "priority", "longest_prefix"]),
             limit=rng.choice([1, 6, 100]),
+            feeds=feeds,
         )
         self.sequences, self.heard, self.errors, self.count = [], {}, set(), 0
 
@@ -265,7 +318,7 @@ class Machine:
         elif roll < 0.21 and live:
             self.engine.finish(self.rng.choice(live), FinishReason.STOP, "stop")
         elif roll < 0.215:
-            self.engine.prefill.runner.broken = 1
+            breakable(self.engine).broken = 1
         elif roll < 0.22:
             self.engine.decode.runner.broken = 1
         elif roll < 0.24:
@@ -275,12 +328,14 @@ class Machine:
         self.engine.check()
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_no_page_is_lost_and_no_token_is_wrong_whatever_happens(seed):
-    machine = Machine(seed)
+@pytest.mark.parametrize(
+    ("seed", "feeds"), [*((seed, False) for seed in range(30)), *((seed, True) for seed in range(30, 40))]
+)
+def test_no_page_is_lost_and_no_token_is_wrong_whatever_happens(seed, feeds):
+    machine = Machine(seed, feeds)
     for _ in range(250):
         machine.turn()
-    machine.engine.prefill.runner.broken = machine.engine.decode.runner.broken = 0
+    breakable(machine.engine).broken = machine.engine.decode.runner.broken = 0
     for _ in range(5000):
         if not machine.engine.has_work:
             break
