@@ -116,7 +116,10 @@ def flash_attention(
     blocks = blocks or default_blocks(q.shape[2])
     refuse(q, k, scale, blocks)
     begin, lens = key_starts[:-1], key_starts[1:] - key_starts[:-1]
-    if not aligned:
+    if aligned:
+        rest = ((0, -k.shape[0] % ALIGN), (0, 0), (0, 0))  # copies are of whole tiles
+        k, v = (jnp.pad(each, rest) for each in (k, v))
+    else:
         begin, place = _aligned(begin, lens, k.shape[0])
         k, v = (each.at[place].get(mode="clip") for each in (k, v))
     options = {"scale": scale, "window": window, "soft_cap": soft_cap, "extras": Extras(sinks=sinks)}
