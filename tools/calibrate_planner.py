@@ -2,9 +2,8 @@
 
     python -m tools.calibrate_planner [--check]
 
-In: recordings of the asynchronous engine under benchmarks/results (RECORDINGS: comparisons, logs of one JSON a line,
-tensor-parallel steps) and the figures below, which were measured on the same kind of card before this repository had an
-engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of errors, each run's also when it is left out of the
+In: what `jaxllm bench latency` wrote under benchmarks/results (RECORDINGS) and the figures below, which were measured on
+the same kind of card before this repository had an engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of errors, each run's also when it is left out of the
 fit. --check writes nothing and fails when the file would change.
 """
 
@@ -27,12 +26,12 @@ from sharding.axes import MeshConfig
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "jaxllm" / "tools" / "devices" / "nvidia-h200.json"
 RECORDINGS = (  # (file, model)
-    ("compare_8b_h200/compare-8b.json", "llama-3.1-8b"),
-    ("async_engine_h200/lead-4.txt", "qwen3-0.6b"),
-    ("tensor_parallel_h200/step2_cuda.json", ""),
-    ("tensor_parallel_h200/step4_cuda.json", ""),
+    ("engine_h200/8b.json", "llama-3.1-8b"),
+    ("engine_h200/qwen3-0.6b.json", "qwen3-0.6b"),
+    ("wide_layers_h200/engine_8b_auto_5345d4b.json", "llama-3.1-8b"),
+    ("meshes_h200/tp2_5345d4b.json", "llama-3.1-8b"),
+    ("meshes_h200/tp4_5345d4b.json", "llama-3.1-8b"),
 )
-STEP_CONTEXT = 1024  # of benchmarks/tensor_parallel.py
 REDUCE_S = {"auto": 4e-6, "stock": 25e-6}
 LINKS = {
     "all_reduce_s": REDUCE_S["auto"],
@@ -53,27 +52,14 @@ STOCK_RUNS = (  # (batch, context, tp, ms)
 
 def readings(path: Path, model: str) -> Iterator[tuple[str, Run]]:
     """("decode" or "prefill", run) of one recording; a prompt's length is its context."""
-    source = str(path.relative_to(ROOT))
-    if path.suffix == ".txt":
-        for line in path.read_text().splitlines():
-            row = json.loads(line) if line.startswith("{") else {}
-            if row.get("what") == "decode":
-                yield "decode", Run("auto", model, row["batch"], row["ctx"], row["step_ms"], source=source)
-            elif row.get("what") == "prefill":
-                yield "prefill", Run("auto", model, 1, row["tokens"], row["ttft_ms"], source=source)
-        return
-    raw = json.loads(path.read_text())
-    if isinstance(raw, list):
-        for row in raw:
-            yield "decode", Run("auto", row["model"], row["batch"], STEP_CONTEXT, row["ms"], row["n"], source=source)
-        return
-    for row in raw["engines"]["jaxllm"]:
-        numbers = [int(number) for number in re.findall(r"\d+", row["at"])]
+    source, raw = str(path.relative_to(ROOT)), json.loads(path.read_text())
+    tp = int(raw["mesh"].removeprefix("tp")) if raw["mesh"].startswith("tp") else 1
+    for row in raw["figures"]:
+        numbers, value = [int(number) for number in re.findall(r"\d+", row["at"])], round(row["value"], 3)
         if row["what"] == "decode step":
-            batch, context = numbers
-            yield "decode", Run("auto", model, batch, context, round(row["value"], 3), source=source)
-        elif row["what"].startswith("prefill"):
-            yield "prefill", Run("auto", model, 1, numbers[0], round(row["value"], 3), source=source)
+            yield "decode", Run("auto", model, *numbers, value, tp, source)
+        elif row["what"].startswith("prefill") and tp == 1:
+            yield "prefill", Run("auto", model, 1, *numbers, value, source=source)
 
 
 def recorded() -> tuple[list[Run], list[Run]]:

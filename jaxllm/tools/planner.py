@@ -158,7 +158,7 @@ class Terms:
     kv_s: float
     layers: int
     rows: int
-    reduces: int  # all-reduces one after another
+    reduces: float  # all-reduces one after another, in those of two devices
     moved_s: float  # their bytes on the links
 
     def seconds(self, costs: Costs) -> float:
@@ -205,8 +205,9 @@ def decode_terms(
     )
     ran = model.L * share
     reduces = round(2 * ran) + 1 if width > 1 else 0
+    slower = (width + 2) / 4  # than of two: 3.7 us of two, 5.4 of four (benchmarks/results/tensor_parallel_h200)
     moved = reduces * 2 * batch * model.D * BF16_BYTES / ceilings.link_bytes_per_s
-    return Terms(seconds, kv.floor_s(ceilings, devices=mesh.seq) * share, round(ran), batch, reduces, moved)
+    return Terms(seconds, kv.floor_s(ceilings, devices=mesh.seq) * share, round(ran), batch, reduces * slower, moved)
 
 
 def tpot_s(model: ModelDims, device: Device, mesh: MeshConfig, batch: int, context: float, costs: Costs) -> float:

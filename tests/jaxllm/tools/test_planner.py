@@ -46,29 +46,16 @@ def test_recorded_decode_steps_are_predicted_within_15_percent(h200):
 
 
 def test_the_recorded_runs_are_those_of_the_result_files(h200):
-    """Read again here, each form of file by a reader of its own."""
+    """Read again here, by a reader of its own."""
     ours = [run for run in h200.runs if run.source.startswith("benchmarks/")]
     assert len(ours) >= 8
     for run in ours:
-        text = (ROOT / run.source).read_text()
-        if run.source.endswith(".txt"):
-            rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-            steps = [row for row in rows if row["what"] == "decode" and row["ctx"] == run.context]
-            assert run.tpot_ms in [row["step_ms"] for row in steps if row["batch"] == run.batch]
-            continue
-        raw = json.loads(text)
-        if isinstance(raw, list):
-            same = [
-                row["ms"] for row in raw if (row["n"], row["batch"], row["model"]) == (run.tp, run.batch, run.model)
-            ]
-            assert same == [run.tpot_ms]
-            continue
+        raw = json.loads((ROOT / run.source).read_text())
         at = f"batch {run.batch}, context {run.context}"
-        (value,) = [
-            row["value"] for row in raw["engines"]["jaxllm"] if row["what"] == "decode step" and row["at"] == at
-        ]
+        (value,) = [row["value"] for row in raw["figures"] if row["what"] == "decode step" and row["at"] == at]
         assert run.tpot_ms == pytest.approx(value, abs=5e-4)
-        assert (raw["device"], run.tp) == (h200.ceilings.name, 1)
+        assert raw["device"] == h200.ceilings.name
+        assert raw["mesh"] == ("one device" if run.tp == 1 else f"tp{run.tp}")
 
 
 def test_the_data_file_is_what_the_calibration_makes_of_the_recordings(capsys):
