@@ -2,9 +2,9 @@
 
     python -m tools.calibrate_planner [--check]
 
-In: what `jaxllm bench latency` wrote under benchmarks/results (RECORDINGS) and the figures below, which were measured on
-the same kind of card before this repository had an engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of errors, each run's also when it is left out of the
-fit. --check writes nothing and fails when the file would change.
+In: what `jaxllm bench latency` wrote under benchmarks/results (RECORDINGS), and the figures below, which were measured
+on the same kind of card before this repository had an engine. Out: jaxllm/tools/devices/nvidia-h200.json and a table of
+errors, each run's also when it is left out of the fit. --check writes nothing and fails when the file would change.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def readings(path: Path, model: str) -> Iterator[tuple[str, Run]]:
     for row in raw["figures"]:
         numbers, value = [int(number) for number in re.findall(r"\d+", row["at"])], round(row["value"], 3)
         if row["what"] == "decode step":
-            yield "decode", Run("auto", model, *numbers, value, tp, source)
+            batch, context = numbers
+            yield "decode", Run("auto", model, batch, context, value, tp, source)
         elif row["what"].startswith("prefill") and tp == 1:
-            yield "prefill", Run("auto", model, 1, *numbers, value, source=source)
+            yield "prefill", Run("auto", model, 1, numbers[0], value, source=source)
 
 
 def recorded() -> tuple[list[Run], list[Run]]:

@@ -3,7 +3,8 @@
 In: requests. Out: what an engine tells. A sequence lives in the decode side's schedule from the beginning: there it
 gets its row and pages, and only then is its prompt begun elsewhere, so what is on its way always has a place to go. It
 goes on here once its pages are filled and its first token is known, which is told then and never again. What the decode
-side preempts it computes again by itself. One thread turns both sides. Knows nothing of devices, sockets or meshes.
+side preempts it computes again by itself. One thread turns both sides;
+where both are in this process another gives the prefill device its work. Knows nothing of devices, sockets or meshes.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class _Wanted:
 
 @dataclass
 class PrefillSide:
-    """Satisfies Prefills where `carry` ends in this process."""
+    """Satisfies Prefills where `send` ends in this process."""
 
     scheduler: Scheduler
     runner: StepRunner | Feeder
@@ -116,9 +116,8 @@ class PrefillSide:
             again = self._failed_in_a_row
             found += self._fail_all()  # first: a step launched behind one that failed in its thread is void too
             if is_device_lost(error) or again:
-                self.release(
-                    sum(item.pages.nbytes for item in found if isinstance(item, PageBlock))
-                )  # nobody gets them
+                lost = (item.pages.nbytes for item in found if isinstance(item, PageBlock))  # nobody gets them
+                self.release(sum(lost))
                 raise
         return found
 
