@@ -205,7 +205,7 @@ def decode_terms(
     )
     ran = model.L * share
     reduces = round(2 * ran) + 1 if width > 1 else 0
-    slower = (width + 2) / 4  # than of two: 3.7 us of two, 5.4 of four (benchmarks/results/tensor_parallel_h200)
+    slower = (width + 2) / 4  # than of two: 3.7 us of two, 5.4 of four; eight: by the line through both
     moved = reduces * 2 * batch * model.D * BF16_BYTES / ceilings.link_bytes_per_s
     return Terms(seconds, kv.floor_s(ceilings, devices=mesh.seq) * share, round(ran), batch, reduces * slower, moved)
 

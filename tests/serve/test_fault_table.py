@@ -96,11 +96,8 @@ def test_4_numbers_json_does_not_have_are_a_400_that_names_the_field(server, num
 
 
 def shared():
-    """How often a request waits its turn, at least 1: promises in milliseconds are for a machine of one's own.
-
-    An answer passes through two processes, and with others on their cores each of them waits.
-    """
-    return 1.0 + 2 * max(0.0, os.getloadavg()[0] / (os.cpu_count() or 1) - 1)
+    """How many want each core of this machine, at least 1: promises in milliseconds are for a machine of one's own."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def quickest(act, times=8):

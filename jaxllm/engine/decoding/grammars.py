@@ -169,13 +169,13 @@ def _measure(root: Any, field: str, depth_limit: int = MAX_DEPTH) -> list[Mappin
     """Every object in a JSON value, outermost first; refuses what is too deep, or no JSON. Does not recurse."""
     found: list[Mapping[str, Any]] = []
     left: list[tuple[Any, int]] = [(root, 1)]
-    nodes = 0
+    nodes = 1
     while left:
         value, depth = left.pop()
-        nodes += 1
         if depth > depth_limit:
             raise RequestError(field, f"depth over {depth_limit}", f"must be nested at most {depth_limit} deep")
-        if nodes > MAX_SOURCE_BYTES:  # each takes at least a byte
+        nodes += len(value) if isinstance(value, Mapping | list | tuple) else 0
+        if nodes > MAX_SOURCE_BYTES:  # each takes at least a byte; known before any of them is looked at
             raise RequestError(field, "too large", f"must have at most {MAX_SOURCE_BYTES} bytes")
         if isinstance(value, Mapping):
             found.append(value)
