@@ -29,22 +29,21 @@ from pallas_kernels.decode_attention.specs import DECODE_ATTENTION_SPECS, Decode
 from pallas_kernels.paged_attention import triton
 from pallas_kernels.rope_page_write.heads import Heads
 
-Variant = tuple[str, tuple[str, ...]]
+Variant = tuple[str, ...]  # constants other than the kernel's own
 N, K, H = 32, 8, 128  # Llama-3.1-8B's heads
 LOOPS, BODY = 10, 8  # a body of fewer kernels is not recorded as a graph
 CHAIN_BYTES = 1.2e9  # what a chain of calls reads: many times the L2
 BARS = {"32x8192": 4.2, "128x1024": 4.0, "32x1024": 3.6, "8x1024": 2.6, "1x8192": 2.3, "1x32768": 3.6}  # TB/s
-PREDICTED = {"32x8192": 4.35, "128x1024": 4.2, "32x1024": 3.8, "8x1024": 2.8, "1x8192": 2.6, "1x32768": 3.8}
-HEADS = {"256x1088": 4.1, "128x1088": 4.0, "32x1088": 3.7, "8x1088": 2.7}  # with new keys and values; predictions
-VARIANTS: dict[str, Variant] = {  # the kernel, and constants other than its own
-    "warps": ("warps", ()),
-    "groups": ("groups", ()),
-    "groups, 5 slots": ("groups", ("-DJAXLLM_SLOTS=5",)),
-    "groups, 4 slots": ("groups", ("-DJAXLLM_SLOTS=4",)),
-    "groups, 3 slots": ("groups", ("-DJAXLLM_SLOTS=3",)),
-    "groups, cut for 3 percent": ("groups", ("-DJAXLLM_EVEN=63",)),
+PREDICTED = {"32x8192": 4.2, "128x1024": 4.0, "32x1024": 3.4, "8x1024": 1.5, "1x8192": 1.4, "1x32768": 2.9}
+HEADS = {"256x1088": 4.0, "128x1088": 3.8, "32x1088": 3.3, "8x1088": 1.3}  # with new keys and values; predictions
+VARIANTS: dict[str, Variant] = {
+    "ours": (),
+    "3 copies on their way": ("-DJAXLLM_FLIGHT=3",),
+    "6 copies on their way": ("-DJAXLLM_FLIGHT=6",),
+    "lines of 256 bytes": ("-DJAXLLM_PROMOTION=CU_TENSOR_MAP_L2_PROMOTION_L2_256B",),
+    "cut for 3 percent": ("-DJAXLLM_EVEN=63",),
 }
-SPLITS: dict[str, Variant] = {f"groups, split {keys}": ("groups", (f"-DJAXLLM_SPLIT={keys}",)) for keys in (128, 256)}
+SPLITS: dict[str, Variant] = {f"split {keys}": (f"-DJAXLLM_SPLIT={keys}",) for keys in (128, 256)}
 CHECKED = (
     *(spec for spec in DECODE_ATTENTION_SPECS if spec.H == H and spec.dtype == "bfloat16" and spec.window is None),
     DecodeAttentionSpec("long", N=32, K=8, H=H, lengths=(9000, 1, 0, 2048, 2049, 4097, 300), page_size=64),
@@ -59,13 +58,12 @@ def say(**row: Any) -> None:
 
 
 @functools.cache
-def kernel(which: str = "groups", flags: tuple[str, ...] = ()) -> cuda.Kernel:
-    """One of the two kernels, or built with other constants under a name of its own."""
+def kernel(flags: Variant = ()) -> cuda.Kernel:
+    """The kernel, or built with other constants under a name of its own."""
     if not flags:
-        return cuda.ours() if which == "warps" else cuda.groups()
-    source = (cuda.SOURCE, cuda.INCLUDES) if which == "warps" else (cuda.GROUPS_SOURCE, cuda.GROUPS_INCLUDES)
-    loaded = cuda.load(built(*source, (*NVCC, *flags)))
-    target = f"{cuda.TARGET}_{which}" + "".join(flag.replace("-D", "_").replace("=", "") for flag in flags)
+        return cuda.ours()
+    loaded = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *flags)))
+    target = cuda.TARGET + "".join(flag.replace("-D", "_").replace("=", "") for flag in flags)
     cuda.register(loaded, target)
     return cuda.Kernel(target, loaded, jax.devices()[0].core_count)
 
@@ -168,7 +166,7 @@ def built_all(wanted: dict[str, Variant]) -> dict[str, Attend]:
 
     def one(item: tuple[str, Variant]) -> tuple[str, Attend | None]:
         try:
-            return item[0], functools.partial(cuda.paged_attention_decode, kernel=kernel(*item[1]))
+            return item[0], functools.partial(cuda.paged_attention_decode, kernel=kernel(item[1]))
         except Exception as error:
             say(what="build", kernel=item[0], failed=str(error)[-600:])
             return item[0], None
@@ -185,7 +183,7 @@ def splits() -> None:
     plain(built_all(SPLITS), "splits", {shape: BARS[shape] for shape in ("32x1024", "8x1024", "1x8192")}, (64,))
 
 
-def heads() -> None:
+def heads(variants: dict[str, Variant] = VARIANTS) -> None:
     """With rotation and new keys and values, as a step of a model calls it."""
     for shape, predicted in HEADS.items():
         B, S = map(int, shape.split("x"))
@@ -206,7 +204,7 @@ def heads() -> None:
             return jax.jit(functools.partial(looped, layers), donate_argnums=0)
 
         state = jnp.zeros((B, N, H), jnp.bfloat16), pools
-        ours = {name: functools.partial(cuda.decode_heads, kernel=kernel(name)) for name in ("warps", "groups")}
+        ours = {name: functools.partial(cuda.decode_heads, kernel=kernel(flags)) for name, flags in variants.items()}
         names: dict[str, Attend] = {**ours, "triton": triton.decode_heads}
         report("heads", names, step, state, bytes_of(B, S), calls, shape=shape, page=page, predicted=predicted)
         del pools, state
@@ -218,16 +216,14 @@ def bits(array: Any) -> np.ndarray:
 
 def check() -> None:
     """Hostile shapes against the reference; the same bits again, alone, and in the kernel's other calls."""
-    cases = [(name, spec) for name in ("groups", "warps") for spec in CHECKED]
-    for name in ("groups", "warps"):
-        kernel(name)  # built and registered before threads ask for it
+    kernel()  # built and registered before threads ask for it
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(_prepared, *case) for case in cases]
-    for (name, spec), ready in zip(cases, waiting, strict=True):
+        waiting = [pool.submit(_prepared, spec) for spec in CHECKED]
+    for spec, ready in zip(CHECKED, waiting, strict=True):
         try:
-            _check(name, spec, *ready.result())
+            _check(spec, *ready.result())
         except Exception:
-            say(what="check", kernel=name, spec=spec.name, failed=traceback.format_exc()[-1200:])
+            say(what="check", spec=spec.name, failed=traceback.format_exc()[-1200:])
 
 
 def _alone(spec: DecodeAttentionSpec, arguments: tuple[Any, ...], row: int) -> tuple[Any, ...]:
@@ -240,15 +236,15 @@ def _alone(spec: DecodeAttentionSpec, arguments: tuple[Any, ...], row: int) -> t
     return own, *pools, table[part], lengths[part]
 
 
-def _prepared(name: str, spec: DecodeAttentionSpec) -> tuple[Any, ...]:
+def _prepared(spec: DecodeAttentionSpec) -> tuple[Any, ...]:
     """The arguments; compiled for them, most of a check's time: the reference, the kernel, also for one row."""
     arguments, scale = jax.tree.map(jnp.asarray, spec.inputs()), spec.paged.scale
-    ours = jax.jit(functools.partial(cuda.decode_heads, scale=scale, kernel=kernel(name)))
+    ours = jax.jit(functools.partial(cuda.decode_heads, scale=scale, kernel=kernel()))
     expects = jax.jit(functools.partial(reference, scale=scale)).lower(*arguments).compile()
     return arguments, expects, ours.lower(*arguments).compile(), ours.lower(*_alone(spec, arguments, 0)).compile()
 
 
-def _check(name: str, spec: DecodeAttentionSpec, arguments: Any, expects: Attend, ours: Attend, of_one: Attend) -> None:
+def _check(spec: DecodeAttentionSpec, arguments: Any, expects: Attend, ours: Attend, of_one: Attend) -> None:
     lengths = arguments[-1]
     want, got = expects(*arguments), ours(*arguments)
     live = np.flatnonzero(np.asarray(lengths))
@@ -262,7 +258,6 @@ def _check(name: str, spec: DecodeAttentionSpec, arguments: Any, expects: Attend
     row = dict(zeros=zeros, pages_right=near, repeats_equal=again, alone_equal=alone)
     say(
         what="check",
-        kernel=name,
         spec=spec.name,
         error=error,
         **row,

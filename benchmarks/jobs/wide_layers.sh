@@ -23,14 +23,13 @@ from pallas_kernels.decode_attention import cuda
 from pallas_kernels.decode_layers import wide
 
 jobs = [(wide.SOURCE, wide.INCLUDES, flags) for flags in ((), wide_layers.TIMELINE, *wide_layers.VARIANTS.values())]
-groups = [(), *(flags for _, flags in decode_attention.VARIANTS.values() if flags)]
-jobs += [(cuda.GROUPS_SOURCE, cuda.GROUPS_INCLUDES, flags) for flags in groups] + [(cuda.SOURCE, cuda.INCLUDES, ())]
+jobs += [(cuda.SOURCE, cuda.INCLUDES, flags) for flags in decode_attention.VARIANTS.values()]
 with ThreadPoolExecutor() as pool:
     list(pool.map(lambda job: built(job[0], job[1], (*NVCC, *job[2])), jobs))
 P
 date -u +%T
 stage attention 60 "warpgroups: right, the same bits again and alone (a hang costs all of it)" benchmarks.decode_attention check
-stage time 120 "the bars' shapes: both kernels, slots, and Triton" benchmarks.decode_attention time
+stage time 120 "the bars' shapes: builds of the kernel, and Triton" benchmarks.decode_attention time
 stage heads 60 "with rotation and page write, as a step calls it" benchmarks.decode_attention heads
 stage check 60 "wide layers: right at every padded number of rows" benchmarks.wide_layers check
 stage wide 90 "wide layers: ms of all layers, 8B and 0.6B, 1 to 128 rows" benchmarks.wide_layers time

@@ -112,7 +112,7 @@ XLA_FFI_DEFINE_HANDLER(decode_attention_handler, decode_attention_impl,
 
 static_assert(sizeof(Shared) <= 232448, "shared memory of a multiprocessor");
 
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) decode_attention(const __grid_constant__ Call p) {
+__global__ void __launch_bounds__(kThreads, 1) decode_attention(const __grid_constant__ Call p) {
   extern __shared__ __align__(1024) unsigned char raw[];
   run(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
 }

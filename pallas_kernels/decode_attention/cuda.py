@@ -1,7 +1,5 @@
 """Decode attention as one CUDA kernel, called through XLA's FFI and captured in the step's graph.
 
-There are two of them that take the same calls: decode_attention.cu, whose workers are warps, and warpgroups.cu.
-
 In: arrays that an api.py has checked. Out: attention outputs, the pages in place where new keys are written. The three
 calls differ in where queries lie; a row's bits are the same in all. `refuse` alone says what the kernel does not do, so
 that every kind of step decides alike. Rows are dealt out on the device, by their lengths; it does not know how.
@@ -26,19 +24,18 @@ from pallas_kernels.rope_page_write.heads import Heads
 
 HERE = Path(__file__).parent
 SHARED, TENSOR_CORES = HERE.parent / "decode_layers", HERE.parent / "decode_chain"
-SOURCE, GROUPS_SOURCE = HERE / "decode_attention.cu", HERE / "warpgroups.cu"
+SOURCE = HERE / "decode_attention.cu"
 INCLUDES = (
-    *(HERE / name for name in ("call.h", "dealing.h", "heads.h")),
-    SHARED / "primitives.h",
-    SHARED / "emulator.h",
+    *(HERE / name for name in ("call.h", "dealing.h", "heads.h", "warpgroup.h")),
+    *(SHARED / name for name in ("primitives.h", "emulator.h")),
+    *(TENSOR_CORES / name for name in ("tensor_cores.h", "maps.h")),
 )
-GROUPS_INCLUDES = (*INCLUDES, HERE / "warpgroup.h", TENSOR_CORES / "tensor_cores.h", TENSOR_CORES / "maps.h")
 TARGET = "jaxllm_decode_attention"
-_HANDLER, _GROUPS = Handler(SOURCE, INCLUDES, TARGET), Handler(GROUPS_SOURCE, GROUPS_INCLUDES, TARGET)
+_HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
 HEAD, TILE, MAX_GROUP, MAX_SEGMENTS = 128, 16, 8, 65536
 HEADS, NORMS, BIAS, AMONG = 1, 2, 4, 8  # bits of what a call has
-FASTER_FROM = 128  # rows, against Triton: benchmarks/results/decode_attention_h200
+FASTER_FROM = 32  # rows, against Triton: benchmarks/results/decode_attention_h200
 
 
 class Kernel(NamedTuple):
@@ -193,15 +190,6 @@ def _like(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 def ours() -> Kernel:
     """The kernel for the present device, built on first use."""
-    return _of(_HANDLER, TARGET)
-
-
-def groups() -> Kernel:
-    """The one whose workers are warpgroups: measured before it stands in for the other."""
-    return _of(_GROUPS, f"{TARGET}_groups")
-
-
-def _of(handler: Handler, target: str) -> Kernel:
-    loaded = handler.library()
-    handler.register(loaded, target)
-    return Kernel(target, loaded, getattr(jax.devices()[0], "core_count", 132))
+    loaded = library()
+    register(loaded)
+    return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132))

@@ -1,4 +1,4 @@
-// What decode_attention.cu and warpgroups.cu are told, who has which keys, and runs of their splits. A worker is whoever has a
+// What attention by warpgroups is told, who has which keys, and runs of their splits. A worker is whoever has a
 // share of its own, kWorkers a block; kTile keys are dealt out together, kSplit make the smallest split.
 #pragma once
 
@@ -77,25 +77,45 @@ DEVICE int owner_of(const Deal& d, const Segment& s, int at) {
 }
 
 struct Share {
-  Segment first;    // the one it begins in
-  int begin, end;   // tiles, beginnings of splits
+  Segment first, last;  // the ones it begins and ends in
+  int begin, end;       // tiles, beginnings of splits
 };
 
-DEVICE Segment segment_at(const Params& p, int row, int row_base, int at) {
+DEVICE Segment segment_at(int row, int length, int row_base, int at) {
   Segment s;
-  s.row = row, s.length = p.lens[row], s.tiles = tiles_of(s.length), s.split = split_of(s.length);
+  s.row = row, s.length = length, s.tiles = tiles_of(length), s.split = split_of(length);
   s.head = (at - row_base) / s.tiles, s.base = row_base + s.head * s.tiles;
   return s;
 }
 
+// Rows first .. last - 1 with their lengths, of which the first few are asked for together.
+struct Lengths {
+  static constexpr int kKnown = 8;
+  const Params& p;
+  int first, last, known[kKnown];
+  DEVICE Lengths(const Params& p, int first, int last) : p(p), first(first), last(last) {
+#pragma unroll
+    for (int i = 0; i < kKnown; ++i) known[i] = first + i < last ? p.lens[first + i] : 0;
+  }
+  template <typename Use>
+  DEVICE void each(Use use) const {
+#pragma unroll
+    for (int i = 0; i < kKnown; ++i)
+      if (first + i < last) use(first + i, known[i]);
+#pragma unroll 1
+    for (int row = first + kKnown; row < last; ++row) use(row, p.lens[row]);
+  }
+};
+
 // What a worker has to do, found by its lanes together, each with some rows in a row. False: nothing.
 DEVICE bool find_share(const Params& p, int worker, int lane, Deal& deal, Share& share) {
-  const int each = (p.rows + 31) / 32, first = lane * each, last = least(first + each, p.rows);
+  const int rows = (p.rows + 31) / 32, first = lane * rows;
+  const Lengths lengths(p, first, least(first + rows, p.rows));
   int mine = 0, most = 0, live = 0;
-  for (int row = first; row < last; ++row) {
-    const int tiles = tiles_of(p.lens[row]);
+  lengths.each([&](int, int length) {
+    const int tiles = tiles_of(length);
     mine += tiles, most = tiles > most ? tiles : most, live += tiles > 0;
-  }
+  });
   mine *= p.kv_heads;
   int until = mine;
   for (int delta = 1; delta < 32; delta *= 2) {
@@ -111,56 +131,76 @@ DEVICE bool find_share(const Params& p, int worker, int lane, Deal& deal, Share&
   deal.whole = alike && segments * 64 >= rounds * deal.workers * JAXLLM_EVEN;
   deal.each = deal.total / deal.workers, deal.rest = deal.total % deal.workers, deal.slack = deal.each / 8;
   const int ends[2] = {boundary(deal, worker), boundary(deal, worker + 1)};
-  int found[2] = {-1, -1}, at[2] = {}, base = until - mine;
-  for (int row = first; row < last; ++row) {
-    const int tiles = tiles_of(p.lens[row]) * p.kv_heads;
+  int found[2] = {-1, -1}, long_[2] = {}, at[2] = {}, base = until - mine;
+  lengths.each([&](int row, int length) {
+    const int tiles = tiles_of(length) * p.kv_heads;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (ends[i] >= base && ends[i] < base + tiles) found[i] = row, at[i] = base;
+      if (ends[i] >= base && ends[i] < base + tiles) found[i] = row, long_[i] = length, at[i] = base;
     base += tiles;
-  }
+  });
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (ends[i] == deal.total) {
-      share.end = deal.total;
+      share.end = share.last.base = deal.total;
       continue;
     }
-    const int row = most_of_warp(found[i]);
-    const Segment s = segment_at(p, row, sum_of_warp(at[i]), ends[i]);
+    const Segment s = segment_at(most_of_warp(found[i]), sum_of_warp(long_[i]), sum_of_warp(at[i]), ends[i]);
     const int moved = snapped(deal, s, ends[i]);
     if (i == 0)
       share.begin = moved, share.first = s;
     else
-      share.end = moved;
+      share.end = moved, share.last = s;
   }
   return share.begin < share.end;
 }
 
+// Where a worker is. What it has of segments that are cut comes first, so that nobody waits for it at the end: the end of the one
+// it begins in, then the beginning of the one it ends in, then what lies between.
+enum Part { kCutEnd, kCutBeginning, kBetween };
+
 struct Cursor {
-  int row, head, tile, length, left;  // left: tiles of this worker's share
+  int row, head, tile, length, base;  // base: of the segment, in tiles
+  int left, of_part, part;            // tiles of the share, and of this part of it
 };
 
-DEVICE void skip_empty(const Params& p, Cursor& c) {
+DEVICE void next_segment(const Params& p, Cursor& c) {
+  c.tile = 0, c.base += tiles_of(c.length);
+  if (++c.head < p.kv_heads) return;
+  c.head = 0, c.length = 0;
   while (c.length == 0) c.length = p.lens[++c.row];
+}
+
+DEVICE void next_part(const Params& p, const Share& share, Cursor& c) {
+  const Segment &first = share.first, &last = share.last;
+  const bool cut = last.base < share.end && share.end < last.base + last.tiles && last.base > first.base;
+  if (++c.part == kCutBeginning && cut) {
+    c.row = last.row, c.head = last.head, c.tile = 0, c.length = last.length, c.base = last.base, c.of_part = share.end - last.base;
+    return;
+  }
+  c.part = kBetween, c.of_part = c.left;
+  c.row = first.row, c.head = first.head, c.tile = 0, c.length = first.length, c.base = first.base;
+  if (share.begin > first.base && c.left > 0) next_segment(p, c);
 }
 
 DEVICE Cursor cursor_of(const Params& p, const Share& share) {
   const Segment& s = share.first;
-  Cursor c = {s.row, s.head, share.begin - s.base, s.length, share.end - share.begin};
-  if (c.tile == s.tiles) {  // moved to the end of a segment
-    c.tile = 0;
-    if (++c.head == p.kv_heads) c.head = 0, c.length = 0, skip_empty(p, c);
-  }
+  const int inside = share.begin - s.base, own = least(s.tiles - inside, share.end - share.begin);
+  Cursor c = {s.row, s.head, inside, s.length, s.base, share.end - share.begin, own, kCutEnd};
+  if (inside == 0 || own == 0) next_part(p, share, c);
   return c;
 }
 
-DEVICE void advance(const Params& p, Cursor& c, int tiles) {
-  c.left -= tiles, c.tile += tiles;
-  if (c.tile < tiles_of(c.length)) return;
-  c.tile = 0;
-  if (++c.head < p.kv_heads) return;
-  c.head = 0;
-  if (c.left > 0) c.length = 0, skip_empty(p, c);
+// Tiles of the present segment that are this worker's.
+DEVICE int tiles_ahead(const Cursor& c) { return least(tiles_of(c.length) - c.tile, c.of_part); }
+
+DEVICE void advance(const Params& p, const Share& share, Cursor& c, int tiles) {
+  c.left -= tiles, c.of_part -= tiles, c.tile += tiles;
+  if (c.left == 0) return;
+  if (c.of_part == 0)
+    next_part(p, share, c);
+  else if (c.tile == tiles_of(c.length))
+    next_segment(p, c);
 }
 
 // ---- runs ----

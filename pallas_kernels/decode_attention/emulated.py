@@ -1,7 +1,7 @@
 """decode_attention.cu on a CPU: the same source, its threads as fibers run in random turns (see emulator.h).
 
 For tests: slow, but indices, copies, barriers and folds are the kernel's own. Copies land late, memory nobody wrote
-is NaN, and a wait that nobody will end is an error. `machine` plays other numbers of multiprocessors and warps.
+is NaN, and a wait that nobody will end is an error. `machine` plays other numbers of multiprocessors and slots.
 """
 
 from __future__ import annotations
@@ -13,23 +13,13 @@ import jax
 from pallas_kernels.compiled import GXX, built, once
 from pallas_kernels.decode_attention import cuda
 
-PROGRAMS, WARPS, SLOTS = 3, 2, 5
+PROGRAMS, SLOTS = 3, 5
 
 
 @once
-def machine(programs: int = PROGRAMS, warps: int = WARPS, slots: int = SLOTS) -> cuda.Kernel:
-    flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_WARPS={warps}", f"-DJAXLLM_SLOTS={slots}")
-    loaded, target = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, *flags))), f"{cuda.TARGET}_{warps}x{slots}"
-    cuda.register(loaded, target, "cpu")
-    return cuda.Kernel(target, loaded, programs)
-
-
-@once
-def groups(programs: int = PROGRAMS, slots: int = SLOTS) -> cuda.Kernel:
-    """The kernel whose workers are warpgroups, two a multiprocessor."""
+def machine(programs: int = PROGRAMS, slots: int = SLOTS) -> cuda.Kernel:
     flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_SLOTS={slots}")
-    path = built(cuda.GROUPS_SOURCE, cuda.GROUPS_INCLUDES, (*GXX, *flags))
-    loaded, target = cuda.load(path), f"{cuda.TARGET}_groups_{slots}"
+    loaded, target = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, *flags))), f"{cuda.TARGET}_{slots}"
     cuda.register(loaded, target, "cpu")
     return cuda.Kernel(target, loaded, programs)
 

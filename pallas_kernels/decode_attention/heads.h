@@ -73,17 +73,4 @@ struct Turn {  // what makes queries or keys of a row's heads: norm, if the mode
   }
 };
 
-// A group's queries, from the projection; all that comes from memory is asked for before any of it is used.
-SELDOM void make_queries(const Params& p, int row, int first, int group, int lane, uint16_t (*to)[kHead]) {
-  const Turn turn(p, row, lane, p.norms);
-  Head heads[kMaxGroup];
-#pragma unroll
-  for (int i = 0; i < kMaxGroup; ++i)
-    if (i < group) heads[i].project(p, row, first + i, lane);
-#pragma unroll
-  for (int i = 0; i < kMaxGroup; ++i)
-    if (i < group) turn.apply(p, heads[i]), heads[i].store(to[i], lane);
-  sync_warp();
-}
-
 }  // namespace

@@ -23,6 +23,7 @@ namespace {
 
 struct Own {  // a worker's, in shared memory; `deal` is written before a warp asks for it
   alignas(16) uint16_t queries[2][kMaxGroup][kHead], fresh[2][2][kHead];  // of two segments; fresh: the row's new key and value
+  Cursor at[kWarps];  // each warp's: kept here while it works, as registers are few
   bool last[2];
   Deal deal;
 };
@@ -30,9 +31,11 @@ struct Own {  // a worker's, in shared memory; `deal` is written before a warp a
 struct Worker {
   const Params& p;
   Own& s;
-  int number, warp, lane, g, t, group;
+  int number, warp, lane, group;
   uint32_t folds = 0;
   int turn = 0;  // which of the two segments in `s`
+  DEVICE int g() const { return lane / 4; }
+  DEVICE int t() const { return lane % 4; }
   DEVICE int thread() const { return warp * 32 + lane; }
   // Whose rows of the products are the queries. The workers' are on schedulers of their own.
   DEVICE bool leads() const { return warp == number % kWorkers; }
@@ -53,17 +56,18 @@ struct Boxes {  // of a tile: their number, and where in the map a lane's own li
 // Where a worker's tiles lie, one after the other; all lanes of a warp together.
 struct Walk {
   Cursor at;
-  int pages = 0;  // lane i: page of unit `window` + i of row `window_row`
+  int pages = 0;  // lane i: page `window` + i of row `window_row`
   int window_row = -1, window = 0;
 
   DEVICE Boxes boxes(const Params& p, int lane) {
     const int shift = box_shift(p), units = (at.length + kUnit - 1) / kUnit, first = at.tile * (kTile / kUnit);
-    if (at.row != window_row || first < window || first + kTile / kUnit > window + 32) {
-      window_row = at.row, window = first;
-      pages = first + lane < units ? p.table[int64_t(at.row) * p.width + ((first + lane) >> p.page_shift)] : 0;
+    const int page_of_tile = first >> p.page_shift, last = (first + kTile / kUnit - 1) >> p.page_shift;
+    if (at.row != window_row || page_of_tile < window || last >= window + 32) {
+      window_row = at.row, window = page_of_tile;
+      pages = (window + lane) << p.page_shift < units ? p.table[int64_t(at.row) * p.width + window + lane] : 0;
     }
-    const int unit = unit_of(p, lane);
-    const int page = shuffle(pages, first + unit - window), inside = (first + unit) & ((1 << p.page_shift) - 1);
+    const int unit = first + unit_of(p, lane), inside = unit & ((1 << p.page_shift) - 1);
+    const int page = shuffle(pages, (unit >> p.page_shift) - window);
     const int row = (((page * p.kv_heads + at.head) << p.page_shift) + inside) * kUnit;
     return {(least(units - first, kTile / kUnit) + (1 << shift) - 1) >> shift, row};
   }
@@ -142,11 +146,11 @@ SELDOM void prepare_alone(const Params& p, Own& own, int turn, const Segment s, 
 
 // This lane's queries, as the products take them; other warps than the one that leads have none.
 DEVICE void load_queries(const Worker& w, uint32_t (&queries)[kHead / 16][4]) {
-  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.s.queries[w.turn][w.g]);
-  const bool there = w.leads() && w.g < w.group;
+  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.s.queries[w.turn][w.g()]);
+  const bool there = w.leads() && w.g() < w.group;
 #pragma unroll
   for (int k = 0; k < kHead / 16; ++k) {
-    queries[k][0] = there ? pairs[k * 8 + w.t] : 0, queries[k][2] = there ? pairs[k * 8 + 4 + w.t] : 0;
+    queries[k][0] = there ? pairs[k * 8 + w.t()] : 0, queries[k][2] = there ? pairs[k * 8 + 4 + w.t()] : 0;
     queries[k][1] = queries[k][3] = 0;
   }
 }
@@ -191,15 +195,14 @@ DEVICE void fold(Sums& sums, const Sums& next) {
 }
 
 // Scores of row g to probabilities, as the second product takes them: rounded, and in the rows behind what is then missing.
-DEVICE void exponentials(const Worker& w, int live, const float (&scores)[kTile / 2], uint32_t (&probabilities)[kTile / 16][4], float& most,
-                         float& total) {
-  const float scale = w.p.scale;  // one load: `p` may lie in shared memory
+DEVICE void exponentials(const Worker& w, int live, float scale, const float (&scores)[kTile / 2], uint32_t (&probabilities)[kTile / 16][4],
+                         float& most, float& total) {
   float own[kTile / 8][2];
 #pragma unroll
   for (int j = 0; j < kTile / 8; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      own[j][h] = 8 * j + 2 * w.t + h < live ? times(scores[4 * j + h], scale) : -INFINITY;
+      own[j][h] = 8 * j + 2 * w.t() + h < live ? times(scores[4 * j + h], scale) : -INFINITY;
       most = larger(most, own[j][h]);
     }
   for (int mask = 1; mask < 4; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
@@ -214,10 +217,9 @@ DEVICE void exponentials(const Worker& w, int live, const float (&scores)[kTile 
   for (int mask = 1; mask < 4; mask <<= 1) total += shuffle_xor(total, mask);
 }
 
-// A tile of 64 keys and values, or as many as there are, folded into what came before.
+// 64 keys and values, or the `live` that are left of a row and head, folded into what came before.
 template <typename Feed>
-DEVICE void attend(Worker& w, Feed& feed, const Segment& s, int tile, Sums& sums) {
-  const int live = s.length - tile * kTile;
+DEVICE void attend(Worker& w, Feed& feed, int live, Sums& sums) {
   const bool enters = w.p.q == nullptr && live <= kTile;
   uint32_t queries[kHead / 16][4];
   load_queries(w, queries);
@@ -238,7 +240,7 @@ DEVICE void attend(Worker& w, Feed& feed, const Segment& s, int tile, Sums& sums
   feed.give_back();
   uint32_t probabilities[kTile / 16][4] = {};
   float most = -INFINITY, total = 0.f;
-  if (w.leads()) exponentials(w, live, scores, probabilities, most, total);
+  if (w.leads()) exponentials(w, live, w.p.scale, scores, probabilities, most, total);
   char* values = feed.take();
   if (live < kTile || enters) mend(w, values, live, enters, 1);
   float out[kHead / 2];
@@ -262,20 +264,19 @@ DEVICE void attend(Worker& w, Feed& feed, const Segment& s, int tile, Sums& sums
     for (int h = 0; h < 2; ++h) sums.out[n][h] = both(sums.out[n][h], out[4 * n + h] + out[4 * n + 2 + h]);
 }
 
-// A split's tiles; all warps, with sums in the one that leads.
+// The tiles of a segment from where `live` keys of it are left to where no more than `stop` are; all warps, with sums in the one that leads.
 template <typename Feed>
-DEVICE void attend_split(Worker& w, Feed& feed, const Segment& s, int split, Sums& sums) {
-  const int first = split * s.split, last = least(first + s.split, s.tiles);
+DEVICE void attend_tiles(Worker& w, Feed& feed, int live, int stop, Sums& sums) {
 #pragma unroll 1
-  for (int tile = first; tile < last; ++tile) attend(w, feed, s, tile, sums);
+  for (; live > stop; live -= kTile) attend(w, feed, live, sums);
 }
 
 // ---- results in memory ----
 
 DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Sums& sums) {
-  if (!w.leads() || w.g >= w.group) return;
-  to += (at * w.group + w.g) * kHead + 2 * w.t, stats += (at * w.group + w.g) * 2;
-  if (w.t == 0) stats[0] = sums.most, stats[1] = sums.total;
+  if (!w.leads() || w.g() >= w.group) return;
+  to += (at * w.group + w.g()) * kHead + 2 * w.t(), stats += (at * w.group + w.g()) * 2;
+  if (w.t() == 0) stats[0] = sums.most, stats[1] = sums.total;
 #pragma unroll
   for (int n = 0; n < kHead / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = {sums.out[n][0], sums.out[n][1]};
 }
@@ -283,8 +284,8 @@ DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Su
 // What the run had before this split, if it is not the first, and the split; kept for the next one where a cut run's beginning goes.
 DEVICE void fold_split(const Worker& w, int64_t at, bool first, Sums& sums) {
   if (!first) {
-    const int query = least(w.g, w.group - 1);
-    const float* from = w.p.parts + (at * w.group + query) * kHead + 2 * w.t;
+    const int query = least(w.g(), w.group - 1);
+    const float* from = w.p.parts + (at * w.group + query) * kHead + 2 * w.t();
     const float2 known = load_fresh(reinterpret_cast<const float2*>(w.p.part_stats + (at * w.group + query) * 2));
     Sums before;
     before.most = known.x, before.total = known.y;
@@ -363,11 +364,11 @@ DEVICE uint16_t* out_of(const Worker& w, const Segment& s, int query) {
 }
 
 DEVICE void write_out(const Worker& w, const Segment& s, const Sums& sums) {
-  if (!w.leads() || w.g >= w.group) return;
+  if (!w.leads() || w.g() >= w.group) return;
   const float share = 1.f / sums.total;
-  uint32_t* to = reinterpret_cast<uint32_t*>(out_of(w, s, w.g));
+  uint32_t* to = reinterpret_cast<uint32_t*>(out_of(w, s, w.g()));
 #pragma unroll
-  for (int n = 0; n < kHead / 8; ++n) to[4 * n + w.t] = narrow(sums.out[n][0] * share, sums.out[n][1] * share);
+  for (int n = 0; n < kHead / 8; ++n) to[4 * n + w.t()] = narrow(sums.out[n][0] * share, sums.out[n][1] * share);
 }
 
 DEVICE void write_out(const Worker& w, const Segment& s, const Piece& piece) {
@@ -403,12 +404,14 @@ DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int
   const bool begins = first == run.first;
   const int owner = begins ? w.number : owner_of(w.s.deal, s, at);
   const int64_t base = int64_t(owner) * p.slots;
-  const bool apart = !begins || s.split > 1;  // a split of one tile is folded where it is made
+  const bool apart = !begins || s.split > 1;  // splits of one tile are folded where they are made
+  const int step = apart ? 1 : last - first;
   Sums sums;
 #pragma unroll 1
-  for (int split = first; split < last; ++split) {
-    if (apart) sums = {};
-    attend_split(w, feed, s, split, sums);
+  for (int split = first; split < last; split += step) {
+    sums = {};
+    const int end = least((split + step) * s.split, s.tiles);
+    attend_tiles(w, feed, s.length - split * s.split * kTile, s.length - end * kTile, sums);
     if (!begins)
       store(w, p.parts, p.part_stats, base + split - run.first, sums);
     else if (apart && w.leads())
@@ -443,14 +446,18 @@ DEVICE void prepare_together(Worker& w, const Segment& s, bool enters) {
 template <typename Feed>
 DEVICE void attend_share(Worker& w, Feed& feed, const Share& share) {
   const Params& p = w.p;
+  Cursor& kept = w.s.at[w.warp];
   Cursor c = cursor_of(p, share);
-  int at = share.begin;
 #pragma unroll 1
   while (c.left > 0) {
-    Segment s{c.row, c.head, c.length, tiles_of(c.length), 0, at - c.tile};
+    Segment s{c.row, c.head, c.length, tiles_of(c.length), 0, c.base};
     s.split = split_of(s.length);
-    const int tiles = least(s.tiles - c.tile, c.left), first = c.tile / s.split, last = (c.tile + tiles + s.split - 1) / s.split;
-    feed.begin(w, s, p.q == nullptr && c.tile + tiles == s.tiles);
+    const int tiles = tiles_ahead(c), first = c.tile / s.split, last = (c.tile + tiles + s.split - 1) / s.split;
+    const bool ends = c.tile + tiles == s.tiles;
+    advance(p, share, c, tiles);
+    sync_warp();  // all lanes have read what was kept
+    kept = c;
+    feed.begin(w, s, p.q == nullptr && ends);
 #pragma unroll 1
     for (int split = first; split < last;) {
       const Run run = run_of(s, split);
@@ -459,8 +466,8 @@ DEVICE void attend_share(Worker& w, Feed& feed, const Share& share) {
       split = end;
     }
     feed.end(w);
-    at += tiles;
-    advance(p, c, tiles);
+    sync_warp();
+    c = kept;
   }
 }
 

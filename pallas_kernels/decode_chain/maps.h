@@ -2,6 +2,10 @@
 #pragma once
 #include <string>
 
+#ifndef JAXLLM_PROMOTION
+#define JAXLLM_PROMOTION CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+#endif
+
 namespace {
 
 #ifdef JAXLLM_EMULATED
@@ -13,7 +17,8 @@ std::string map_of(TileMap& map, const void* base, int64_t rows, int64_t columns
 
 #else
 
-// `turns`: two halves of a matrix, eight rows of each in turn.
+// `turns`: two halves of a matrix, eight rows of each in turn. Lines of 128 bytes: asking the second-level cache for 256 costs a tenth
+// of the bandwidth (benchmarks/results/decode_attention_h200).
 std::string map_of(TileMap& map, const void* base, int64_t rows, int64_t columns, int box, bool turns) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -30,7 +35,7 @@ std::string map_of(TileMap& map, const void* base, int64_t rows, int64_t columns
   const cuuint32_t tile[4] = {kDepth, turns ? 8 : cuuint32_t(box), 2, cuuint32_t(box / 16)}, steps[4] = {1, 1, 1, 1};
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, turns ? 4 : 2, const_cast<void*>(base), sizes, pitches, tile, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, JAXLLM_PROMOTION,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? "" : "no tensor map: error " + std::to_string(int(result));
 }

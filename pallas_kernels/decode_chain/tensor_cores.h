@@ -1,4 +1,4 @@
-// What decode_chain.cu and decode_attention/warpgroups.cu ask of the machine beyond decode_layers/primitives.h: tiles by the copy
+// What decode_chain.cu and decode_attention/decode_attention.cu ask of the machine beyond decode_layers/primitives.h: tiles by the copy
 // engine, tensor cores that read shared memory, clusters of two. For sm_90a, and for the emulator.
 #pragma once
 #include "../decode_layers/primitives.h"
@@ -44,6 +44,7 @@ DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
 DEVICE void between_stores_and_copies() {}
+DEVICE void ask_for_map(const TileMap*) {}
 
 template <typename RowOf>
 DEVICE void copy_rows_of(char* place, const TileMap* map, int column, uint64_t* barrier, RowOf row_of) {
@@ -180,6 +181,9 @@ DEVICE void arrive_at(uint64_t* barrier, int peer) {
 }
 // Between ordinary stores to device memory and copies of tiles from there.
 DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Before its first use, which would wait for it.
+DEVICE void ask_for_map(const TileMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // Weights, read once: first to leave the cache.
 DEVICE void copy_tile(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {

@@ -173,17 +173,17 @@ DEVICE void copy_weights(const Steps& p, char* slots, Control& control, int bloc
 #pragma unroll
     for (int w = 0; w < kWorkers; ++w)
       if (control.tiles[w] > 0) walks[w].at = cursor_of(p.attention, control.shares[w]);
-    auto copy = [&](Walk& walk, Boxes& own, int values) {
+    auto copy = [&](int worker, Walk& walk, Boxes& own, int values) {
       if (!values) {
         own = walk.boxes(p.attention, lane);
-        advance(p.attention, walk.at, 1);
+        advance(p.attention, control.shares[worker], walk.at, 1);
       }
       char* to = next();
       copy_boxes(p.attention, values ? &maps.values : &maps.keys, own, lane, to, &control.weights_there[turn.slot]);
       turn.next();
     };
     each_tile(control, [&](int worker, int values) {
-      worker == 0 ? copy(walks[0], boxes[0], values) : copy(walks[1], boxes[1], values);
+      worker == 0 ? copy(0, walks[0], boxes[0], values) : copy(1, walks[1], boxes[1], values);
     });
   };
   each_unit(p, block, attend, [&](int layer, int number, const Unit& unit) {
@@ -243,10 +243,10 @@ DEVICE void prepare_ahead(const Steps& p, Control& control, int worker, int lane
   Cursor c = cursor_of(p.attention, control.shares[worker]);
 #pragma unroll 1
   for (bool first = true; c.left > 0; first = false, ++segments) {
-    const int turn = segments % 2, length = c.length, tiles = least(tiles_of(length) - c.tile, c.left);
+    const int turn = segments % 2, length = c.length, tiles = tiles_ahead(c);
     const Segment s{c.row, c.head, length, tiles_of(length), 0, 0};
     const bool enters = c.tile + tiles == s.tiles;
-    advance(p.attention, c, tiles);
+    advance(p.attention, control.shares[worker], c, tiles);
     if (first) {
       if (c.left > 0) wait_for(&control.prepared[worker][turn], segments / 2 & 1);  // then qkv is there
       continue;
@@ -442,8 +442,7 @@ DEVICE void attend_layer(const Steps& p, int layer, char* slots, Control& contro
     view.qkv = layer > 0 ? p.attention.qkv : p.qkv, view.norms = l.qk_norms, view.k_pages = l.k_pages, view.v_pages = l.v_pages;
   }
   mark(at.block, at.thread, marks++, kQkvThere);
-  Worker w{view, control.own[at.group], at.block * kWorkers + at.group, at.warp % kWarps, at.lane, at.lane / 4, at.lane % 4,
-           p.attention.heads / p.attention.kv_heads};
+  Worker w{view, control.own[at.group], at.block * kWorkers + at.group, at.warp % kWarps, at.lane, p.attention.heads / p.attention.kv_heads};
   Feed<T> feed{turn, slots, control, at.lane, at.group, control.tiles[1 - at.group], segments};
   if (control.tiles[at.group] > 0) attend_share(w, feed, control.shares[at.group]);
   feed.pass_rest();

@@ -24,7 +24,7 @@ from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "wide.cu"
-INCLUDES = (HERE / "wide_ends.h", HERE / "wide_launch.h", *attention.GROUPS_INCLUDES, *all_reduce.INCLUDES)
+INCLUDES = (HERE / "wide_ends.h", HERE / "wide_launch.h", *attention.INCLUDES, *all_reduce.INCLUDES)
 TARGET = "jaxllm_wide_layers"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, register = _HANDLER.library, _HANDLER.register

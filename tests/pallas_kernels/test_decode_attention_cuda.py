@@ -1,4 +1,4 @@
-"""The CUDA kernels of decode attention, played by a CPU: right wherever rows are cut, and always the same bits."""
+"""The CUDA kernel of decode attention, played by a CPU: right wherever rows are cut, and always the same bits."""
 
 import dataclasses
 import functools
@@ -29,11 +29,7 @@ SPECS = (
     DecodeAttentionSpec("alike_and_whole", N=2, K=2, H=128, lengths=(100,) * 3),
     DecodeAttentionSpec("all_rows_empty", N=4, K=2, H=128, lengths=(0, 0)),
 )
-MACHINES = {  # multiprocessors and slots; of the first, warps between them
-    emulated.machine: ((1, 1, 2), (1, 2, 5), (3, 2, 5), (23, 2, 5)),
-    emulated.groups: ((1, 2), (2, 5), (13, 5)),
-}
-both = pytest.mark.parametrize("kind", MACHINES, ids=["warps", "warpgroups"])
+MACHINES = (1, 2), (2, 5), (13, 5)  # multiprocessors and slots
 
 
 def bits(array):
@@ -55,12 +51,11 @@ def refuses(**changes):
     return functools.partial(cuda.refuse, q, pages, *rest, **given)
 
 
-@both
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_it_agrees_with_the_reference_on_any_machine_with_the_same_bits(spec, kind):
+def test_it_agrees_with_the_reference_on_any_machine_with_the_same_bits(spec):
     given = spec.inputs()
     expected = jax.jit(functools.partial(reference, scale=spec.paged.scale))(*given)
-    results = [run(given, spec, kind(*machine)) for machine in MACHINES[kind]]
+    results = [run(given, spec, emulated.machine(*machine)) for machine in MACHINES[kind]]
     for got, want in zip(results[0], expected, strict=True):
         near = np.testing.assert_allclose
         near(got.astype(np.float32), np.asarray(want, np.float32), rtol=2**-7, atol=2e-2, equal_nan=True)
@@ -70,17 +65,16 @@ def test_it_agrees_with_the_reference_on_any_machine_with_the_same_bits(spec, ki
             np.testing.assert_array_equal(bits(got), bits(want))
 
 
-@both
 @pytest.mark.parametrize("spec", [EDGES, SPECS[5]], ids=lambda spec: spec.name)
-def test_a_row_has_the_same_bits_alone_and_in_the_kernels_other_calls(spec, kind):
+def test_a_row_has_the_same_bits_alone_and_in_the_kernels_other_calls(spec):
     heads, *pools, table, lengths = spec.inputs()
     heads = dataclasses.replace(heads, cos=np.ones_like(heads.cos), sin=np.zeros_like(heads.sin))
-    options = {"scale": spec.paged.scale, "kernel": kind()}
-    out, *pages = run((heads, *pools, table, lengths), spec, kind())
+    options = {"scale": spec.paged.scale, "kernel": emulated.machine()}
+    out, *pages = run((heads, *pools, table, lengths), spec, emulated.machine())
     for row in np.flatnonzero(lengths)[[0, -1]]:
         part = slice(row, row + 1)
         own = Heads(heads.qkv[part], heads.cos[part], heads.sin[part], K=spec.K, eps=heads.eps, dtype=heads.dtype)
-        alone = run((own, *pools, table[part], lengths[part]), spec, kind())
+        alone = run((own, *pools, table[part], lengths[part]), spec, emulated.machine())
         np.testing.assert_array_equal(bits(alone[0])[0], bits(out)[row])
     q = heads.qkv[:, : spec.N * spec.H].reshape(-1, spec.N, spec.H)
     plain = jax.jit(functools.partial(cuda.paged_attention_decode, **options))(q, *pages, table, lengths)
@@ -97,27 +91,25 @@ def test_a_row_has_the_same_bits_alone_and_in_the_kernels_other_calls(spec, kind
     np.testing.assert_array_equal(np.asarray(mixed)[rest], before[rest])
 
 
-@both
 @pytest.mark.kernels
-def test_rows_of_random_lengths_have_the_bits_of_each_alone(kind):
+def test_rows_of_random_lengths_have_the_bits_of_each_alone():
     rng = np.random.default_rng(0)
     for seed in range(6):
         lengths = tuple(int(each) for each in rng.integers(0, (40, 400, 3000)[seed % 3], 5 + seed))
         spec = DecodeAttentionSpec("random", N=2, K=1, H=128, lengths=lengths, page_size=16 << seed % 4)
         heads, *pools, table, kv_lens = spec.inputs(seed)
-        out = run((heads, *pools, table, kv_lens), spec, kind(programs=1 + 3 * seed))[0]
+        out = run((heads, *pools, table, kv_lens), spec, emulated.machine(programs=1 + 3 * seed))[0]
         for row, length in enumerate(lengths):
             part = slice(row, row + 1)
             own = Heads(heads.qkv[part], heads.cos[part], heads.sin[part], K=1, eps=heads.eps, dtype=heads.dtype)
-            alone = run((own, *pools, table[part], kv_lens[part]), spec, kind(programs=7))[0]
+            alone = run((own, *pools, table[part], kv_lens[part]), spec, emulated.machine(programs=7))[0]
             np.testing.assert_array_equal(bits(alone)[0], bits(out)[row], err_msg=f"{lengths} row {row}: {length}")
 
 
-@both
-def test_pages_that_no_row_owns_are_left_alone(kind):
+def test_pages_that_no_row_owns_are_left_alone():
     given = EDGES.inputs()
     pools = [np.array(pool, copy=True) for pool in given[1:3]]
-    for before, after in zip(pools, run(given, EDGES, kind())[1:], strict=True):
+    for before, after in zip(pools, run(given, EDGES, emulated.machine())[1:], strict=True):
         new = np.zeros(before.shape, bool)
         for row, length in enumerate(EDGES.lengths):
             if length:
