@@ -424,7 +424,7 @@ struct Held {
 #pragma unroll
       for (int u = 0; u < 2; ++u)
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) multiply(acc[u], chunks[i][u][h], ahead.held[i][h], r.p.f16);
+        for (int h = 0; h < kHalves; ++h) multiply(r, acc[u], chunks[i][u][h], ahead.held[i][h]);
       ahead.replace(r, x, w.depth, i, i);
     }
   }
@@ -440,7 +440,7 @@ DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, Activatio
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= slots) break;
       if (i < kHeld && base + i < done) continue;
-      take_slot(r, w, base + i, units, [&](int u, int h, const Chunk& c) { multiply(acc[u], c, ahead.held[i][h], r.p.f16); });
+      take_slot(r, w, base + i, units, [&](int u, int h, const Chunk& c) { multiply(r, acc[u], c, ahead.held[i][h]); });
       ahead.replace(r, x, w.depth, i, base + i);
     }
 #pragma unroll

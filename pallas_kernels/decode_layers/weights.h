@@ -67,8 +67,9 @@ DEVICE uint32_t widened_int4(uint32_t word, int j) {
   return less_pair(and_xor(word >> 4 * j, 0x000f000fu, 0x43084308u), 0x43084308u);
 }
 
-// acc += a chunk's weights times x. `f16`: of int4, what scales are; else bf16.
-DEVICE void multiply(float (&acc)[4], const Chunk& c, const uint4 (&x)[kX], bool f16) {
+// acc += a chunk's weights times x, by a reader, who knows whether int4's scales are f16 or bf16.
+template <typename Reader>
+DEVICE void multiply(const Reader& r, float (&acc)[4], const Chunk& c, const uint4 (&x)[kX]) {
   if constexpr (kKind == kBf16) {
     multiply(acc, c.low, c.high, x[0]);
   } else {
@@ -104,7 +105,7 @@ DEVICE void multiply(float (&acc)[4], const Chunk& c, const uint4 (&x)[kX], bool
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const uint16_t bits = uint16_t(c.scales[kByGroup ? part : 0] >> 16 * row);
-          const float scale = f16 ? wide_f16(bits) : wide(bits);
+          const float scale = r.p.f16 ? wide_f16(bits) : wide(bits);
           acc[2 * row] = fused(scale, parts[part][2 * row], acc[2 * row]);
           acc[2 * row + 1] = fused(scale, parts[part][2 * row + 1], acc[2 * row + 1]);
         }
