@@ -78,7 +78,9 @@ def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Arra
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     x = x.astype(weight.dtype)
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32
+    )
 
 
 def _rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Weight
+from pallas_kernels.decode_layers.api import Few, Head, LayerWeights
 from pallas_kernels.quant_matmul import packing
 
 EPS = 1e-5
@@ -72,17 +72,17 @@ class LayersSpec:
     def arguments(self, given: dict[str, Any]) -> tuple[Any, ...]:
         """The op's arguments as JAX arrays: x, layers, pages, page_table, kv_lens, cosines, sines."""
         layers = [
-            LayerWeights(**{name: None if array is None else self.stored(name, array) for name, array in layer.items()})
-            for layer in given["layers"]
+            LayerWeights(**{name: self.stored(name, each) for name, each in own.items()}) for own in given["layers"]
         ]
         pages = [tuple(map(jnp.asarray, pair)) for pair in given["pages"]]
         rows = (jnp.asarray(given[name]) for name in ("page_table", "kv_lens", "cosines", "sines"))
         return jnp.asarray(given["x"]), layers, pages, *rows
 
-    def stored(self, name: str, array: Any) -> Weight:
-        """As the kernels get it: a matrix in this spec's kind."""
-        wide = jnp.asarray(array)
-        return wide if self.kind == "bf16" or name not in MATRICES else few(wide, self.kind, self.group, self.scales)
+    def stored(self, name: str, array: Any) -> Any:
+        """As the kernels get it: a matrix in this spec's kind; None stays None."""
+        if array is None or self.kind == "bf16" or name not in MATRICES:
+            return jax.tree.map(jnp.asarray, array)
+        return few(jnp.asarray(array), self.kind, self.group, self.scales)
 
     def dealt(self, layers: list[LayerWeights], ranks: int) -> list[LayerWeights]:
         """Weights whose equal shares, along SHARED, are those of devices that share the layers."""

@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
-
 from helpers.kernel_backends import declined, pairs
+
 from pallas_kernels.decode_layers.api import decode_layers
 from pallas_kernels.decode_layers.specs import EPS
 

@@ -68,9 +68,7 @@ def test_every_weight_counts_for_what_it_is(name, spec):
         bias = np.zeros(3 * spec.N * spec.H, np.float32)
         bias[2 * spec.N * spec.H + column] = 1
         layer = replace(nothing, o=Few(values, scale), qkv_bias=jnp.asarray(bias, jnp.bfloat16), norms=layers[0].norms)
-        out, _ = decode_layers(
-            jnp.zeros_like(x), [layer], pages[:1], *rows, eps=EPS, scale=1.0, implementation=name
-        )
+        out, _ = decode_layers(jnp.zeros_like(x), [layer], pages[:1], *rows, eps=EPS, scale=1.0, implementation=name)
         want = np.asarray(widened(layer.o)[:, column].astype(jnp.bfloat16), np.float32)
         np.testing.assert_array_equal(np.asarray(out[0], np.float32), want)
 
