@@ -355,10 +355,8 @@ struct Activations {
 #pragma unroll
     for (int h = 0; h < kHalves; ++h)
 #pragma unroll
-      for (int part = 0; part < kX; ++part) {  // a lane's 16 of 64; of 32, its 8
-        const int own = kX == 1 ? r.t * 8 : part / 2 * 64 + r.t * 16 + part % 2 * 8;
-        held[i][h][part] = activations(r, x, depth, slot * kDepth + r.warp * kShare + own + h * kChunk);
-      }
+      for (int part = 0; part < kX; ++part)
+        held[i][h][part] = activations(r, x, depth, slot * kDepth + r.warp * kShare + r.t * 8 + h * kChunk + part * 32);
   }
   // With those of the next slot that needs the place of slot `used`, or of the next units.
   DEVICE void replace(const Reader& r, const uint16_t* x, int depth, int i, int used) {
@@ -546,7 +544,7 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
     const int hidden = kPacked ? unit / 2 * kUnit + row : (unit + u) * 8 + row;  // of this row of gate
     const bool gated = stage == kGateUp, gate_row = kPacked ? u == 0 : row < 8;
     float factor = 1.f, up_factor = 1.f;
-    if (kByOutput && there && (!gated || gate_row)) {
+    if (kByOutput && there && (gated ? gate_row : column < w.rows)) {
       const auto* scales = static_cast<const float*>(p.scales[layer][stage]);
       factor = scales[gated ? hidden : column];
       if (gated) up_factor = scales[p.F + hidden];

@@ -27,11 +27,14 @@ struct Chunk {
   uint32_t scales[kByGroup ? 2 : 1] = {};
 };
 
-// Where packed activations lie among 64: those that a lane needs, of four steps of 16, next to each other.
+// Where an activation that a product will read lies among 64, so that a lane's 16 bytes are what it needs next, and those of
+// its four neighbours in a row one behind the other. Of e4m3 a lane has 16 columns; of packed weights of each step of 16
+// columns 2t, 2t + 1, 2t + 8, 2t + 9. Pairs stay neighbours.
 DEVICE int placed(int column) {
-  if (!kPacked) return column;
+  if (kKind == kBf16) return column;
+  if (!kPacked) return (column & ~63) | (column >> 3 & 1) << 5 | (column >> 4 & 3) << 3 | (column & 7);
   const int step = column >> 4 & 3, part = column >> 3 & 1, t = column >> 1 & 3;
-  return (column & ~63) | t << 4 | step << 2 | part << 1 | (column & 1);
+  return (column & ~63) | step >> 1 << 5 | t << 3 | (step & 1) << 2 | part << 1 | (column & 1);
 }
 
 DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
