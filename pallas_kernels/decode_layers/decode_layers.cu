@@ -390,7 +390,7 @@ DEVICE Chunk chunk_in(const Reader& r, const unsigned char* slot, int u, int h) 
   return c;
 }
 
-// Of this warp's columns of the next slot, the number-th of these units: use(unit, half, chunk), then it is free.
+// Of this warp's columns of the next slot, the number-th of these units: use(r, unit, half, chunk), then it is free.
 template <typename Use>
 DEVICE void take_slot(Reader& r, const Product& w, int number, int units, Use use) {
   const int slot = r.taken % kSlots, column = number * kDepth + r.warp * kShare;
@@ -401,7 +401,7 @@ DEVICE void take_slot(Reader& r, const Product& w, int number, int units, Use us
       if (u < units)
 #pragma unroll
         for (int h = 0; h < kHalves; ++h)
-          if (kShare <= 64 || column + h * kChunk < w.depth) use(u, h, chunk_in(r, r.s.ring[slot], u, h));
+          if (kShare <= 64 || column + h * kChunk < w.depth) use(r, u, h, chunk_in(r, r.s.ring[slot], u, h));
   sync_warp();
   if (r.lane == 0) arrive(&r.s.empty[slot]);
   ++r.taken;
@@ -414,7 +414,7 @@ struct Held {
   DEVICE void take(Reader& r, const Product& w, int units) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-      if (i * kDepth < w.depth) take_slot(r, w, i, units, [&](int u, int h, const Chunk& c) { chunks[i][u][h] = c; });
+      if (i * kDepth < w.depth) take_slot(r, w, i, units, [&](const Reader&, int u, int h, const Chunk& c) { chunks[i][u][h] = c; });
   }
   DEVICE void times(const Reader& r, const Product& w, const uint16_t* x, Activations& ahead, float (&acc)[2][4]) const {
 #pragma unroll
@@ -438,7 +438,7 @@ DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, Activatio
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= slots) break;
       if (i < kHeld && base + i < done) continue;
-      take_slot(r, w, base + i, units, [&](int u, int h, const Chunk& c) { multiply(r, acc[u], c, ahead.held[i][h]); });
+      take_slot(r, w, base + i, units, [&](const Reader& r, int u, int h, const Chunk& c) { multiply(r, acc[u], c, ahead.held[i][h]); });
       ahead.replace(r, x, w.depth, i, base + i);
     }
 #pragma unroll
