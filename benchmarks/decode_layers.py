@@ -3,9 +3,11 @@
 In: nothing but a GPU and nvcc. Out: JSON lines on the terminal. Layers have weights of their own; times are of one
 jitted call of all layers, host clock over calls in a row, the best of several: without the head, with final norm and
 head inside the kernel, and with these as XLA's own operations behind it (`apart`). `timeline` builds the kernel with
-marks: for each stage how long blocks waited for the one before, and how long they worked.
+marks: for each stage how long blocks waited for the one before, and how long they worked. `quantised` times random
+weights in few bits, `check_quantised` compares them with the reference. `build` compiles what the others need, on any
+machine with nvcc (BUILDS).
 
-    python -m benchmarks.decode_layers [check time variants timeline]
+    python -m benchmarks.decode_layers [build check time variants timeline check_quantised quantised quantised_timeline]
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ import numpy as np
 from pallas_kernels.compiled import NVCC, built
 from pallas_kernels.decode_chain.reference import rms_norm
 from pallas_kernels.decode_layers import cuda
-from pallas_kernels.decode_layers.api import Head, LayerWeights, decode_layers
-from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS, LayersSpec
+from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Weight, decode_layers
+from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS, QUANTISED_SPECS, LayersSpec
+from pallas_kernels.quant_matmul import packing
+from pallas_kernels.quant_matmul.api import int8_matmul
 
 CONTEXT, PAGE = 1088, 64
 MODELS = {
@@ -42,6 +46,25 @@ VARIANTS = {  # slots on their way, slots of weights in registers before a stage
     "flight 2, held 1": (2, 1),
     "flight 3, held 3": (3, 3),
 }
+QUANTISED = ("int4", "fp8", "int8")
+QUANTISED_VARIANTS = {  # slots of activations, slots of weights in registers, slots on their way
+    "int4": {"ahead 2, held 1": (2, 1, 2), "ahead 2, held 2, flight 3": (2, 2, 3)},
+    "fp8": {"ahead 3, held 2": (3, 2, 2), "ahead 4, held 1": (4, 1, 2), "ahead 4, held 2, flight 3": (4, 2, 3)},
+}
+MARKS = ("-DJAXLLM_TIMELINE",)
+
+
+def flags_of(variant: tuple[int, int, int]) -> tuple[str, ...]:
+    names = ("AHEAD", "HELD", "FLIGHT")
+    return tuple(f"-DJAXLLM_{name}={value}" for name, value in zip(names, variant, strict=True))
+
+
+# Kind and flags of every library that the sections for weights in few bits load, bf16's for comparison.
+BUILDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("bf16", ()),
+    *((kind, flags) for kind in QUANTISED for flags in ((), MARKS)),
+    *((kind, flags_of(each)) for kind, variants in QUANTISED_VARIANTS.items() for each in variants.values()),
+)
 
 
 def say(**row: Any) -> None:
@@ -53,22 +76,40 @@ def normal(key: jax.Array, shape: tuple[int, ...], scale: float = 1.0, shift: fl
     return (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(jnp.bfloat16)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "kind", "group"))
+def random_few(key: jax.Array, shape: tuple[int, int], kind: str, group: int = 128) -> Few:
+    """Any words and scales that keep activations in range: nothing is rounded from a wider weight."""
+    N, K = shape
+    size, (bits, spread) = K**-0.5, jax.random.split(key)
+    scale = jax.random.uniform(spread, (K // group, N) if kind == "int4" else (N,), jnp.float32, 0.5, 1.5) * size
+    if kind == "fp8":
+        return Few((16 * jax.random.normal(bits, shape, jnp.float32)).astype(jnp.float8_e4m3fn), scale / 16)
+    rows = packing.rows_of(4 if kind == "int4" else 8)
+    words = jax.random.bits(bits, (N // packing.TILE, K // packing.TILE, rows, packing.LANES), jnp.uint32)
+    values = jax.lax.bitcast_convert_type(words, jnp.int32)
+    return Few(values, (scale / 4.6).astype(jnp.bfloat16) if kind == "int4" else scale / 74)
+
+
+def matrix(key: jax.Array, shape: tuple[int, int], kind: str) -> Weight:
+    return normal(key, shape, shape[1] ** -0.5) if kind == "bf16" else random_few(key, shape, kind)
+
+
 @functools.lru_cache(maxsize=1)
-def weights(model: str) -> list[LayerWeights]:
-    return weights_of(MODELS[model])
+def weights(model: str, kind: str = "bf16") -> list[LayerWeights]:
+    return weights_of(MODELS[model], kind)
 
 
-def weights_of(m: LayersSpec) -> list[LayerWeights]:
+def weights_of(m: LayersSpec, kind: str = "bf16") -> list[LayerWeights]:
     wide, made = (m.N + 2 * m.K) * m.H, []
     for layer in range(m.L):
         k = jax.random.split(jax.random.key(layer), 8)
         made.append(
             LayerWeights(
-                normal(k[0], (wide, m.D), m.D**-0.5),
-                normal(k[1], (m.D, m.N * m.H), (m.N * m.H) ** -0.5),
+                matrix(k[0], (wide, m.D), kind),
+                matrix(k[1], (m.D, m.N * m.H), kind),
                 normal(k[2], (2, m.D), 0.1, 1.0),
-                normal(k[3], (2 * m.F, m.D), m.D**-0.5),
-                normal(k[4], (m.D, m.F), m.F**-0.5),
+                matrix(k[3], (2 * m.F, m.D), kind),
+                matrix(k[4], (m.D, m.F), kind),
                 normal(k[6], (wide,)) if m.qkv_bias else None,
                 normal(k[7], (m.D,)) if m.o_bias else None,
                 normal(k[5], (2, m.H), 0.1, 1.0) if m.qk_norm else None,
@@ -78,21 +119,33 @@ def weights_of(m: LayersSpec) -> list[LayerWeights]:
 
 
 @functools.lru_cache(maxsize=1)
-def head_of(model: str) -> Head:
+def head_of(model: str, kind: str = "bf16") -> Head:
+    """int4 models have an int8 head."""
     m, k = MODELS[model], jax.random.split(jax.random.key(-1))
-    return Head(normal(k[0], (m.D,), 0.1, 1.0), normal(k[1], (m.V, m.D), m.D**-0.5))
+    return Head(normal(k[0], (m.D,), 0.1, 1.0), matrix(k[1], (m.V, m.D), "int8" if kind == "int4" else kind))
 
 
 Kernel = tuple[str, ctypes.CDLL]  # the name it is registered under, the library
 
 
 @functools.cache
-def kernel(flags: tuple[str, ...] = ()) -> Kernel:
+def kernel(flags: tuple[str, ...] = (), kind: str = "bf16") -> Kernel:
     """The kernel built with other constants, under a name of its own."""
-    loaded = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *flags)))
-    target = cuda.TARGET + "".join(flag.replace("-D", "_").replace("=", "") for flag in flags)
-    cuda.register(loaded, target)
+    handler = cuda.KINDS[kind]
+    loaded = handler.load(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *handler.flags, *flags)))
+    target = handler.target + "".join(flag.replace("-D", "_").replace("=", "") for flag in flags)
+    handler.register(loaded, target)
     return target, loaded
+
+
+def build() -> None:
+    def one(each: tuple[str, tuple[str, ...]]) -> str:
+        kind, flags = each
+        return str(built(cuda.SOURCE, cuda.INCLUDES, (*NVCC, *cuda.KINDS[kind].flags, *flags)))
+
+    with ThreadPoolExecutor(2) as pool:
+        for (kind, flags), path in zip(BUILDS, pool.map(one, BUILDS), strict=True):
+            say(what="build", kind=kind, flags=flags, path=path)
 
 
 def step_of(model: str, B: int, of: Kernel, where: str) -> tuple[Any, list[Any], list[jax.Array]]:
@@ -110,8 +163,11 @@ def step_of(model: str, B: int, of: Kernel, where: str) -> tuple[Any, list[Any],
         out, pages = cuda.call(*of, programs, x, layers, pages, *rows, eps=EPS, scale=m.H**-0.5, head=inside)
         if where == "apart":
             contract = (((1,), (1,)), ((), ()))
-            normed = rms_norm(out, head.norm, EPS)
-            out = jax.lax.dot_general(normed, head.table, contract, preferred_element_type=jnp.float32)
+            normed, table = rms_norm(out, head.norm, EPS), head.table
+            if isinstance(table, Few):
+                out = int8_matmul(normed, table.values, table.scale)
+            else:
+                out = jax.lax.dot_general(normed, table, contract, preferred_element_type=jnp.float32)
         return out, pages
 
     return jax.jit(step, donate_argnums=(1,)), pages, rows
@@ -126,10 +182,10 @@ def bytes_of(model: str, B: int, where: str) -> int:
     return 2 * m.L * (layer + B * CONTEXT * 2 * m.K * m.H) + 2 * m.V * m.D * (where != "none")
 
 
-def seconds_of(model: str, B: int, of: Kernel, where: str, reps: int = 20) -> float:
+def seconds_of(model: str, B: int, of: Kernel, where: str, reps: int = 20, kind: str = "bf16") -> float:
     step, pages, rows = step_of(model, B, of, where)
     x, times = normal(jax.random.key(9), (B, MODELS[model].D)), []
-    layers, head = weights(model), head_of(model)
+    layers, head = weights(model, kind), head_of(model, kind)
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(reps):
@@ -145,7 +201,21 @@ def check() -> None:
         MODELS["llama-3.1-8b"], name="8b", L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1), V=0
     )
     headed = dataclasses.replace(real, name="8b, head", V=8003)
-    for spec in (*LAYERS_SPECS[:6], real, headed):
+    compare(*LAYERS_SPECS[:6], real, headed)
+
+
+def check_quantised() -> None:
+    """Likewise with weights in few bits: the emulator's cases, and two layers of 8B's shape for 8 rows and for one."""
+    real = dataclasses.replace(MODELS["llama-3.1-8b"], L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1), V=0)
+    compare(*QUANTISED_SPECS)
+    for kind in QUANTISED:
+        eight = dataclasses.replace(real, name=f"8b, {kind}", kind=kind, V=0 if kind == "int4" else 8064)
+        compare(eight, dataclasses.replace(eight, name=f"8b, {kind}, one row", lengths=(1088,)))
+    compare(dataclasses.replace(real, name="8b, int4 by 64, f16", kind="int4", group=64, scales="float16"))
+
+
+def compare(*specs: LayersSpec) -> None:
+    for spec in specs:
         given = spec.inputs()
         (x, layers, pages, *rows), head = spec.arguments(given), spec.head(given)
 
@@ -186,19 +256,50 @@ def variants() -> None:
 
 
 def timeline() -> None:
-    of = kernel(("-DJAXLLM_TIMELINE",))
     for model, B in (("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("qwen3-0.6b", 1)):
-        step, pages, rows = step_of(model, B, of, "inside")
-        x, layers, head = normal(jax.random.key(9), (B, MODELS[model].D)), weights(model), head_of(model)
-        times, counts = np.zeros((160, 4096), np.uint64), np.zeros(160, np.int32)
-        for _ in range(3):  # the last one is what is told
-            out, pages = step(x, pages, layers, head, *rows)
-            jax.block_until_ready(out)
-            pointer = times.ctypes.data_as(ctypes.c_void_p), counts.ctypes.data_as(ctypes.c_void_p)
-            if error := of[1].jaxllm_decode_layers_timeline(*pointer):
-                say(what="timeline", error=error)
-                return
-        tell(model, B, times, counts)
+        trace(model, B)
+
+
+def trace(model: str, B: int, kind: str = "bf16", where: str = "inside") -> None:
+    of = kernel(MARKS, kind)
+    step, pages, rows = step_of(model, B, of, where)
+    x, layers, head = normal(jax.random.key(9), (B, MODELS[model].D)), weights(model, kind), head_of(model, kind)
+    times, counts = np.zeros((160, 4096), np.uint64), np.zeros(160, np.int32)
+    for _ in range(3):  # the last one is what is told
+        out, pages = step(x, pages, layers, head, *rows)
+        jax.block_until_ready(out)
+        pointer = times.ctypes.data_as(ctypes.c_void_p), counts.ctypes.data_as(ctypes.c_void_p)
+        if error := of[1].jaxllm_decode_layers_timeline(*pointer):
+            say(what="timeline", error=error)
+            return
+    tell(model, B, times, counts, kind)
+
+
+def quantised() -> None:
+    """8B's layers by kind, with the head where it is of their kind, or behind them; then with other constants."""
+    model = "llama-3.1-8b"
+    for kind in ("bf16", *QUANTISED):
+        for where in ("none", "apart" if kind == "int4" else "inside"):
+            for B in (1, 8):
+                _time_quantised(model, kind, B, where)
+        for name, variant in QUANTISED_VARIANTS.get(kind, {}).items():
+            for B in (1, 8):
+                _time_quantised(model, kind, B, "none", name, flags_of(variant))
+
+
+def _time_quantised(model: str, kind: str, B: int, where: str, name: str = "", flags: tuple[str, ...] = ()) -> None:
+    m, held = MODELS[model], jax.tree.leaves(weights(model, kind))
+    held += jax.tree.leaves(head_of(model, kind)) if where != "none" else []
+    size = sum(each.nbytes for each in held) + 4 * m.L * B * CONTEXT * m.K * m.H
+    seconds = seconds_of(model, B, kernel(flags, kind), where, kind=kind)
+    row = dict(ms=seconds * 1e3, GB=size / 1e9, TBps=size / seconds / 1e12)
+    say(what="quantised", model=model, kind=kind, B=B, head=where, variant=name, **row)
+
+
+def quantised_timeline() -> None:
+    for kind in QUANTISED:
+        for B in (1, 8):
+            trace("llama-3.1-8b", B, kind, "none" if kind == "int4" else "inside")
 
 
 POINTS = ("await", "x", "first", "rest", "signal")  # a product's: what ends there began at the one before
@@ -207,7 +308,7 @@ NAMES += ["attention " + point for point in ("await", "runs", "others", "count",
 NAMES += ["head " + point for point in POINTS]
 
 
-def tell(model: str, B: int, times: Any, counts: Any) -> None:
+def tell(model: str, B: int, times: Any, counts: Any, kind: str) -> None:
     """Between two marks of a block: the later one's name says what it went to. Times of all layers but the first, and
     of the head."""
     found: dict[tuple[int, int], list[float]] = {}
@@ -221,11 +322,29 @@ def tell(model: str, B: int, times: Any, counts: Any) -> None:
             found.setdefault((points[i], points[i + 1]), []).append((at[i + 1] - at[i]) / 1e3)
     for (begin, end), spent in sorted(found.items()):
         a, b, c = (round(float(np.percentile(spent, q)), 2) for q in (10, 50, 90))
-        say(what="timeline", model=model, B=B, begin=NAMES[begin], end=NAMES[end], us=[a, b, c], times=len(spent))
-    say(what="timeline", model=model, B=B, us_layer=float(np.mean(length)))
+        say(
+            what="timeline",
+            kind=kind,
+            model=model,
+            B=B,
+            begin=NAMES[begin],
+            end=NAMES[end],
+            us=[a, b, c],
+            times=len(spent),
+        )
+    say(what="timeline", kind=kind, model=model, B=B, us_layer=float(np.mean(length)))
 
 
-SECTIONS = {"check": check, "time": timed, "variants": variants, "timeline": timeline}
+SECTIONS = {
+    "build": build,
+    "check": check,
+    "time": timed,
+    "variants": variants,
+    "timeline": timeline,
+    "check_quantised": check_quantised,
+    "quantised": quantised,
+    "quantised_timeline": quantised_timeline,
+}
 
 
 def main(names: list[str]) -> None:

@@ -80,15 +80,25 @@ def built(
 
 @dataclass(frozen=True)
 class Handler:
-    """A source's entry for XLA's FFI, `symbol`; `{symbol}_work` says how many bytes of memory a call works in."""
+    """A source's entry for XLA's FFI, `symbol`; `{symbol}_work` says how many bytes of memory a call works in.
+
+    With other `flags` the same source is another library, whose calls need a `name` of their own.
+    """
 
     source: Path
     includes: tuple[Path, ...]
     symbol: str
+    flags: tuple[str, ...] = ()
+    name: str | None = None
+
+    @property
+    def target(self) -> str:
+        """What XLA knows it as."""
+        return self.name or self.symbol
 
     @once
     def library(self) -> ctypes.CDLL:
-        return self.load(built(self.source, self.includes, NVCC))
+        return self.load(built(self.source, self.includes, (*NVCC, *self.flags)))
 
     def load(self, path: Path) -> ctypes.CDLL:
         loaded = ctypes.cdll.LoadLibrary(str(path))
@@ -98,4 +108,4 @@ class Handler:
     @once
     def register(self, loaded: ctypes.CDLL, target: str | None = None, platform: str = "CUDA") -> None:
         pointer = jax.ffi.pycapsule(getattr(loaded, self.symbol))
-        jax.ffi.register_ffi_target(target or self.symbol, pointer, platform=platform)
+        jax.ffi.register_ffi_target(target or self.target, pointer, platform=platform)

@@ -39,8 +39,10 @@ ROOT = Path(__file__).parents[2]
 READ_BY_TRACING = ("jaxllm/core.py", "jaxllm/graph", "pallas_kernels", "sharding")
 # Kernels as custom calls. JAX promises nothing of them between its versions, but the one that wrote a file reads it.
 # CUDA sources: built, or found built, when a step that calls them is read
-LIBRARIES = (decode_attention, decode_chain, decode_layers, wide_layers, sampling)
-OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", *(each.TARGET for each in LIBRARIES))
+LIBRARIES = {each.TARGET: each for each in (decode_attention, decode_chain, wide_layers, sampling)} | {
+    each.target: each for each in decode_layers.KINDS.values()
+}
+OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", *LIBRARIES)
 
 for kind in (Stepped, Sampled, MultiStepped):
     export.register_namedtuple_serialization(kind, serialized_name=f"jaxllm.{kind.__name__}")
@@ -136,8 +138,8 @@ def _provide(data: bytes) -> None:
     """What tracing the kernels in this module would have brought into the process."""
     if b"mosaic_gpu" in data:
         importlib.import_module("jax.experimental.mosaic.gpu")  # tells the runtime where its library lies
-    for each in LIBRARIES:
-        if each.TARGET.encode() in data:
+    for target, each in LIBRARIES.items():
+        if target.encode() in data:
             each.register(each.library())
 
 

@@ -29,5 +29,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    out = jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
+    out = jax.lax.dot_general(
+        x.astype(weight.dtype), weight, contract, precision=precision, preferred_element_type=jnp.float32
+    )
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch, imported, register
+from pallas_kernels.quant_matmul import packing
 
 _ROOM = "pallas_kernels.decode_layers"
 register("decode_layers", "cuda", imported(f"{_ROOM}.cuda:decode_layers"), platforms=("gpu",))
@@ -29,22 +30,70 @@ Pages = tuple[jax.Array, jax.Array]  # keys and values of a layer, each [P, K, p
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Few:
+    """A weight [outputs, inputs] in few bits: scale * q, as quant_matmul takes it."""
+
+    values: jax.Array  # e4m3[N, K], or words i32[N / 64, K / 64, 8 or 4, 128] of int8 or int4 as packing.py lays them
+    scale: jax.Array  # f32[N]; of int4 bf16 or f16 [K / group, N]
+
+    @property
+    def kind(self) -> str:
+        """fp8, int8 or int4."""
+        if self.values.dtype != jnp.int32:
+            return "fp8"
+        return "int8" if self.values.shape[2] == packing.rows_of(8) else "int4"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = self.values.shape
+        return sizes if len(sizes) == 2 else (sizes[0] * packing.TILE, sizes[1] * packing.TILE)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.scale.shape[0] if self.kind == "int4" else self.shape[1]
+
+    def check(self, name: str) -> None:
+        """ValueError for values or scales that are none of the above."""
+        rows = [packing.rows_of(bits) for bits in (4, 8)]
+        packed = self.values.ndim == 4 and self.values.shape[2] in rows and self.values.shape[3] == packing.LANES
+        if not (packed if self.values.dtype == jnp.int32 else self.values.dtype == jnp.float8_e4m3fn):
+            raise ValueError(f"{name}: need e4m3[N, K] or packed words, got {self.values.dtype}{self.values.shape}")
+        N, K = self.shape
+        if self.kind == "int4":
+            good = self.scale.dtype in (jnp.bfloat16, jnp.float16) and self.scale.shape[1:] == (N,)
+            good = good and K % self.scale.shape[0] == 0
+        else:
+            good = self.scale.dtype == jnp.float32 and self.scale.shape == (N,)
+        if not good:
+            raise ValueError(f"{name}: {self.kind}[{N}, {K}] with scales {self.scale.dtype}{self.scale.shape}")
+
+
+Weight = jax.Array | Few
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LayerWeights:
-    qkv: jax.Array  # [(N + 2K) * H, D]: q, then k, then v
-    o: jax.Array  # [D, N * H]
+    qkv: Weight  # [(N + 2K) * H, D]: q, then k, then v
+    o: Weight  # [D, N * H]
     norms: jax.Array  # [2, D]: attention's, the feed-forward block's
-    gate_up: jax.Array  # [2F, D]: all of gate, then up
-    down: jax.Array  # [D, F]
+    gate_up: Weight  # [2F, D]: all of gate, then up
+    down: Weight  # [D, F]
     qkv_bias: jax.Array | None = None  # [(N + 2K) * H]
     o_bias: jax.Array | None = None  # [D]
     qk_norms: jax.Array | None = None  # [2, H]
+
+    @property
+    def matrices(self) -> tuple[Weight, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Head:
     norm: jax.Array  # [D]
-    table: jax.Array  # [V, D]
+    table: Weight  # [V, D]
 
 
 def decode_layers(
@@ -91,9 +140,14 @@ def decode_layers(
             if (array is None) != (first is None) or (array is not None and array.shape != shape):
                 got = None if array is None else list(array.shape)
                 raise ValueError(f"layer {number}: {name} must be {list(shape)} as in layer 0, got {got}")
+        for each in layer.matrices:
+            if isinstance(each, Few):
+                each.check(f"layer {number}")
         if any(each.shape != pages[0][0].shape for each in own):
             raise ValueError(f"layer {number}: pages must be {list(pages[0][0].shape)} as in layer 0")
-    if head is not None and (head.norm.shape != (D,) or head.table.ndim != 2 or head.table.shape[1] != D):
+    if head is not None and isinstance(head.table, Few):
+        head.table.check("head")
+    if head is not None and (head.norm.shape != (D,) or len(head.table.shape) != 2 or head.table.shape[1] != D):
         raise ValueError(f"head: need norm[{D}] and table[V, {D}], got {head.norm.shape} and {head.table.shape}")
     if page_table.ndim != 2 or page_table.shape[0] != B or kv_lens.shape != (B,):
         raise ValueError(f"need page_table[{B}, W] and kv_lens[{B}], got {page_table.shape} and {kv_lens.shape}")

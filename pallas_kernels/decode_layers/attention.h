@@ -284,7 +284,7 @@ DEVICE void merge(const Reader& r, const Unit& unit, int group) {
         if (i < count) add(next[i], base + i);
       base += count;
     }
-    uint16_t* to = p.work.mixed + int64_t(unit.row) * p.heads * kHead + (unit.head * group + head) * kHead + column;
+    uint16_t* to = p.work.mixed + int64_t(unit.row) * p.heads * kHead + (unit.head * group + head) * kHead + placed(column);
     *reinterpret_cast<uint32_t*>(to) = narrow(out[0] / total, out[1] / total);
   }
 }

@@ -15,34 +15,44 @@
 // multiplies its sums by the rows' scales. Rotation and the norms of queries and keys are done where attention reads them.
 //
 // The final norm and the head, where they are asked for, are one more layer of which there is only the first product.
+//
+// Weights are of one kind, a library each: bf16, or as weights.h says. A slot's bytes are the same in all.
+#ifndef JAXLLM_WEIGHTS
+#define JAXLLM_WEIGHTS kBf16
+#endif
 #include "primitives.h"
+#include "weights.h"
 
 namespace {
 
 #ifndef JAXLLM_DEPTH  // a benchmark may try others
-#define JAXLLM_DEPTH 512
+#define JAXLLM_DEPTH (8192 / kBits)
 #define JAXLLM_SLOTS 6
 #endif
 #ifndef JAXLLM_AHEAD
-#define JAXLLM_AHEAD 4
+#define JAXLLM_AHEAD (kBits == 4 ? 2 : 4)
 #endif
 #ifndef JAXLLM_FLIGHT
 #define JAXLLM_FLIGHT 2
 #endif
 #ifndef JAXLLM_HELD
-#define JAXLLM_HELD 3
+#define JAXLLM_HELD (kBits == 16 ? 3 : 2)
 #endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
 #endif
 
-constexpr int kRows = 8, kUnit = 16, kWarps = 8, kThreads = kWarps * 32, kMaxLayers = 80;
+constexpr int kRows = 8, kWarps = 8, kThreads = kWarps * 32, kMaxLayers = 80;
 constexpr int kSplit = 64;  // keys of a run
 constexpr int kFetchers = JAXLLM_FETCHERS, kAllThreads = kThreads + kFetchers * 32;
 constexpr int kDepth = JAXLLM_DEPTH;     // columns of a slot
-constexpr int kPitch = kDepth * 2 + 64;  // bytes: odd multiples of 64, so that 8 lanes meet no bank twice
+constexpr int kRowBytes = kDepth * kBits / 8, kPitch = kRowBytes + 64;  // odd multiples of 64, so that 8 lanes meet no bank twice
 constexpr int kSlotRows = 2 * kUnit, kSlots = JAXLLM_SLOTS, kSlotBytes = kSlotRows * kPitch;
-constexpr int kShare = kDepth / kWarps, kHalves = kShare / 32;  // a warp's columns of a slot, 32 at a time
+constexpr int kShare = kDepth / kWarps, kHalves = kShare / kChunk;  // a warp's columns of a slot
+// Of packed weights a slot has pieces, in order of inputs, each of the one unit and then of the other; behind them int4's
+// scales, [unit][group][16].
+constexpr int kPieces = kDepth / kPieceInputs, kUnitScales = kDepth / kGroupInputs * kUnit * 2;
+static_assert(!kPacked || 2 * kPieces * kPiece + (kByGroup ? 2 * kUnitScales : 0) <= kSlotBytes);
 constexpr int kAhead = JAXLLM_AHEAD;    // slots whose activations are in registers
 constexpr int kFlight = JAXLLM_FLIGHT;  // slots whose copies may be on their way at one time; half full, twice as many
 constexpr int kHeld = JAXLLM_HELD;      // slots whose weights are in registers before a stage begins
@@ -50,8 +60,13 @@ constexpr int kHeadPoint = 27;  // of a timeline: behind the stages' and attenti
 constexpr int kMaxUnits = 8;          // of the residual stream that one block keeps
 constexpr float kLog2e = 1.4426950408889634f;
 
+using Stored = std::conditional_t<kKind == kBf16, uint16_t, unsigned char>;  // of a row's columns one each; of packed ones bytes
+
 struct Layer {  // of the end: `qkv` is the head [V][D], `norms` the final one's weights
-  const uint16_t *qkv, *o, *norms, *gate_up, *down, *qkv_bias, *o_bias, *qk_norms;
+  const Stored *qkv, *o;
+  const uint16_t* norms;
+  const Stored *gate_up, *down;
+  const uint16_t *qkv_bias, *o_bias, *qk_norms;
   uint16_t *k_pages, *v_pages;
 };
 
@@ -72,6 +87,9 @@ struct Params {
   int num_layers, last_layer;  // the latter: of the products, with the head one more
   int V, rows, programs, D, F, heads, kv_heads, page_size, width, splits;
   float eps, scale;
+  // Of each stage's weights: f32[outputs], or of int4 [groups][outputs] in bf16 or f16. A group is 64 inputs << group_shift.
+  const void* scales[kKind == kBf16 ? 1 : kMaxLayers + 1][4];
+  int group_shift, f16;
 };
 
 enum Stage { kQkv, kO, kGateUp, kDown };
@@ -92,9 +110,11 @@ struct alignas(16) Four {
 };
 
 struct Product {
-  const uint16_t* weights;
+  const Stored* weights;
   int depth, rows, half;  // half: the row of W where `up` begins; 0 = rows as they are
   DEVICE int units() const { return (rows + kUnit - 1) / kUnit; }
+  // 16 rows of packed weights. Of a gated product a unit of gate comes before what belongs to it in up.
+  DEVICE int strip(int unit) const { return half == 0 ? unit : unit / 2 + unit % 2 * (half / kUnit); }
 };
 
 DEVICE Product product_of(const Params& p, int layer, Stage stage) {
@@ -115,14 +135,20 @@ DEVICE int64_t weight_row(const Product& w, int unit, int row) {
   return int64_t(unit) * 8 + (row & 7) + (row >= 8 ? w.half : 0);
 }
 
+struct Range {
+  int first, last;
+};
+
+// This block's units. Strips of gate and up are not parted.
+DEVICE Range share_of(const Params& p, const Product& w, int program) {
+  const int together = kPacked && w.half ? 2 : 1, all = w.units() / together;
+  return {first_unit(p, all, program) * together, first_unit(p, all, program + 1) * together};
+}
+
 // ---- runs of keys ----
 
 struct Unit {
   int row, head, split, splits, length;  // head: of keys and values
-};
-
-struct Range {
-  int first, last;
 };
 
 DEVICE int splits_of(int length) { return (length + kSplit - 1) / kSplit; }
@@ -173,7 +199,8 @@ struct Cursor {
   DEVICE void enter() {  // the stage, or the first behind it in which this block has a share
     for (; there(); next_stage()) {
       w = product_of(p, layer, Stage(stage));
-      unit = first_unit(p, w.units(), program), last = first_unit(p, w.units(), program + 1), column = 0;
+      const Range share = share_of(p, w, program);
+      unit = share.first, last = share.last, column = 0;
       if (unit < last) return;
     }
   }
@@ -182,8 +209,18 @@ struct Cursor {
   }
   DEVICE bool there() const { return layer <= p.last_layer; }
   DEVICE int rows() const { return between(0, w.rows - unit * kUnit, last - unit < 2 ? kUnit : 2 * kUnit); }
-  DEVICE int bytes() const { return 2 * (w.depth - column < kDepth ? w.depth - column : kDepth); }
-  DEVICE const uint16_t* row(int at) const { return w.weights + weight_row(w, unit + at / kUnit, at % kUnit) * w.depth + column; }
+  DEVICE int columns() const { return w.depth - column < kDepth ? w.depth - column : kDepth; }
+  DEVICE const Stored* row(int at) const { return w.weights + weight_row(w, unit + at / kUnit, at % kUnit) * w.depth + column; }
+  // Of packed weights the number-th piece, of unit `unit + u`.
+  DEVICE const Stored* piece(int u, int number) const {
+    const int strip = w.strip(unit + u), across = w.depth / kPieceInputs;
+    const int64_t tile = int64_t(strip / kTileUnits) * across + column / kPieceInputs + number;
+    return w.weights + tile * kPieceStride + strip % kTileUnits * kPiece;
+  }
+  DEVICE bool neighbours() const {  // both units' pieces
+    const int strip = w.strip(unit);
+    return unit + 1 < last && w.strip(unit + 1) == strip + 1 && strip % kTileUnits != kTileUnits - 1;
+  }
   DEVICE void advance() {
     column += kDepth;
     if (column < w.depth) return;
@@ -217,13 +254,44 @@ struct Fetcher {  // one of the warps that fill the ring; together they do what 
     return slot;
   }
 
-  DEVICE void weights() {
-    const int mine = between(0, now.rows() - number * kMine, kMine), bytes = now.bytes(), row = number * kMine + lane;
+  DEVICE void rows() {
+    const int mine = between(0, now.rows() - number * kMine, kMine), bytes = now.columns() * kBits / 8, row = number * kMine + lane;
     const int slot = next(mine * bytes, now.rows() <= kUnit);
     if (lane < mine) copy_in(s.ring[slot] + row * kPitch, now.row(row), bytes, &s.full[slot]);
+  }
+
+  // Piece by piece, both units' in one copy where they are neighbours.
+  DEVICE void pieces() {
+    const bool both = now.neighbours(), one = now.rows() <= kUnit, parted = !both && !one;
+    const int copies = now.columns() / kPieceInputs << parted, bytes = both ? 2 * kPiece : kPiece;
+    const int mine = (copies - number + kFetchers - 1) / kFetchers, copy = lane * kFetchers + number;
+    const int slot = next(mine * bytes, one), piece = copy >> parted, u = parted ? copy & 1 : 0;
+    if (lane < mine) copy_in(s.ring[slot] + (2 * piece + u) * kPiece, now.piece(u, piece), bytes, &s.full[slot]);
+    if constexpr (kByGroup) scales(slot);
+  }
+
+  // A lane's 8 of a slot's, and its arrival.
+  DEVICE void scales(int slot) {
+    const Params& p = now.p;
+    constexpr int kGroupsMost = kDepth / kGroupInputs;
+    const int at = number * 32 + lane, u = at / 2 / kGroupsMost, group = at / 2 % kGroupsMost, high = at % 2 * 8;
+    if (u * kUnit < now.rows() && group < (now.columns() / kGroupInputs) >> p.group_shift) {
+      const auto* from = static_cast<const uint16_t*>(p.scales[now.layer][now.stage]);
+      const int64_t row = (now.column / kGroupInputs >> p.group_shift) + group;
+      unsigned char* to = s.ring[slot] + 2 * kPieces * kPiece + u * kUnitScales + (group * kUnit + high) * 2;
+      copy_16(to, from + row * now.w.rows + now.w.strip(now.unit + u) * kUnit + high);
+    }
+    arrive_with_copies(&s.full[slot]);
+  }
+
+  DEVICE void weights() {
+    if constexpr (kPacked) pieces();
+    else rows();
     now.advance();
   }
 };
+static_assert(!kPacked || 2 * kPieces <= 32 * kFetchers);
+static_assert(!kByGroup || 4 * (kDepth / kGroupInputs) == 32 * kFetchers);
 
 // Keys, then values, of this block's runs, 4 of them a copy: a page's are neighbours.
 DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range& runs) {
@@ -236,10 +304,12 @@ DEVICE void fetch_runs(const Params& p, Fetcher& f, const Layer& l, const Range&
     int mine = 0;
     for (int i = 0; i < kMine; ++i) mine += (f.number * kMine + i) % kGroups < there;
     const int slot = f.next(mine * kBytes, false), task = f.number * kMine + f.lane, group = task % kGroups;
+    if constexpr (kByGroup) before_copy_in();  // scales were there
     if (f.lane < kMine && group < there) {
       uint16_t* to = reinterpret_cast<uint16_t*>(f.s.ring[slot]) + task * kGap;
       copy_in(to, (task < kGroups ? l.k_pages : l.v_pages) + page_at(p, unit, first + group * kTogether), kBytes, &f.s.full[slot]);
     }
+    if constexpr (kByGroup) arrive_with_copies(&f.s.full[slot]);
   }
 }
 
@@ -278,19 +348,15 @@ DEVICE uint4 activations(const Reader& r, const uint16_t* x, int depth, int colu
   return load_fresh(reinterpret_cast<const uint4*>(x + int64_t(r.g) * depth + column));
 }
 
-DEVICE void multiply(float (&acc)[4], uint4 low, uint4 high, uint4 x) {
-  // The columns of a lane's 16 bytes are in the same places on both sides, so their order does not matter.
-  mma(acc, low.x, high.x, low.y, high.y, x.x, x.y);
-  mma(acc, low.z, high.z, low.w, high.w, x.z, x.w);
-}
-
 // This warp's columns of x, of kAhead slots; where x is longer, each is replaced when it has been used.
 struct Activations {
-  uint4 held[kAhead][kHalves];
+  uint4 held[kAhead][kHalves][kX];
   DEVICE void load(const Reader& r, const uint16_t* x, int depth, int i, int slot) {
 #pragma unroll
     for (int h = 0; h < kHalves; ++h)
-      held[i][h] = activations(r, x, depth, slot * kDepth + r.warp * kShare + r.t * 8 + h * 32);
+#pragma unroll
+      for (int part = 0; part < kX; ++part)
+        held[i][h][part] = activations(r, x, depth, slot * kDepth + r.warp * kShare + r.t * 8 + h * kChunk + part * 32);
   }
   // With those of the next slot that needs the place of slot `used`, or of the next units.
   DEVICE void replace(const Reader& r, const uint16_t* x, int depth, int i, int used) {
@@ -303,20 +369,39 @@ struct Activations {
   }
 };
 
-// Of this warp's columns of the next slot, the number-th of these units: use(unit, half, rows g, rows g + 8), then it is free.
+// This warp's h-th chunk of unit u in a slot, `column` the first of it.
+DEVICE Chunk chunk_in(const Reader& r, const unsigned char* slot, int u, int h) {
+  Chunk c;
+  if constexpr (kPacked) {
+    const int column = r.warp * kShare + h * kChunk;
+    const unsigned char* at = slot + (2 * (column / kPieceInputs) + u) * kPiece + r.lane * 16;
+    c.low = *reinterpret_cast<const uint4*>(at), c.high = *reinterpret_cast<const uint4*>(at + 2 * kPiece);
+    if constexpr (kByGroup)
+#pragma unroll
+      for (int part = 0; part < kChunk / kGroupInputs; ++part) {
+        const int group = (column / kGroupInputs + part) >> r.p.group_shift;
+        const auto* scales = reinterpret_cast<const uint16_t*>(slot + 2 * kPieces * kPiece + u * kUnitScales) + group * kUnit;
+        c.scales[part] = scales[r.g] | uint32_t(scales[r.g + 8]) << 16;
+      }
+  } else {
+    const unsigned char* at = slot + (u * kUnit + r.g) * kPitch + (r.warp * kShare + h * kChunk) * kBits / 8 + r.t * 16;
+    c.low = *reinterpret_cast<const uint4*>(at), c.high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
+  }
+  return c;
+}
+
+// Of this warp's columns of the next slot, the number-th of these units: use(r, unit, half, chunk), then it is free.
 template <typename Use>
 DEVICE void take_slot(Reader& r, const Product& w, int number, int units, Use use) {
-  const int slot = r.taken % kSlots;
+  const int slot = r.taken % kSlots, column = number * kDepth + r.warp * kShare;
   wait_for(&r.s.full[slot], (r.taken / kSlots) & 1);
-  if (number * kDepth + r.warp * kShare < w.depth)
+  if (column < w.depth)
 #pragma unroll
     for (int u = 0; u < 2; ++u)
       if (u < units)
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          const unsigned char* at = r.s.ring[slot] + (u * kUnit + r.g) * kPitch + (r.warp * kShare + r.t * 8 + h * 32) * 2;
-          use(u, h, *reinterpret_cast<const uint4*>(at), *reinterpret_cast<const uint4*>(at + 8 * kPitch));
-        }
+        for (int h = 0; h < kHalves; ++h)
+          if (kShare <= 64 || column + h * kChunk < w.depth) use(r, u, h, chunk_in(r, r.s.ring[slot], u, h));
   sync_warp();
   if (r.lane == 0) arrive(&r.s.empty[slot]);
   ++r.taken;
@@ -325,12 +410,11 @@ DEVICE void take_slot(Reader& r, const Product& w, int number, int units, Use us
 // The first slots of a stage, taken while what they are multiplied with is on its way: so much more of the next fits in the
 // ring. Zeros where there is nothing: what is never written would keep its registers through the whole kernel.
 struct Held {
-  uint4 low[kHeld][2][kHalves] = {}, high[kHeld][2][kHalves] = {};
+  Chunk chunks[kHeld][2][kHalves] = {};
   DEVICE void take(Reader& r, const Product& w, int units) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-      if (i * kDepth < w.depth)
-        take_slot(r, w, i, units, [&](int u, int h, uint4 a, uint4 b) { low[i][u][h] = a, high[i][u][h] = b; });
+      if (i * kDepth < w.depth) take_slot(r, w, i, units, [&](const Reader&, int u, int h, const Chunk& c) { chunks[i][u][h] = c; });
   }
   DEVICE void times(const Reader& r, const Product& w, const uint16_t* x, Activations& ahead, float (&acc)[2][4]) const {
 #pragma unroll
@@ -338,7 +422,7 @@ struct Held {
 #pragma unroll
       for (int u = 0; u < 2; ++u)
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) multiply(acc[u], low[i][u][h], high[i][u][h], ahead.held[i][h]);
+        for (int h = 0; h < kHalves; ++h) multiply(r, acc[u], chunks[i][u][h], ahead.held[i][h]);
       ahead.replace(r, x, w.depth, i, i);
     }
   }
@@ -354,7 +438,7 @@ DEVICE void accumulate(Reader& r, const Product& w, const uint16_t* x, Activatio
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= slots) break;
       if (i < kHeld && base + i < done) continue;
-      take_slot(r, w, base + i, units, [&](int u, int h, uint4 low, uint4 high) { multiply(acc[u], low, high, ahead.held[i][h]); });
+      take_slot(r, w, base + i, units, [&](const Reader& r, int u, int h, const Chunk& c) { multiply(r, acc[u], c, ahead.held[i][h]); });
       ahead.replace(r, x, w.depth, i, base + i);
     }
 #pragma unroll
@@ -380,7 +464,7 @@ DEVICE float hand_on(const Reader& r, bool normed, uint16_t norm, int kept, int 
   const float rounded = wide(narrow_);
   r.s.residual[kept][b] = narrow_;
   if (normed)
-    r.p.work.scaled[int64_t(b) * r.p.D + column] = narrow(rounded * wide(norm));
+    r.p.work.scaled[int64_t(b) * r.p.D + placed(column)] = narrow(rounded * wide(norm));
   else
     r.p.out[int64_t(b) * r.p.D + column] = narrow_;
   return rounded * rounded;
@@ -429,7 +513,8 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
   const Params& p = r.p;
   const Layer& l = p.layers[layer];
   const Product w = product_of(p, layer, stage);
-  const int begin = first_unit(p, w.units(), r.program), end = first_unit(p, w.units(), r.program + 1);
+  const Range share = share_of(p, w, r.program);
+  const int begin = share.first, end = share.last;
   const bool head = layer == p.num_layers;
   const int points = head ? kHeadPoint : 5 * stage;
   const bool normed = stage == kQkv || stage == kGateUp, sums = !normed;
@@ -456,21 +541,31 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
     const bool there = u < units && b < p.rows;
     const float bias = there && biases != nullptr ? wide(biases[column]) : 0.f;
     const uint16_t norm = there && next != nullptr ? next[column] : 0;
+    const int hidden = kPacked ? unit / 2 * kUnit + row : (unit + u) * 8 + row;  // of this row of gate
+    const bool gated = stage == kGateUp, gate_row = kPacked ? u == 0 : row < 8;
+    float factor = 1.f, up_factor = 1.f;
+    if (kByOutput && there && (gated ? gate_row : column < w.rows)) {
+      const auto* scales = static_cast<const float*>(p.scales[layer][stage]);
+      factor = scales[gated ? hidden : column];
+      if (gated) up_factor = scales[p.F + hidden];
+    }
+    auto sum_of = [&](int u, int row, float factor) { return kByOutput ? summed(r, u, row, b) * factor : summed(r, u, row, b); };
     accumulate(r, w, x, ahead, units, acc, unit == begin ? kHeld : 0);
     if (normed && unit == begin) scale.publish(r);
     sync_computing();
     if (unit == begin) mark(r, points + 2);
-    if (there && stage == kGateUp && row < 8) {
-      const float gate = summed(r, u, row, b) * r.s.scales[b], up = summed(r, u, row + 8, b) * r.s.scales[b];
-      p.work.hidden[int64_t(b) * p.F + (unit + u) * 8 + row] = narrow(gate / (1.f + exp_(-gate)) * up);
+    if (there && gated && gate_row) {
+      const float gate = sum_of(u, row, factor) * r.s.scales[b];
+      const float up = (kPacked ? sum_of(1, row, up_factor) : sum_of(u, row + 8, up_factor)) * r.s.scales[b];
+      p.work.hidden[int64_t(b) * p.F + placed(hidden)] = narrow(gate / (1.f + exp_(-gate)) * up);
     } else if (there && head) {
-      if (column < p.V) p.logits[int64_t(b) * p.V + column] = summed(r, u, row, b) * r.s.scales[b];
+      if (column < p.V) p.logits[int64_t(b) * p.V + column] = sum_of(u, row, factor) * r.s.scales[b];
     } else if (there && stage == kQkv) {
       const int wide_ = (p.heads + 2 * p.kv_heads) * kHead;
-      p.work.qkv[int64_t(b) * wide_ + column] = narrow(summed(r, u, row, b) * r.s.scales[b] + bias);
+      p.work.qkv[int64_t(b) * wide_ + column] = narrow(sum_of(u, row, factor) * r.s.scales[b] + bias);
     } else if (there && sums) {
       const int kept = (unit - begin + u) * kUnit + row;
-      const float value = wide(r.s.residual[kept][b]) + (summed(r, u, row, b) + bias);
+      const float value = wide(r.s.residual[kept][b]) + (sum_of(u, row, factor) + bias);
       squares += hand_on(r, next != nullptr, norm, kept, column, b, value);
     }
     r.parity ^= 1;
@@ -506,7 +601,7 @@ namespace {
 DEVICE void run(const Params& p, Shared& s, int program, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
-    for (int slot = 0; slot < kSlots; ++slot) init_barrier(&s.full[slot], kFetchers), init_barrier(&s.empty[slot], kWarps);
+    for (int slot = 0; slot < kSlots; ++slot) init_barrier(&s.full[slot], kFetchers * (kByGroup ? 33 : 1)), init_barrier(&s.empty[slot], kWarps);
     publish_barriers();
   }
   sync_all();

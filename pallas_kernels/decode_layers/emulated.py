@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.compiled import GXX, built, once
+from pallas_kernels.compiled import GXX, Handler, built, once
 from pallas_kernels.decode_layers import cuda, wide
 from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
-TARGET = "jaxllm_decode_layers_emulated"
 PROGRAMS = 4  # multiprocessors of the machine that is played
 
 
@@ -32,8 +31,10 @@ def decode_layers(
 ) -> tuple[jax.Array, list[Pages]]:
     """See api.decode_layers."""
     cuda.refuse(x, layers, pages, head, groups)
-    cuda.register(library(), TARGET, "cpu")
-    return cuda.call(TARGET, library(), PROGRAMS, x, layers, pages, *rows, eps=eps, scale=scale, head=head)
+    handler = cuda.KINDS[cuda.kind_of(layers[0].qkv)]
+    loaded, target = library(handler), f"{handler.target}_emulated"
+    handler.register(loaded, target, "cpu")
+    return cuda.call(target, loaded, PROGRAMS, x, layers, pages, *rows, eps=eps, scale=scale, head=head)
 
 
 def wide_layers(
@@ -51,5 +52,5 @@ def machine(blocks: int) -> wide.Kernel:
 
 
 @once
-def library() -> ctypes.CDLL:
-    return cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, "-DJAXLLM_EMULATED")))
+def library(handler: Handler) -> ctypes.CDLL:
+    return handler.load(built(handler.source, handler.includes, (*GXX, "-DJAXLLM_EMULATED", *handler.flags)))

@@ -68,6 +68,7 @@ struct Issued {  // a product of tensor cores that read shared memory: done when
 };
 
 struct Fiber {
+  std::vector<std::pair<void*, const void*>> fetched;  // pieces of 16 bytes, until it says where it arrives with them
   std::vector<Issued> products;
   int groups = 0;
   ucontext_t begin;
@@ -149,6 +150,13 @@ inline uint16_t narrow(float value) {
   std::memcpy(&bits, &value, 4);
   if (std::isnan(value)) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float wide_f16(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent == 0    ? std::ldexp(float(fraction), -24)
+                     : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                      : std::ldexp(float(fraction + 1024), exponent - 25);
+  return bits >> 15 ? -size : size;
 }
 inline float exp_(float x) { return std::exp(x); }
 inline float exp2_(float x) { return std::exp2(x); }
@@ -245,6 +253,13 @@ inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) {
 inline uint32_t halves(uint32_t a, uint32_t b, bool high) {
   return bytes_of(a, b, high ? 0x7632 : 0x5410);
 }
+inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t flip) { return (a & mask) ^ flip; }
+inline uint32_t less_pair(uint32_t a, uint32_t b) {
+  return narrow(wide(uint16_t(a)) - wide(uint16_t(b))) | uint32_t(narrow(wide(a >> 16) - wide(b >> 16))) << 16;
+}
+inline uint32_t times_pair(uint32_t a, uint32_t b) {
+  return narrow(wide(uint16_t(a)) * wide(uint16_t(b))) | uint32_t(narrow(wide(a >> 16) * wide(b >> 16))) << 16;
+}
 inline uint32_t narrow(float low, float high) { return narrow(low) | uint32_t(narrow(high)) << 16; }
 inline uint32_t transposed(uint32_t pair) {
   const int lane = machine->current->lane, g = lane / 4, t = lane % 4;
@@ -294,6 +309,20 @@ inline void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrie
     throw std::logic_error("the copy engine takes multiples of 16 bytes");
   std::memset(to, 0xff, bytes);  // NaN until it lands
   later({[=] { std::memcpy(to, from, bytes); }, bytes, barrier});
+}
+inline void copy_16(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) throw std::logic_error("not at 16 bytes");
+  std::memset(to, 0xff, 16);
+  machine->current->fetched.emplace_back(to, from);
+}
+inline void arrive_with_copies(uint64_t* barrier) {
+  auto pieces = std::exchange(machine->current->fetched, {});
+  later({[=] {
+           for (const auto& [to, from] : pieces) std::memcpy(to, from, 16);
+           if (bar(barrier).pending == 0) machine->fault = "more arrivals than a barrier expects";
+           --bar(barrier).pending;
+         },
+         0, barrier});
 }
 
 inline void signal(uint32_t* counter, uint32_t amount) {

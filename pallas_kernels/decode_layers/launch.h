@@ -9,7 +9,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Which optional weights a layer has, in the order in which they come; and whether final norm and head come behind them.
-enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4, kTheHead = 8 };
+enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4, kTheHead = 8, kF16 = 16 };
 
 ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "decode_layers: " + what); }
 
@@ -42,7 +42,7 @@ Layout lay_out(Params& p, unsigned char* base) {
 }
 
 struct Sizes {  // attributes, as they come
-  int64_t num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, V, has;
+  int64_t num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, V, group, has;
   float eps, scale;
 };
 
@@ -51,6 +51,7 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
   p.heads = int(z.heads), p.kv_heads = int(z.kv_heads), p.page_size = int(z.page_size), p.width = int(z.width);
   p.splits = (p.width * p.page_size + kSplit - 1) / kSplit;
   p.eps = z.eps, p.scale = z.scale, p.V = int(z.V);
+  p.group_shift = z.group == 128, p.f16 = z.has & kF16 ? 1 : 0;
   p.last_layer = p.num_layers - (z.has & kTheHead ? 0 : 1);
   if (p.num_layers > kMaxLayers) return "too many layers";
   if (p.rows * p.kv_heads > kThreads) return "too many kv heads";
@@ -63,6 +64,7 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
     return got.has_value() ? got->untyped_data() : nullptr;
   };
   auto bits = [&] { return static_cast<uint16_t*>(next()); };
+  auto weights = [&] { return static_cast<const Stored*>(next()); };
   p.x = bits();
   p.table = static_cast<const int*>(next());
   p.lens = static_cast<const int*>(next());
@@ -70,15 +72,18 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
   p.sines = static_cast<const float*>(next());
   for (int i = 0; i < p.num_layers; ++i) {
     Layer& l = p.layers[i];
-    l.qkv = bits(), l.o = bits(), l.norms = bits(), l.gate_up = bits(), l.down = bits();
+    l.qkv = weights(), l.o = weights(), l.norms = bits(), l.gate_up = weights(), l.down = weights();
     l.qkv_bias = z.has & kQkvBias ? bits() : nullptr;
     l.o_bias = z.has & kOBias ? bits() : nullptr;
     l.qk_norms = z.has & kQkNorms ? bits() : nullptr;
+    if (kKind != kBf16)
+      for (const void*& scales : p.scales[i]) scales = next();
     l.k_pages = bits(), l.v_pages = bits();  // the results are the same memory
   }
   if (z.has & kTheHead) {
     Layer& end = p.layers[p.num_layers] = {};
-    end.norms = bits(), end.qkv = bits();
+    end.norms = bits(), end.qkv = weights();
+    if (kKind != kBf16) p.scales[p.num_layers][kQkv] = next();
   }
   auto out = rets.get<ffi::AnyBuffer>(0), work = rets.get<ffi::AnyBuffer>(1);
   if (!good || at != args.size() || !out.has_value() || !work.has_value()) return "unexpected number of buffers";
@@ -92,11 +97,11 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
 #define JAXLLM_SIZES                                                                                                   \
   .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("programs").Attr<int64_t>("D").Attr<int64_t>("F")     \
       .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                \
-      .Attr<int64_t>("V").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
+      .Attr<int64_t>("V").Attr<int64_t>("group").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
 #define JAXLLM_SIZE_ARGUMENTS                                                                                          \
   int64_t num_layers, int64_t rows, int64_t programs, int64_t D, int64_t F, int64_t heads, int64_t kv_heads,             \
-      int64_t page_size, int64_t width, int64_t V, int64_t has, float eps, float scale
-#define JAXLLM_SIZE_VALUES {num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, V, has, eps, scale}
+      int64_t page_size, int64_t width, int64_t V, int64_t group, int64_t has, float eps, float scale
+#define JAXLLM_SIZE_VALUES {num_layers, rows, programs, D, F, heads, kv_heads, page_size, width, V, group, has, eps, scale}
 
 #ifdef JAXLLM_EMULATED
 

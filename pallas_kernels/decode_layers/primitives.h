@@ -4,6 +4,7 @@
 #include "emulator.h"
 #else
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -19,6 +20,7 @@ constexpr int kDevices = 1;  // that share such memory: the emulator plays sever
 DEVICE constexpr int here() { return 0; }
 DEVICE float wide(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 DEVICE uint16_t narrow(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+DEVICE float wide_f16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 DEVICE float exp_(float x) { return __expf(x); }
 // 0 below 2^-126: exp2f scales there and back, which the compiler does one number after the other.
 DEVICE float exp2_(float x) {
@@ -106,6 +108,26 @@ DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// (a & mask) ^ flip. Written out: with two constants the compiler makes it two instructions.
+DEVICE uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t flip) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(a), "r"(mask), "r"(flip));
+  return result;
+}
+
+// Of two bf16 each: differences, products. Subnormal numbers are kept.
+DEVICE uint32_t less_pair(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+
+DEVICE uint32_t times_pair(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // Four bytes of the eight in a (0 to 3) and b (4 to 7), the selector's lowest digit first.
 DEVICE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
@@ -156,6 +178,15 @@ DEVICE void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrie
           shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
+}
+
+// 16 bytes by the thread itself, which goes on; its next arrive_with_copies says when all it asked for so are there.
+DEVICE void copy_16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+DEVICE void arrive_with_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Between ordinary stores to shared memory and a copy that goes to the same place.

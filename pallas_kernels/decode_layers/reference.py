@@ -1,4 +1,7 @@
-"""The layers in plain jnp, from the references of their parts: what the kernel must agree with."""
+"""The layers in plain jnp, from the references of their parts: what the kernel must agree with.
+
+Weights in few bits are widened to f32 and multiplied with activations as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_chain.api import Dense, Following
 from pallas_kernels.decode_chain.reference import decode_chain, rms_norm
-from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
+from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages, Weight
 from pallas_kernels.page_write.reference import page_write
 from pallas_kernels.paged_attention.reference import paged_attention_decode
+from pallas_kernels.quant_matmul import packing
+from pallas_kernels.quant_matmul.reference import int4_weight
 
 
 def decode_layers(
@@ -36,7 +41,7 @@ def decode_layers(
     page = jnp.take_along_axis(page_table, (position // page_size)[:, None], axis=1)[:, 0]
     slots = jnp.where(kv_lens > 0, page * page_size + position % page_size, P * page_size)
     first = layers[0]
-    qkv: jax.Array | None = _linear(rms_norm(x, first.norms[0], eps), first.qkv, first.qkv_bias)
+    qkv: jax.Array | None = _linear(rms_norm(x, first.norms[0], eps), widened(first.qkv), first.qkv_bias)
     written = list[Pages]()
     for layer, own, following in zip(layers, pages, [*layers[1:], None], strict=True):
         assert qkv is not None, "only the last layer has no next"
@@ -49,10 +54,20 @@ def decode_layers(
         mixed = paged_attention_decode(
             q, *written[-1], page_table, kv_lens, scale=scale, window=None, soft_cap=None
         ).reshape(B, NH)
-        dense = Dense(layer.o, layer.norms, layer.gate_up, layer.down, layer.o_bias)
-        after = None if following is None else Following(following.norms, following.qkv, following.qkv_bias)
+        dense = Dense(widened(layer.o), layer.norms, widened(layer.gate_up), widened(layer.down), layer.o_bias)
+        after = None if following is None else Following(following.norms, widened(following.qkv), following.qkv_bias)
         x, qkv = decode_chain(x, mixed, dense, after, eps=eps)
-    return x if head is None else _product(rms_norm(x, head.norm, eps), head.table), written
+    return x if head is None else _product(rms_norm(x, head.norm, eps), widened(head.table)), written
+
+
+def widened(weight: Weight) -> jax.Array:
+    """[outputs, inputs]: a plain weight as it is, others in f32."""
+    if not isinstance(weight, Few):
+        return weight
+    if weight.kind == "int4":
+        return int4_weight(weight.values, weight.scale, None)
+    values = packing.unpack(weight.values, 8) if weight.kind == "int8" else weight.values
+    return values.astype(jnp.float32) * weight.scale[:, None]
 
 
 def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -61,7 +76,11 @@ def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Arra
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    x = x.astype(weight.dtype)
+    return jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32
+    )
 
 
 def _rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.decode_layers.api import Head, LayerWeights
+from pallas_kernels.decode_layers.api import Few, Head, LayerWeights
+from pallas_kernels.quant_matmul import packing
 
 EPS = 1e-5
 SHARED: dict[str, Callable[[P], P]] = {  # how a layer's weights lie over devices that share it
@@ -28,6 +29,21 @@ SHARED: dict[str, Callable[[P], P]] = {  # how a layer's weights lie over device
     "o_bias": lambda axis: P(),
     "qk_norms": lambda axis: P(),
 }
+MATRICES = ("qkv", "o", "gate_up", "down", "table")
+
+
+def few(weight: jax.Array, kind: str, group: int = 128, scales: str = "bfloat16") -> Few:
+    """Rounded to nearest, the largest number of an output (int4: of a group) at the end of the range."""
+    wide = weight.astype(jnp.float32)
+    if kind == "int4":
+        parts = wide.reshape(len(wide), -1, group)
+        scale = (jnp.abs(parts).max(axis=2) / 7.5).astype(scales)
+        q = jnp.clip(jnp.round(parts / scale.astype(jnp.float32)[:, :, None]), -8, 7).reshape(wide.shape)
+        return Few(packing.pack(q.astype(jnp.int8), 4), scale.T)
+    most = jnp.abs(wide).max(axis=1)
+    if kind == "fp8":
+        return Few((wide / (most / 448)[:, None]).astype(jnp.float8_e4m3fn), most / 448)
+    return Few(packing.pack(jnp.round(wide / (most / 127)[:, None]).astype(jnp.int8), 8), most / 127)
 
 
 @dataclass(frozen=True)
@@ -49,13 +65,24 @@ class LayersSpec:
     qk_norm: bool = False
     dtype: str = "bfloat16"
     V: int = 0  # rows of the head; 0: there is none
+    kind: str = "bf16"  # of weights: or fp8, int8, int4
+    group: int = 128  # int4: inputs that share a scale
+    scales: str = "bfloat16"
 
     def arguments(self, given: dict[str, Any]) -> tuple[Any, ...]:
         """The op's arguments as JAX arrays: x, layers, pages, page_table, kv_lens, cosines, sines."""
-        layers = [LayerWeights(**jax.tree.map(jnp.asarray, layer)) for layer in given["layers"]]
+        layers = [
+            LayerWeights(**{name: self.stored(name, each) for name, each in own.items()}) for own in given["layers"]
+        ]
         pages = [tuple(map(jnp.asarray, pair)) for pair in given["pages"]]
         rows = (jnp.asarray(given[name]) for name in ("page_table", "kv_lens", "cosines", "sines"))
         return jnp.asarray(given["x"]), layers, pages, *rows
+
+    def stored(self, name: str, array: Any) -> Any:
+        """As the kernels get it: a matrix in this spec's kind; None stays None."""
+        if array is None or self.kind == "bf16" or name not in MATRICES:
+            return jax.tree.map(jnp.asarray, array)
+        return few(jnp.asarray(array), self.kind, self.group, self.scales)
 
     def dealt(self, layers: list[LayerWeights], ranks: int) -> list[LayerWeights]:
         """Weights whose equal shares, along SHARED, are those of devices that share the layers."""
@@ -87,7 +114,10 @@ class LayersSpec:
         return jax.jit(jax.shard_map(op, mesh=mesh, in_specs=given, out_specs=(axis, pages), check_vma=False))
 
     def head(self, given: dict[str, Any]) -> Head | None:
-        return Head(*map(jnp.asarray, given["head"])) if self.V else None
+        if not self.V:
+            return None
+        norm, table = given["head"]
+        return Head(jnp.asarray(norm), self.stored("table", table))
 
     def paging(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """int32[B, width], poison behind a row's pages; bool[P, page_size]: what holds something before this step."""
@@ -153,4 +183,18 @@ LAYERS_SPECS = (
     # For the kernel of up to 8; the other one's workers have several segments each.
     replace(_SMALL, name="too_many_rows", lengths=(3, 20, 0) * 4, qk_norm=True),
     replace(_SMALL, name="small_f32", lengths=(3, 20), dtype="float32"),
+)
+
+_ODD: dict[str, Any] = dict(lengths=(5, 0, 33), qkv_bias=True, o_bias=True, qk_norm=True)
+QUANTISED_SPECS = (
+    replace(_SMALL, name="int4", kind="int4", F=384),
+    # Three slots, the last of them not full; a block's units end inside a tile.
+    replace(_SMALL, name="int4_deep", kind="int4", group=64, F=4224, D=384, **_ODD),
+    replace(_SMALL, name="int4_f16", kind="int4", lengths=(130,), group=64, scales="float16", F=256, L=3),
+    replace(_SMALL, name="fp8", kind="fp8"),
+    replace(_SMALL, name="fp8_deep", kind="fp8", F=3264, D=320, **_ODD),
+    replace(_SMALL, name="fp8_head", kind="fp8", lengths=(33, 0, 5), L=1, V=1003),
+    replace(_SMALL, name="int8", kind="int8"),
+    replace(_SMALL, name="int8_deep", kind="int8", F=3264, D=320, **_ODD),
+    replace(_SMALL, name="int8_head", kind="int8", lengths=(33, 0, 5), L=1, V=1024),
 )

@@ -20,7 +20,7 @@ from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_attention import cuda as attention
 from pallas_kernels.decode_chain import cuda as chain
 from pallas_kernels.decode_chain.reference import rms_norm
-from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
+from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages, Weight
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "wide.cu"
@@ -99,6 +99,9 @@ def refuse(
     NH, F = first.o.shape[1], first.down.shape[1]
     if B > MOST_ROWS:
         raise NotImplementedError(f"at most {MOST_ROWS} rows, got {B}")
+    matrices = [each for layer in layers for each in layer.matrices] + ([] if head is None else [head.table])
+    if any(isinstance(each, Few) for each in matrices):
+        raise NotImplementedError("quantised weights")
     for array in jax.tree.leaves((x, tuple(layers), tuple(pages), head)):
         if array.dtype != jnp.bfloat16:
             raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
@@ -180,5 +183,6 @@ def ours() -> Kernel:
     return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132) // 2 * 2)
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _product(x: jax.Array, weight: Weight) -> jax.Array:
+    assert isinstance(weight, jax.Array), "refused"
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

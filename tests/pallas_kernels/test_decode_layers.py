@@ -6,7 +6,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers.kernel_backends import ON_GPU, declined, pairs
+from helpers.decode_layers import error, kernels, run, slot
+from helpers.kernel_backends import ON_GPU
 from jax.sharding import AxisType
 
 from pallas_kernels.decode_layers import emulated, wide
@@ -17,33 +18,6 @@ from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS, LayersSpec
 HEAD = next(spec for spec in LAYERS_SPECS if spec.V)
 ONE_HEAD = LayersSpec("one_head", (150,), L=1, D=128, N=1, K=1, F=64, qkv_bias=True)
 cpu_only = pytest.mark.skipif(ON_GPU, reason="the emulator is for machines without a GPU")
-
-
-def kernels(specs):
-    """Without the reference, which is what they are compared with."""
-    return [pair for pair in pairs("decode_layers", specs) if pair.values[0] != "reference"]
-
-
-def run(name, spec, given):
-    @jax.jit
-    def step(head, *arguments):
-        return decode_layers(*arguments, eps=EPS, scale=spec.H**-0.5, head=head, implementation=name)
-
-    try:
-        x, pages = step(spec.head(given), *spec.arguments(given))
-    except NotImplementedError as reason:
-        declined(reason)
-    return np.asarray(x), [tuple(map(np.asarray, pair)) for pair in pages]
-
-
-def error(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
-
-
-def slot(spec, given, row):
-    at = spec.lengths[row] - 1
-    return given["page_table"][row, at // spec.page_size], at % spec.page_size
 
 
 @pytest.mark.parametrize(("name", "spec"), kernels(LAYERS_SPECS))

@@ -1,5 +1,6 @@
 """A decode step whose layers are one op gives the logits and the pages of one that goes layer by layer."""
 
+import dataclasses
 import functools
 import logging
 
@@ -11,6 +12,7 @@ import pytest
 from jaxllm.graph.inputs import StepShape, pack
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract
+from jaxllm.graph.quant.leaf import QuantisedWeight, StackedWeight
 from jaxllm.graph.quant.scheme import Scheme
 from jaxllm.graph.steps import Graph, step
 from jaxllm.graph.weights.random import dummy
@@ -66,5 +68,81 @@ def test_a_quantised_head_comes_after_layers_in_one(caplog):
     params["head"] = Scheme("int8").leaf(("layers", 0, "mlp", "down"), params["head"])
     with caplog.at_level(logging.INFO):
         got, want = stepped(config, params, whole=True), stepped(config, params, whole=False)
-    assert "final norm and head run by themselves: the head is no plain array" in caplog.text
+    assert "final norm and head run by themselves: the head's weights are not of the layers' kind" in caplog.text
     np.testing.assert_allclose(got.logits[:3], want.logits[:3], atol=1e-4)
+
+
+def quantised(config, scheme, *, head=True):
+    params = random_weights(config)
+    for layer in params["layers"].values():
+        for part, names in (("attention", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
+            for name in names:
+                layer[part][name] = scheme.leaf((name,), layer[part][name])
+    if head:
+        params["head"] = scheme.leaf(("head",), params["head"])
+    return params
+
+
+EVEN = SIZES | dict(vocab_size=128, d_model=128, num_heads=8, d_ff=256)  # nothing that leaves would pad
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 64), Scheme("int4", 128)], ids=str)
+def test_quantised_layers_in_one_give_what_they_give_one_by_one(scheme, caplog):
+    config = ModelConfig(**EVEN)
+    params = quantised(config, scheme)
+    with caplog.at_level(logging.INFO):
+        got, want = stepped(config, params, whole=True), stepped(config, params, whole=False)
+    assert "one by one" not in caplog.text
+    assert ("by themselves" in caplog.text) == (scheme.kind == "int4")  # its head is int8
+    assert np.std(want.logits[:3]) > 0.1
+    np.testing.assert_allclose(got.logits[:3], want.logits[:3], atol=1e-4)
+    for one, other in zip(jax.tree.leaves(got.kv), jax.tree.leaves(want.kv), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_fp8_layers_in_one_do_not_round_activations(caplog):
+    config = ModelConfig(**EVEN)
+    params = quantised(config, Scheme("fp8"))
+    wide = jax.tree.map(
+        lambda leaf: leaf.widened() if isinstance(leaf, QuantisedWeight) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, QuantisedWeight),
+    )
+    with caplog.at_level(logging.INFO):
+        got, want = stepped(config, params, whole=True), stepped(config, wide, whole=False)
+    assert "one by one" not in caplog.text
+    np.testing.assert_allclose(got.logits[:3], want.logits[:3], atol=1e-4)
+
+
+def odd(leaf, **changed):
+    return dataclasses.replace(leaf, **changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("fp8", lambda leaf: odd(leaf, x_scale=jnp.float32(1))),
+        ("fp8", lambda leaf: odd(leaf, scale=jnp.ones((leaf.inputs // 128, leaf.outputs)))),
+        ("int4", lambda leaf: odd(leaf, zero=jnp.zeros_like(leaf.scale))),
+        ("int4", lambda leaf: odd(leaf, order=jnp.arange(leaf.inputs)[::-1])),
+        ("int8", lambda leaf: StackedWeight.of((leaf,))),
+    ],
+    ids=["static_activations", "blocks", "zeros", "order", "stacked"],
+)
+def test_leaves_with_more_to_them_run_one_by_one(kind, change, caplog):
+    config = ModelConfig(**EVEN)
+    params = quantised(config, Scheme(kind))
+    params["layers"][1]["mlp"]["down"] = change(params["layers"][1]["mlp"]["down"])
+    with caplog.at_level(logging.INFO):
+        got, want = stepped(config, params, whole=True), stepped(config, params, whole=False)
+    assert "weights of another form than the kernel's" in caplog.text
+    np.testing.assert_array_equal(got.logits[:3], want.logits[:3])
+
+
+def test_padded_leaves_run_one_by_one(caplog):
+    config = ModelConfig(**SIZES)
+    params = quantised(config, Scheme("int8"))
+    with caplog.at_level(logging.INFO):
+        got, want = stepped(config, params, whole=True), stepped(config, params, whole=False)
+    assert "weights of another form than the kernel's" in caplog.text
+    np.testing.assert_array_equal(got.logits[:3], want.logits[:3])
