@@ -48,8 +48,9 @@ VARIANTS = {  # slots on their way, slots of weights in registers before a stage
 }
 QUANTISED = ("int4", "fp8", "int8")
 QUANTISED_VARIANTS = {  # slots of activations, slots of weights in registers, slots on their way
-    "int4": {"ahead 2, held 1": (2, 1, 2), "ahead 2, held 2, flight 3": (2, 2, 3)},
-    "fp8": {"ahead 3, held 2": (3, 2, 2), "ahead 4, held 1": (4, 1, 2), "ahead 4, held 2, flight 3": (4, 2, 3)},
+    "int4": {"ahead 2, held 2": (2, 2, 2), "ahead 2, held 1, flight 3": (2, 1, 3)},
+    "fp8": {"ahead 3, held 1": (3, 1, 2), "ahead 4, held 2": (4, 2, 2)},
+    "int8": {"ahead 4, held 1": (4, 1, 2)},
 }
 MARKS = ("-DJAXLLM_TIMELINE",)
 

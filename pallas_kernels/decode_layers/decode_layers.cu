@@ -36,7 +36,7 @@ namespace {
 #define JAXLLM_FLIGHT 2
 #endif
 #ifndef JAXLLM_HELD
-#define JAXLLM_HELD (kBits == 16 ? 3 : 2)
+#define JAXLLM_HELD (kKind == kBf16 ? 3 : kKind == kInt8 ? 2 : 1)
 #endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own

@@ -106,6 +106,19 @@ def test_throughput_counts_output_tokens_over_the_whole_run(clock):
     assert figure.floor is None
 
 
+def test_throughput_tells_what_the_device_waited_for_the_host_in_one_run_of_the_workload(clock):
+    metrics = Metrics(exposed_host_s=7.0)
+    whole = clock.generate
+
+    def generate(prompts, params, **how):
+        metrics.exposed_host_s += 0.25 if len(prompts) == 4 else 100.0  # the latter: the one that warms up
+        return whole(prompts, params, **how)
+
+    clock.generate = generate
+    figure = Bench(clock, floors(CONFIG, "some GPU"), metrics, repeats=2).throughput(4, (2, 5))
+    assert figure.notes == {"exposed host, s": pytest.approx(0.25)}
+
+
 def test_a_request_that_ends_early_is_no_measurement(clock):
     clock.short = 1
     with pytest.raises(BenchError, match="ended early"):
