@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kTile = 16384, kRow = 256, kWorkers = 2, kMostSlots = 6;  // bytes; a worker: a warp that asks and one that takes
 constexpr int64_t kPool = int64_t(64) << 30;
+constexpr int kRepeats = 10;
 
 enum Form { kTwoBoxes, kOneBox };  // of 64 rows x 64 columns, or of 64 columns x 2 x 64 rows
 
@@ -89,12 +90,11 @@ bool map_of(CUtensorMap& map, void* base, Form form, CUtensorMapL2promotion line
 }
 
 float seconds_of(const CUtensorMap& map, const uint32_t* tiles, int n, Form form, int slots, int blocks) {
-  constexpr int kRepeats = 10;
   cudaEvent_t begin, end;
   cudaEventCreate(&begin), cudaEventCreate(&end);
   for (int i = -1; i < kRepeats; ++i) {
     if (i == 0) cudaEventRecord(begin);
-    copies<<<blocks, kWorkers * 64, kWorkers * slots * kTile>>>(map, tiles, n, form, slots);
+    copies<<<blocks, kWorkers * 64, kWorkers * slots * kTile>>>(map, tiles + int64_t(i + 1) * n, n, form, slots);
   }
   cudaEventRecord(end);
   cudaEventSynchronize(end);
@@ -114,8 +114,9 @@ int main() {
   cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, 0);
   cudaFuncSetAttribute(copies, cudaFuncAttributeMaxDynamicSharedMemorySize, kWorkers * kMostSlots * kTile);
   std::mt19937_64 random(1);
-  for (int64_t bytes : {int64_t(570) << 20, int64_t(8000) << 20}) {
-    std::vector<uint32_t> order(bytes / kTile);
+  for (int64_t bytes : {int64_t(32) << 20, int64_t(128) << 20, int64_t(544) << 20, int64_t(8000) << 20}) {
+    const int n = int(bytes / kTile);
+    std::vector<uint32_t> order(size_t(n) * (kRepeats + 1));  // other tiles each time: the smallest would stay in the cache
     for (uint32_t& each : order) each = uint32_t(random() % (kPool / kTile));
     cudaMalloc(&tiles, order.size() * 4);
     cudaMemcpy(tiles, order.data(), order.size() * 4, cudaMemcpyHostToDevice);
@@ -126,8 +127,8 @@ int main() {
         if (!map_of(map, pool, form, promotion)) return std::puts("no tensor map"), 1;
         std::printf("%4lld MB, %s, lines of %3d:", (long long)(bytes >> 20), form == kTwoBoxes ? "two boxes" : "one box  ", lines);
         for (int slots : {2, 3, 4, 6}) {
-          const float seconds = seconds_of(map, tiles, int(order.size()), form, slots, blocks);
-          std::printf("  %d on their way %.3f TB/s", slots, double(order.size()) * kTile / seconds / 1e12);
+          const float seconds = seconds_of(map, tiles, n, form, slots, blocks);
+          std::printf("  %d on their way %.3f TB/s", slots, double(bytes) / seconds / 1e12);
         }
         std::printf("  %s\n", cudaGetErrorString(cudaGetLastError()));
       }
