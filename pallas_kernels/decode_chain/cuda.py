@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 SOURCE, INCLUDES = (
     HERE / "decode_chain.cu",
     (
+        HERE / "ends.h",
         HERE / "maps.h",
         HERE / "tensor_cores.h",
         HERE / "launch.h",
@@ -94,10 +95,6 @@ def call(
     Q = D if following is None else following.qkv.shape[0]
     products = ((D, mixed.shape[1], False), (F, D, True), (D, F, False), (Q, D, False))
     splits = [splits_for(*product, blocks) for product in products]
-    parts = max(
-        2 * tiles_of(columns, gated) * n if n > 1 or not gated else 0
-        for (columns, _, gated), n in zip(products, splits, strict=True)
-    )
     operands = [x, mixed, layer.o, layer.norms, layer.gate_up, layer.down]
     optional = [layer.o_bias]
     if following is not None:
@@ -105,11 +102,11 @@ def call(
     operands += [array for array in optional if array is not None]
     bias = following is not None and following.bias is not None
     has = 1 * (layer.o_bias is not None) + 2 * (following is not None) + 4 * bias
-    work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_chain_work(*map(ctypes.c_int64, (M, D, F, parts))),), jnp.uint8)
+    work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_chain_work(*map(ctypes.c_int64, (M, D, F))),), jnp.uint8)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), work]
     if following is not None:
         results.append(jax.ShapeDtypeStruct((M, following.qkv.shape[0]), x.dtype))
-    numbers = {"blocks": np.int64(blocks), "parts": np.int64(parts), "has": np.int64(has)}
+    numbers = {"blocks": np.int64(blocks), "has": np.int64(has)}
     run = jax.ffi.ffi_call(target, results)
     out, _, *qkv = run(*operands, splits=np.asarray(splits, np.int64), **numbers, eps=np.float32(eps))
     return out, qkv[0] if qkv else None

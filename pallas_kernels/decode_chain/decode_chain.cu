@@ -4,9 +4,9 @@
 // A product is out[m][n] = sum over k of x[m][k] * w[n][k]. A block takes tiles of 128 rows of w, the tensor cores' left
 // operand, and all rows of x, the right one; both come in blocks of 64 of k. Two neighbouring blocks are a cluster with tiles
 // side by side, each of which loads half of x for both. Of a narrow product each tile is cut into splits of k; blocks give their
-// sums to memory, and each adds up all splits, first to last, for a share of the rows. One warp asks for weights as far
-// ahead as shared memory allows, across the ends of stages: weights depend on nothing. Another asks for x once the stage
-// that makes it is done everywhere.
+// sums to memory, and each adds up all splits, first to last, for a share of the rows. A sum itself says that it is there: what nobody
+// wrote yet is zero, and whoever has read puts the zero back. One warp asks for weights as far ahead as shared memory allows,
+// across the ends of stages: weights depend on nothing. Another asks for x once the stage that makes it is done everywhere.
 //
 // An RMS norm is split: the stage that makes x also writes x * weight and the sums of squares of its columns; the stage that
 // reads it scales its sums. Gate and up stand in turns of eight rows in a tile, so that one thread has both of a column.
@@ -15,15 +15,12 @@
 #include <utility>
 #include <vector>
 
-#include "tensor_cores.h"
+#include "ends.h"
 
 namespace {
 
-constexpr int kMostRows = 128, kMostSums = 64, kStages = 4, kWide = 128, kComputing = 256, kMostTiles = 512;
-constexpr int kWeightBytes = kWide * kDepth * 2, kMostWeightSlots = 12, kMostRowSlots = 12;
-constexpr int kSharedBytes = 227 * 1024, kRowSlotBytes = 64 * 1024, kControlBytes = 6 * 1024;
-
-enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
+constexpr int kMostRows = 128, kStages = 4, kMostTiles = 512, kMostBlocks = 160;
+constexpr int kMostWeightSlots = 12, kMostRowSlots = 12, kSharedBytes = 227 * 1024, kRowSlotBytes = 64 * 1024;
 
 struct Stage {
   TileMap weight, x;
@@ -40,24 +37,15 @@ struct Stage {
 
 struct Params {
   Stage stages[kStages];
-  float4* parts;  // [tiles, splits, a block's sums]
   int M, num_stages, blocks;
   float eps;
 };
 
-// Counters that outlive launches, as zeros: stages' signals, a stage's and tile's, and blocks that have nothing more to do.
-// A device's own, so two launches must not run on it at one time; XLA's steps of a process do not.
-RESIDENT uint32_t done[kStages], arrived[kStages * kMostTiles], left;
-
-template <int T>
-struct Shape {
-  static constexpr int kGroups = T / 8;  // of rows of x, in a thread's sums
-  static constexpr int kRowBytes = T * kDepth * 2;
-  static constexpr int kFits = kRowSlotBytes / kRowBytes, kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
-  static constexpr int kRoom = (kSharedBytes - kControlBytes - kRowSlots * kRowBytes) / kWeightBytes;
-  static constexpr int kWeightSlots = kRoom < kMostWeightSlots ? kRoom : kMostWeightSlots;
-  static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
-};
+// Counters that outlive launches, as zeros: stages' signals, and blocks that have nothing more to do. And sums on their way from
+// block to block, of a thread behind those of the others. A device's own, so two launches must not run on it at one time; XLA's
+// steps of a process do not.
+RESIDENT uint32_t done[kStages], left;
+RESIDENT float4 on_their_way[kMostBlocks * (kMostRows / 8) * kComputing];
 
 struct Control {  // behind the slots
   uint64_t weights_there[kMostWeightSlots], weights_read[kMostWeightSlots];
@@ -65,20 +53,16 @@ struct Control {  // behind the slots
   float scale[2][kMostRows];  // 1 / root mean square of x's rows, of the stages that want it
   float squares[kComputing / 32][kMostRows];  // of a warp's columns
 };
-static_assert(sizeof(Control) <= kControlBytes);
 
-// A ring's next slot, and the phase of its barrier.
-template <int SLOTS>
-struct Turn {
-  int slot = 0;
-  uint32_t phase = 0;
-  DEVICE void next() {
-    if (++slot == SLOTS) slot = 0, phase ^= 1;
-  }
-};
-
-struct Unit {
-  int tile, split, first, count;  // this block's tile; blocks of depth
+template <int T>
+struct Shape {
+  static constexpr int kGroups = T / 8;  // of rows of x, in a thread's sums
+  static constexpr int kRowBytes = T * kDepth * 2;
+  static constexpr int kFits = kRowSlotBytes / kRowBytes, kRowSlots = kFits < kMostRowSlots ? kFits : kMostRowSlots;
+  static_assert(kRowSlots * kRowBytes >= kGroups * kComputing * 16);  // a block's sums have room there
+  static constexpr int kRoom = (kSharedBytes - int(sizeof(Control)) - kRowSlots * kRowBytes) / kWeightBytes;
+  static constexpr int kWeightSlots = kRoom < kMostWeightSlots ? kRoom : kMostWeightSlots;
+  static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
 };
 
 // Calls use(stage, unit) for what this block has to do, in order. All warps go through the same.
@@ -87,19 +71,15 @@ DEVICE void each_unit(const Params& p, int block, Use use) {
 #pragma unroll 1
   for (int number = 0; number < p.num_stages; ++number) {
     const Stage& stage = p.stages[number];
-    const int depth = stage.K / kDepth;
 #pragma unroll 1
-    for (int unit = block / 2; unit < stage.units; unit += p.blocks / 2) {
-      const int split = unit % stage.splits, first = split * depth / stage.splits;
-      use(number, Unit{unit / stage.splits * 2 + block % 2, split, first, (split + 1) * depth / stage.splits - first});
-    }
+    for (int unit = block / 2; unit < stage.units; unit += p.blocks / 2) use(number, unit_of(stage, block, unit));
   }
 }
 
 template <int T>
 DEVICE void copy_weights(const Params& p, char* slots, Control& control, int block) {
   using S = Shape<T>;
-  Turn<S::kWeightSlots> turn;
+  Slot<S::kWeightSlots> turn;
   int asked = 0;
   each_unit(p, block, [&](int number, const Unit& unit) {
     const Stage& stage = p.stages[number];
@@ -127,7 +107,7 @@ DEVICE void await_stage(const Params& p, int number) {
 template <int T>
 DEVICE void copy_rows(const Params& p, char* slots, Control& control, int block) {
   using S = Shape<T>;
-  Turn<S::kRowSlots> turn;
+  Slot<S::kRowSlots> turn;
   int asked = 0, ready = 0;
   each_unit(p, block, [&](int number, const Unit& unit) {
     for (; ready < number; ++ready) await_stage(p, ready);
@@ -197,153 +177,28 @@ DEVICE void tell(const Params& p, Control& control, int block, int lane) {
     last = count_up(&left) == uint32_t(p.blocks - 1);
   }
   if (!shuffle(last, 0)) return;
-#pragma unroll 1
-  for (int i = lane; i < kStages * kMostTiles; i += 32) arrived[i] = 0;
   if (lane < kStages) done[lane] = 0;
   if (lane == 0) left = 0;
 }
 
-struct Place {  // of a thread
-  int block, thread, warp, group, lane;
-};
-
 // Of a timeline (benchmarks/decode_chain.py): what a block's first computing thread has come to, a stage.
-enum Point { kBegun, kWeightsThere, kRowsThere, kMultiplied, kOthersThere, kEnded, kPoints };
-
-DEVICE float gated(float gate, float up) { return divided(gate, 1.f + exp_(-gate)) * up; }
-DEVICE float low(uint32_t pair) { return wide(uint16_t(pair)); }
-DEVICE float high(uint32_t pair) { return wide(uint16_t(pair >> 16)); }
-
-// A group is eight rows of x. sums = {row 2t, row 2t + 1} of column g of a warp's sixteen, then of column g + 8, where the
-// lane is 4g + t; finish() turns that about, so that a lane has two columns of row g.
-DEVICE int sixteen_of(const Place& at) { return at.group * 64 + at.warp % 4 * 16; }  // in the block's tile
-
-struct Pairs {  // two columns of row g, of either half of the sixteen
-  uint32_t of[2];
-};
-
-// What is to be added to a group's sums.
-DEVICE Pairs residual_of(const Params& p, const Stage& stage, const Unit& unit, const Place& at, int group) {
-  Pairs pairs = {};
-  if (stage.kind != kResidual) return pairs;
-  const int row = group * 8 + at.lane / 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = unit.tile * kWide + sixteen_of(at) + half * 8 + at.lane % 4 * 2;
-    if (row < p.M && column < stage.N)
-      pairs.of[half] = load_fresh(reinterpret_cast<const uint32_t*>(stage.residual + int64_t(row) * stage.N + column));
-  }
-  return pairs;
-}
-
-// Of a gated stage: the first half of the sixteen are gates, the second their ups.
-DEVICE void finish_gated(const Params& p, const Stage& stage, const Unit& unit, const Place& at, const float* scale, int group,
-                         float4 sums) {
-  const int g = at.lane / 4, t = at.lane % 4, row = group * 8 + g;
-  const float first = scale[group * 8 + 2 * t], second = scale[group * 8 + 2 * t + 1];
-  const float a = gated(wide(narrow(times(sums.x, first))), wide(narrow(times(sums.z, first))));
-  const float b = gated(wide(narrow(times(sums.y, second))), wide(narrow(times(sums.w, second))));
-  const uint32_t pair = transposed(narrow(a, b));
-  const int column = unit.tile * (kWide / 2) + sixteen_of(at) / 2 + 2 * t;
-  if (row < p.M && column < stage.N) *reinterpret_cast<uint32_t*>(stage.out + int64_t(row) * stage.N + column) = pair;
-}
-
-DEVICE void finish(const Params& p, const Stage& stage, const Unit& unit, const Place& at, Control& control,
-                   const float* scale, int group, float4 sums, Pairs residual) {
-  if (stage.kind == kGated) return finish_gated(p, stage, unit, at, scale, group, sums);
-  const int g = at.lane / 4, t = at.lane % 4, row = group * 8 + g, sixteen = unit.tile * kWide + sixteen_of(at);
-  if (scale != nullptr) {
-    const float first = scale[group * 8 + 2 * t], second = scale[group * 8 + 2 * t + 1];
-    sums = {times(sums.x, first), times(sums.y, second), times(sums.z, first), times(sums.w, second)};
-  }
-  float squares = 0.f;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int own = sixteen + half * 8 + g, column = sixteen + half * 8 + 2 * t;
-    const float bias = stage.bias != nullptr && own < stage.N ? wide(stage.bias[own]) : 0.f;
-    uint32_t pair = transposed(half ? narrow(sums.z + bias, sums.w + bias) : narrow(sums.x + bias, sums.y + bias));
-    if (row >= p.M || column >= stage.N) continue;
-    const int64_t place = int64_t(row) * stage.N + column;
-    if (stage.kind == kResidual) {
-      const uint32_t other = residual.of[half];
-      pair = narrow(low(pair) + low(other), high(pair) + high(other));
-    }
-    *reinterpret_cast<uint32_t*>(stage.out + place) = pair;
-    if (stage.norm == nullptr) continue;
-    const uint32_t weight = *reinterpret_cast<const uint32_t*>(stage.norm + column);
-    *reinterpret_cast<uint32_t*>(stage.scaled + place) = narrow(times(low(pair), low(weight)), times(high(pair), high(weight)));
-    squares += times(low(pair), low(pair)) + times(high(pair), high(pair));
-  }
-  if (stage.norm == nullptr) return;
-  squares += shuffle_xor(squares, 1);
-  squares += shuffle_xor(squares, 2);
-  if (t == 0) control.squares[at.warp][row] = squares;
-}
-
-// All splits' sums of this block's share of the rows. Loads of four groups and two splits are on their way together.
-template <int T>
-DEVICE void add_up(const Params& p, const Stage& stage, const Unit& unit, const Place& at, Control& control,
-                   const float* scale, int begin, int end) {
-  constexpr int GROUPS = Shape<T>::kGroups, AT_ONCE = GROUPS < 4 ? GROUPS : 4;
-#pragma unroll 1
-  for (int group = begin; group < end; group += AT_ONCE) {
-    float4 sums[AT_ONCE];
-    Pairs residual[AT_ONCE];
-#pragma unroll
-    for (int r = 0; r < AT_ONCE; ++r)
-      residual[r] = residual_of(p, stage, unit, at, group + r < end ? group + r : end - 1);
-#pragma unroll 2
-    for (int split = 0; split < stage.splits; ++split) {
-      const float4* block = p.parts + (int64_t(unit.tile) * stage.splits + split) * (GROUPS * kComputing);
-#pragma unroll
-      for (int r = 0; r < AT_ONCE; ++r) {
-        const float4 more = load_fresh(block + (group + r < end ? group + r : end - 1) * kComputing + at.thread);
-        float4& sum = sums[r];
-        sum = split ? float4{sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w} : more;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < AT_ONCE; ++r)
-      if (group + r < end) finish(p, stage, unit, at, control, scale, group + r, sums[r], residual[r]);
-  }
-}
+enum Point { kBegun, kWeightsThere, kRowsThere, kMultiplied, kAdded, kEnded, kPoints };
 
 template <int T>
-DEVICE void end_unit(const Params& p, int number, const Unit& unit, const Place& at, Control& control, const float* scale,
+DEVICE void end_unit(const Params& p, int number, const Unit& unit, const Place at, char* slots, Control& control, const float* scale,
                      const float (&sums)[T / 2], int ended, int& marks) {
-  constexpr int GROUPS = Shape<T>::kGroups;
   const Stage& stage = p.stages[number];
-  const int begin = unit.split * GROUPS / stage.splits, end = (unit.split + 1) * GROUPS / stage.splits;
-  auto group_of = [&](int group) {
-    return float4{sums[group * 4], sums[group * 4 + 1], sums[group * 4 + 2], sums[group * 4 + 3]};
-  };
+  const EndOf<Stage> now = {stage, stage.bias, stage.norm, stage.residual, p.M};
   if (stage.splits == 1 && stage.kind == kGated) {
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) finish_gated(p, stage, unit, at, scale, group, group_of(group));
+    for (int group = 0; group < Shape<T>::kGroups; ++group) finish_gated(now, unit.tile, at, scale, group, group_of(sums, group));
   } else {
-    float4* block = p.parts + (int64_t(unit.tile) * stage.splits + unit.split) * (GROUPS * kComputing);
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) block[group * kComputing + at.thread] = group_of(group);
-    sync_computing();
-    if (at.thread == 0) {
-      uint32_t* counter = &arrived[number * kMostTiles + unit.tile];
-      signal(counter, 1);
-      await(counter, uint32_t(stage.splits));
-    }
-    sync_computing();
-    mark(at.block, at.thread, marks++, number * kPoints + kOthersThere);
-    add_up<T>(p, stage, unit, at, control, scale, begin, end);
-  }
-  if (stage.norm != nullptr) {
-    sync_computing();
-    const int m = begin * 8 + at.thread;
-    if (m < end * 8 && m < p.M) {
-      float sum = 0.f;
-      for (int warp = 0; warp < kComputing / 32; ++warp) sum += control.squares[warp][m];
-      stage.squares[m * kMostSums + unit.tile] = sum;
-    }
+    add_up<T>(now, unit, at, control, scale, on_their_way, reinterpret_cast<float4*>(slots + Shape<T>::kRowsAt), sums,
+              [](int, int, auto&) {});
+    mark(at.block, at.thread, marks++, number * kPoints + kAdded);
   }
   between_stores_and_copies();
+  before_copy_in();
   sync_warp();
   if (at.lane == 0) {  // not twice before it was seen once: a phase that comes round again looks like none
     if (ended > 0) wait_for(&control.told, uint32_t(ended - 1) & 1);
@@ -353,12 +208,13 @@ DEVICE void end_unit(const Params& p, int number, const Unit& unit, const Place&
 }
 
 template <int T>
-DEVICE void compute(const Params& p, char* slots, Control& control, const Place& at) {
+DEVICE void compute(const Params& p, char* slots, Control& control, const Place& given) {
   using S = Shape<T>;
-  Turn<S::kWeightSlots> weights;
-  Turn<S::kRowSlots> rows;
+  Slot<S::kWeightSlots> weights;
+  Slot<S::kRowSlots> rows;
   int ended = 0, marks = 0;
-  each_unit(p, at.block, [&](int number, const Unit& unit) {
+  each_unit(p, given.block, [&](int number, const Unit& unit) {
+    const Place at = given.again();
     float sums[T / 2];
 #pragma unroll
     for (int i = 0; i < T / 2; ++i) sums[i] = 0.f;
@@ -386,11 +242,12 @@ DEVICE void compute(const Params& p, char* slots, Control& control, const Place&
       weights.next(), rows.next();
     }
     await_products<0>();
+    hold(sums);
     release();
     mark(at.block, at.thread, marks++, number * kPoints + kMultiplied);
     const bool wants = number % 2;
     if (wants) wait_for(&control.scaled[number / 2], 0);
-    end_unit<T>(p, number, unit, at, control, wants ? control.scale[number / 2] : nullptr, sums, ended++, marks);
+    end_unit<T>(p, number, unit, at.again(), slots, control, wants ? control.scale[number / 2] : nullptr, sums, ended++, marks);
   });
 }
 
@@ -398,7 +255,7 @@ template <int T>
 DEVICE void decode(const Params& p, char* raw, int block, int thread) {
   using S = Shape<T>;
   Control& control = *reinterpret_cast<Control*>(raw + S::kControlAt);
-  const Place at = {block, thread, thread / 32, thread / 128, thread % 32};
+  const Place at(block, thread);
   if (at.warp == kComputing / 32) {
     if (at.lane == 0) {
 #pragma unroll 1

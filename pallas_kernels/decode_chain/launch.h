@@ -50,14 +50,13 @@ std::string launch(Stream stream, const Params& p) {
 #endif
 
 int padded(int M) {
-  for (int T : {16, 32, 64, 96})
+  for (int T : {32, 64, 96})
     if (M <= T) return T;
   return kMostRows;
 }
 
 std::string launch(Stream stream, const Params& p) {
   switch (padded(p.M)) {
-    case 16: return launch<16>(stream, p);
     case 32: return launch<32>(stream, p);
     case 64: return launch<64>(stream, p);
     case 96: return launch<96>(stream, p);
@@ -71,12 +70,10 @@ int64_t tiles_of(int64_t columns, bool gated = false) { return (columns + (gated
 struct Work {
   uint16_t *x, *scaled, *hidden, *scaled_again;
   float *squares, *squares_again;
-  float4* parts;
   int64_t bytes;
 };
 
-// `parts`: how many blocks' sums there may be at one time.
-Work lay_out(int64_t M, int64_t D, int64_t F, int64_t parts, char* base) {
+Work lay_out(int64_t M, int64_t D, int64_t F, char* base) {
   int64_t at = 0;
   auto take = [&](int64_t bytes) { return base + std::exchange(at, at + up(bytes)); };
   Work w;
@@ -84,13 +81,12 @@ Work lay_out(int64_t M, int64_t D, int64_t F, int64_t parts, char* base) {
   w.hidden = reinterpret_cast<uint16_t*>(take(M * F * 2)), w.scaled_again = reinterpret_cast<uint16_t*>(take(M * D * 2));
   const int64_t squares = kMostRows * kMostSums * 4;
   w.squares = reinterpret_cast<float*>(take(squares)), w.squares_again = reinterpret_cast<float*>(take(squares));
-  w.parts = reinterpret_cast<float4*>(take(parts * padded(int(M)) * kWide * 4));
   w.bytes = at;
   return w;
 }
 
 ffi::Error chain_impl(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits,
-                      int64_t blocks, int64_t parts, int64_t has, float eps) {
+                      int64_t blocks, int64_t has, float eps) {
   size_t at = 0;
   auto next = [&] { return args.get<ffi::AnyBuffer>(at++).value(); };
   auto data = [](ffi::AnyBuffer buffer) { return static_cast<const uint16_t*>(buffer.untyped_data()); };
@@ -99,10 +95,11 @@ ffi::Error chain_impl(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets
   const uint16_t* o_bias = has & kOBias ? data(next()) : nullptr;
   const uint16_t* next_norms = has & kFollowing ? data(next()) : nullptr;
   const int M = int(x.dimensions()[0]), D = int(x.dimensions()[1]), O = int(o.dimensions()[1]), F = int(down.dimensions()[1]);
-  const Work w = lay_out(M, D, F, parts, reinterpret_cast<char*>(result(1)));
+  const Work w = lay_out(M, D, F, reinterpret_cast<char*>(result(1)));
   Params p = {};
-  p.M = M, p.eps = eps, p.parts = w.parts, p.blocks = int(blocks), p.num_stages = has & kFollowing ? 4 : 3;
+  p.M = M, p.eps = eps, p.blocks = int(blocks), p.num_stages = has & kFollowing ? 4 : 3;
   if (splits.size() < kStages) return failure("needs the splits of four products");
+  if (blocks > kMostBlocks) return failure("at most " + std::to_string(kMostBlocks) + " blocks, got " + std::to_string(blocks));
 
   std::string fault;
   auto describe = [&](int number, const uint16_t* from, const uint16_t* weight, int N, int K, Kind kind) -> Stage& {
@@ -136,13 +133,13 @@ ffi::Error chain_impl(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets
 }
 
 #define JAXLLM_BINDING                                                                                          \
-  .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("splits").Attr<int64_t>("blocks").Attr<int64_t>("parts") \
+  .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("splits").Attr<int64_t>("blocks")\
       .Attr<int64_t>("has").Attr<float>("eps")
 
 #ifdef JAXLLM_EMULATED
 ffi::Error emulated_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> splits, int64_t blocks,
-                         int64_t parts, int64_t has, float eps) {
-  return chain_impl(0, args, rets, splits, blocks, parts, has, eps);
+                         int64_t has, float eps) {
+  return chain_impl(0, args, rets, splits, blocks, has, eps);
 }
 XLA_FFI_DEFINE_HANDLER(chain_handler, emulated_impl, ffi::Ffi::Bind() JAXLLM_BINDING);
 #else
@@ -153,8 +150,8 @@ XLA_FFI_DEFINE_HANDLER(chain_handler, chain_impl, ffi::Ffi::Bind().Ctx<ffi::Plat
 }  // namespace
 
 extern "C" XLA_FFI_Error* jaxllm_decode_chain(XLA_FFI_CallFrame* frame) { return chain_handler(frame); }
-extern "C" int64_t jaxllm_decode_chain_work(int64_t M, int64_t D, int64_t F, int64_t parts) {
-  return lay_out(M, D, F, parts, nullptr).bytes;
+extern "C" int64_t jaxllm_decode_chain_work(int64_t M, int64_t D, int64_t F) {
+  return lay_out(M, D, F, nullptr).bytes;
 }
 #ifdef JAXLLM_TIMELINE
 extern "C" int jaxllm_decode_chain_timeline(unsigned long long* times, int* counts) {

@@ -26,18 +26,17 @@
 #endif
 
 #include "../decode_attention/warpgroup.h"
+#include "../decode_chain/ends.h"
 
 namespace {
 
 constexpr int kMostLayers = 37, kMostRanks = 8, kAttention = 4;  // the latter: its signal, behind the stages'
-constexpr int kMostRows = 128, kMostSums = 64, kStages = 4, kWide = 128, kComputing = 256, kMostTiles = 512;
-constexpr int kWeightBytes = kWide * kDepth * 2, kMostWeightSlots = 12, kMostRowSlots = 12;
+constexpr int kMostRows = 128, kStages = 4, kMostTiles = 512;
+constexpr int kMostWeightSlots = 12, kMostRowSlots = 12;
 constexpr int kSharedBytes = 227 * 1024, kMostBlocks = 160;
 // A block begins with 65,536 / 384 registers a thread, in eights; asking for more in all than these waits for ever.
 constexpr int kComputingRegisters = 208, kOtherRegisters = 88;
 static_assert(2 * kComputingRegisters + kOtherRegisters <= 3 * (65536 / kBlockThreads / 8 * 8));
-
-enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
 
 // Devices that hold shares of the same layers (tensor parallelism): o and down give each a part of the sums, and every thread
 // sends its own to the threads in its place on the others, as splits do. Sums run in rank order, so all have the same bits.
@@ -112,25 +111,7 @@ struct Shape {
   static constexpr int kRowsAt = kWeightSlots * kWeightBytes, kControlAt = kRowsAt + kRowSlots * kRowBytes;
 };
 
-// A ring's next slot, and the phase of its barrier.
-template <int SLOTS>
-struct Slot {
-  int slot = 0;
-  uint32_t phase = 0;
-  DEVICE void next() {
-    if (++slot == SLOTS) slot = 0, phase ^= 1;
-  }
-};
-
-struct Unit {
-  int tile, split, first, count;  // this block's tile; blocks of depth
-};
-
 DEVICE int stages_of(const Steps& p, int layer) { return layer + 1 < p.num_layers ? kStages : kStages - 1; }
-DEVICE Unit unit_of(const Stage& stage, int block, int number) {
-  const int depth = stage.K / kDepth, split = number % stage.splits, first = split * depth / stage.splits;
-  return {number / stage.splits * 2 + block % 2, split, first, (split + 1) * depth / stage.splits - first};
-}
 
 // Calls attend(layer) and use(layer, stage, unit) for what this block has to do, in order. All warps go through the same.
 template <typename Attend, typename Use>
@@ -324,25 +305,9 @@ DEVICE void tell(const Steps& p, Control& control, int block, int lane) {
   if (lane == 0) all.left = 0;
 }
 
-struct Place {  // of a thread
-  int block, thread, warp, group, lane;
-  DEVICE Place(int block_, int thread_)
-      : block(block_), thread(thread_), warp(thread_ / 32), group(thread_ / kGroupThreads), lane(thread_ % 32) {}
-  // The same, for a part of the work by itself. Registers that are kept through an attention lie in memory meanwhile, and reading
-  // them again takes a microsecond.
-  DEVICE Place again() const { return Place(opaque(block), opaque(thread)); }
-};
-
 // Of a timeline (benchmarks/wide_layers.py): what a block's first computing thread has come to, a stage.
 enum Point { kBegun, kWeightsThere, kRowsThere, kMultiplied, kAdded, kEnded, kPoints };
 enum AttentionPoint { kWaits = kStages * kPoints, kQkvThere, kAttended };
-
-DEVICE float gated(float gate, float up) { return divided(gate, 1.f + exp_(-gate)) * up; }
-DEVICE float low(uint32_t pair) { return wide(uint16_t(pair)); }
-DEVICE float high(uint32_t pair) { return wide(uint16_t(pair >> 16)); }
-
-// A group is eight rows of x. sums = {row 2t, row 2t + 1} of column g of a warp's sixteen, then of column g + 8, where the
-// lane is 4g + t; finish() turns that about, so that a lane has two columns of row g.
 
 }  // namespace
 
@@ -370,12 +335,16 @@ DEVICE void end_unit(const Steps& p, int layer, int number, const Unit& unit, co
   const Layer& l = p.layers[layer];
   const uint16_t* bias = number == 0 ? l.o_bias : number == 3 ? l.qkv_bias : nullptr;
   const uint16_t* norm = number == 0 ? l.middle_norm : number == 2 ? l.next_norm : nullptr;
-  const Now now = {stage, bias, norm, layer + number == 0 ? p.x : stage.residual, number / 2};
+  const Now now = {{stage, bias, norm, layer + number == 0 ? p.x : stage.residual, p.M}, number / 2};
   if (stage.splits == 1 && stage.kind == kGated) {
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) finish_gated(p, stage, unit, at, scale, group, group_of(sums, group));
+    for (int group = 0; group < GROUPS; ++group) finish_gated(now, unit.tile, at, scale, group, group_of(sums, group));
   } else {
-    add_up<T>(p, now, unit, at, control, scale, reinterpret_cast<float4*>(slots + Shape<T>::kRowsAt), sums);
+    const bool shared = p.peers.ranks > 1 && stage.kind == kResidual;
+    add_up<T>(now, unit, at, control, scale, on_their_way[here()], reinterpret_cast<float4*>(slots + Shape<T>::kRowsAt), sums,
+              [&](int place, int count, auto& part) {
+                if (shared) exchange(p, now, at.thread, place, count, part);
+              });
     mark(at.block, at.thread, marks++, number * kPoints + kAdded);
   }
 }

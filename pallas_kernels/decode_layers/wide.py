@@ -24,7 +24,12 @@ from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages, Wei
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "wide.cu"
-INCLUDES = (HERE / "wide_ends.h", HERE / "wide_launch.h", *attention.INCLUDES, *all_reduce.INCLUDES)
+INCLUDES = (
+    *(HERE / name for name in ("wide_ends.h", "wide_launch.h")),
+    chain.HERE / "ends.h",
+    *attention.INCLUDES,
+    *all_reduce.INCLUDES,
+)
 TARGET = "jaxllm_wide_layers"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, register = _HANDLER.library, _HANDLER.register
