@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxllm.config import EngineConfig
 from jaxllm.core import JaxLLMError
+from jaxllm.engine import apart
 from jaxllm.graph.kv_cache import Device, KVCacheSpec
 from jaxllm.graph.models.config import ModelConfig
 
@@ -48,11 +49,11 @@ class MemoryPlan:
         return "\n".join([f"memory ({limit}):", *lines, f"  {self.num_pages} pages = {tokens:,} tokens"])
 
 
-def logits_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """The logits that the steps of each decode bucket keep, and the rows' counts."""
+def kept_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """The logits that the steps of each decode bucket keep, the rows' counts, and room for small arrays."""
     rows = sum(config.compile.decode_buckets)
     counts = (config.scheduler.max_num_seqs + 1) * model.vocab_size * np.dtype(np.uint16).itemsize
-    return rows * model.vocab_size * np.dtype(np.float32).itemsize + counts
+    return rows * model.vocab_size * np.dtype(np.float32).itemsize + counts + apart.BYTES
 
 
 def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
@@ -67,7 +68,7 @@ def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:
     activations = config.scheduler.token_budget * widest * itemsize
     sampler = 6 * config.scheduler.max_num_seqs * model.vocab_size * itemsize
     # Half as much again: an estimate below what executables need compiles all of them twice, 12 s of an 8B start.
-    return (activations + sampler) * 3 // 2 + logits_bytes(config, model)
+    return (activations + sampler) * 3 // 2 + kept_bytes(config, model)
 
 
 def machine_bytes() -> int:

@@ -102,6 +102,7 @@ class Runner:
     steps: int = 0
     shards: int = 1
     load: jax.Array | None = None  # what the last step counted of its experts
+    stay: list[jax.Array] = field(default_factory=list)  # nobody reads them: see apart.py
     last_tokens: jax.Array = field(init=False)  # i32[S+1] a shard: what each row sampled last
     _logits: dict[int, jax.Array] = field(default_factory=dict)  # by rows of the bucket: every step's go to one place
     _masks: dict[int, TokenMask | None] = field(default_factory=dict)  # by place: row of all shards

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ConfigError, EngineConfig, model_directory, resolve
+from jaxllm.engine.apart import keep_apart
 from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.buckets import Padding, few_tokens
 from jaxllm.engine.cache.hashed import NoPrefixCache, PrefixCache
@@ -35,7 +36,7 @@ from jaxllm.engine.memory import (
     DoesNotFitError,
     MemoryPlan,
     estimate_workspace_bytes,
-    logits_bytes,
+    kept_bytes,
     out_of_memory,
     plan_memory,
 )
@@ -319,10 +320,21 @@ def _runners(
         shards = config.mesh.attention_shards
         runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits, shards=shards)
         with _timed(report, "warm-up"):
+            if final.own_device.platform == "gpu":
+                _keep_apart(config, homes, runner)
+                runner.warm_up()  # a CUDA graph is made at a step's second run
             runner.warm_up()
         yield runner, specs[0].num_pages
     if config.compile.directory is not None and report.compile_cache.usable:
         seal(config.compile.directory)
+
+
+def _keep_apart(config: EngineConfig, homes: tuple[Home, ...], runner: Runner) -> None:
+    """On several devices; on one it makes no difference (benchmarks/results/meshes_h200)."""
+    devices = [device for home in homes if home.here for device in home.mesh.local_devices]
+    hidden = config.scheduler.token_budget * homes[-1].model.d_model * jnp.dtype(config.model.dtype).itemsize
+    if len(devices) > 1:
+        runner.stay = keep_apart(devices, hidden)
 
 
 def _counts_shape(config: EngineConfig, home: Home) -> tuple[int, int]:
@@ -382,7 +394,7 @@ def _compile(
             else:
                 executables = compile_stages(graphs, ladder, params, kv, counts, homes, **how)
         report.executables, report.traced = len(executables.table), executables.traced
-        measured = executables.temporary_bytes + logits_bytes(config, final.held)
+        measured = executables.temporary_bytes + kept_bytes(config, final.held)
         report.memory = dataclasses.replace(report.memory, measured_bytes=measured)
         if report.memory.limit_bytes is None or measured <= report.memory.workspace_bytes:
             return executables, ladder, specs

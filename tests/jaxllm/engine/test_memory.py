@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.config import load, resolve
-from jaxllm.engine.memory import GIB, DoesNotFitError, estimate_workspace_bytes, logits_bytes, plan_memory
+from jaxllm.engine.memory import GIB, DoesNotFitError, estimate_workspace_bytes, kept_bytes, plan_memory
 from jaxllm.graph.kv_cache import KVCacheSpec
 from jaxllm.graph.models.config import ModelConfig
 
@@ -84,6 +84,6 @@ def test_the_table_shows_what_the_executables_asked_for():
     assert "(the executables need 3.00)" in str(made)
 
 
-def test_the_logits_every_bucket_keeps_are_counted():
+def test_the_logits_every_bucket_keeps_and_room_for_small_arrays_are_counted():
     made = config(max_num_seqs=64, decode_buckets=[16, 64])
-    assert logits_bytes(made, LLAMA_8B) == 80 * 128_256 * 4 + 65 * 128_256 * 2
+    assert kept_bytes(made, LLAMA_8B) == 80 * 128_256 * 4 + 65 * 128_256 * 2 + 6 * (2**21 - 2**8)
