@@ -302,6 +302,21 @@ def route_cases() -> Iterator[Case]:
         yield Case("triton", f"{T} tokens, {k} of {E}", route, (_array((T, E), jnp.float32),))
 
 
+def plan_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import planner
+
+    for T, E, k, N, shared in (
+        (1, 128, 8, 8, True),
+        (32, 128, 8, 32, True),
+        (128, 128, 8, 16, False),
+        (200, 60, 4, 32, False),
+    ):
+        plan = functools.partial(planner.tiles, E=E, N=N, shared=shared)
+        yield Case("triton", f"{T} tokens, {k} of {E}", plan, (_array((T, k), jnp.int32),))
+
+
 def quant_matmul_cases(kind: str) -> Iterator[Case]:
     """A few rows of x, a wide batch and a prefill, on layers of an 8B model."""
     import jax.numpy as jnp
@@ -347,6 +362,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "decode_chain": decode_chain_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
+    "grouped_matmul.plan": plan_cases,
     "norm.add": add_norm_cases,
     "sampling": sampling_cases,
     "sampling.adjusted": sampling_adjusted_cases,

@@ -1,8 +1,8 @@
 """Routed experts: argument checks, then the best implementation that accepts.
 
-In: a router's logits (route), or tokens, every expert's weights, and which experts each token goes to with what weight
-(routed_mlp). Out: experts and weights, or the weighted sums of their outputs. Group sizes are data: no expert, or one
-for all tokens, costs no other compile. This module does not know layers.
+In: a router's logits (route), which experts each token goes to (planned), or tokens, every expert's weights, and which
+experts each token goes to with what weight (routed_mlp). Out: experts and weights, tiles, or the weighted sums of their
+outputs. Group sizes are data: no expert, or one for all tokens, costs no other compile. This module knows no layers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch, imported, register
+from pallas_kernels.grouped_matmul.plan import Plan
 
 _ROOM = "pallas_kernels.grouped_matmul"
 register("grouped_matmul", "mosaic_sm90", imported(f"{_ROOM}.routed:routed_mlp"), platforms=("gpu",))
@@ -19,6 +20,9 @@ register("grouped_matmul", "reference", imported(f"{_ROOM}.reference:routed_mlp"
 register("grouped_matmul.route", "triton", imported(f"{_ROOM}.router:route"), platforms=("gpu",))
 register("grouped_matmul.route", "triton_interpret", imported(f"{_ROOM}.interpreted:route"), platforms=("interpret",))
 register("grouped_matmul.route", "reference", imported(f"{_ROOM}.reference:route"))
+register("grouped_matmul.plan", "triton", imported(f"{_ROOM}.planner:tiles"), platforms=("gpu",))
+register("grouped_matmul.plan", "triton_interpret", imported(f"{_ROOM}.interpreted:tiles"), platforms=("interpret",))
+register("grouped_matmul.plan", "reference", imported(f"{_ROOM}.plan:tiles"))
 
 
 def route(
@@ -40,6 +44,27 @@ def route(
         raise ValueError(f"k must be 1 to E = {logits.shape[1]}, got {k}")
     run = dispatch("grouped_matmul.route", implementation=implementation, platform=platform)
     return run(logits, k=k, norm_topk=norm_topk)
+
+
+def planned(
+    expert_ids: jax.Array,  # i32[T, k]
+    E: int,
+    N: int,
+    *,
+    shared: bool,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> Plan:
+    """Tiles of N tokens and one of E experts each: with `shared` all T <= N tokens in every tile, else sorted pairs.
+
+    A token's choices are distinct; one outside 0..E-1 takes part in nothing.
+    """
+    if expert_ids.ndim != 2 or 0 in expert_ids.shape or expert_ids.dtype != jnp.int32:
+        raise ValueError(f"expert_ids must be i32[T, k], not empty, got {expert_ids.dtype}{list(expert_ids.shape)}")
+    if shared and expert_ids.shape[0] > N:
+        raise ValueError(f"{expert_ids.shape[0]} tokens do not fit a tile of {N}")
+    run = dispatch("grouped_matmul.plan", implementation=implementation, platform=platform)
+    return run(expert_ids, E, N, shared=shared)
 
 
 def routed_mlp(

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul import mosaic_sm90, routed, router
+from pallas_kernels.grouped_matmul import mosaic_sm90, planner, routed, router
+from pallas_kernels.grouped_matmul.plan import Plan
 
 MOST_PRODUCTS = 1 << 26  # tokens * choices * expert weights
 PROGRAMS = 2
@@ -21,6 +22,11 @@ PROGRAMS = 2
 def route(logits: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     """router.route, interpreted."""
     return router.route(logits, interpret=True, **options)
+
+
+def tiles(expert_ids: jax.Array, E: int, N: int, *, shared: bool) -> Plan:
+    """planner.tiles, interpreted."""
+    return planner.tiles(expert_ids, E, N, shared=shared, interpret=True)
 
 
 def routed_mlp(

@@ -81,6 +81,11 @@ def sorted_tiles(expert_ids: jax.Array, E: int, N: int) -> Plan:
     return Plan(experts, live, place, tokens.reshape(tiles, N))
 
 
+def tiles(expert_ids: jax.Array, E: int, N: int, *, shared: bool) -> Plan:
+    """See api.planned."""
+    return shared_tile(expert_ids, E, N) if shared else sorted_tiles(expert_ids, E, N)
+
+
 def _rank_within(ids: jax.Array, E: int) -> jax.Array:
     """How many earlier pairs have the same expert: of the same block by comparing, of earlier ones by counting."""
     P = ids.shape[0]

@@ -9,15 +9,15 @@ It does not know routers, layers or meshes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import mosaic_sm90, planner
-from pallas_kernels.grouped_matmul.plan import Plan, shared_tile, sorted_tiles, tile_width
+from pallas_kernels.grouped_matmul import mosaic_sm90
+from pallas_kernels.grouped_matmul.api import planned
+from pallas_kernels.grouped_matmul.plan import Plan, shared_tile, tile_width
 
 SHARED_TOKENS = 32  # up to here all tokens are one tile; tokens the copy engine re-reads cost more beyond
 
@@ -38,7 +38,7 @@ def routed_mlp(
     """See api.routed_mlp."""
     T, E = x.shape[0], gate_up.shape[0]
     shared = shared_tokens >= T
-    plan = planned(expert_ids, E, shared, width, elsewhere, interpret=interpret is not None)
+    plan = plan_of(expert_ids, E, shared, width, elsewhere, "gpu" if interpret is None else "interpret")
     tiles = x[None] if shared else x.at[plan.tokens].get(mode="clip")
     product = functools.partial(mosaic_sm90.tiles_matmul, blocks=blocks, interpret=interpret)
     hidden = product(tiles, gate_up, plan.experts, plan.live, gated=True)
@@ -46,14 +46,13 @@ def routed_mlp(
     return combine(out, plan, expert_ids, expert_weights, E if elsewhere else None).astype(x.dtype)
 
 
-def planned(ids: jax.Array, E: int, shared: bool, width: int | None, elsewhere: bool, *, interpret: bool) -> Plan:
-    """In one kernel where there is something to plan, and not too much."""
+def plan_of(ids: jax.Array, E: int, shared: bool, width: int | None, elsewhere: bool, platform: str) -> Plan:
+    """One token whose choices are all here needs no plan: they are the list."""
     T, k = ids.shape
     N = max(8, -(-T // 8) * 8) if shared else width or tile_width(T, k, E)
-    if not (shared and T == 1 and not elsewhere):
-        with contextlib.suppress(NotImplementedError):
-            return planner.tiles(ids, E, N, shared=shared, interpret=interpret)
-    return shared_tile(ids, E, N, elsewhere) if shared else sorted_tiles(ids, E, N)
+    if shared and T == 1 and not elsewhere:
+        return shared_tile(ids, E, N, elsewhere)
+    return planned(ids, E, N, shared=shared, platform=platform)
 
 
 def combine(out: jax.Array, plan: Plan, expert_ids: jax.Array, expert_weights: jax.Array, E: int | None) -> jax.Array:

@@ -8,8 +8,9 @@ import pytest
 from helpers.kernel_backends import ON_GPU, jitted, pairs
 from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 
+from pallas_kernels.dispatch import explain
 from pallas_kernels.grouped_matmul import interpreted, mosaic_sm90, plan, planner, routed
-from pallas_kernels.grouped_matmul.api import route, routed_mlp
+from pallas_kernels.grouped_matmul.api import planned, route, routed_mlp
 from pallas_kernels.grouped_matmul.specs import LARGE_SPECS, ROUTED_SPECS, RoutedSpec
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3}
@@ -190,7 +191,21 @@ def test_too_many_pairs_for_one_kernel_are_planned_by_several():
     ids = jnp.asarray(RoutedSpec("", T=600, D=1, F=1, E=8, k=4).inputs()[3])
     with pytest.raises(NotImplementedError, match="2400 choices of 8 experts: at most 2048 of 256"):
         by_a_kernel(ids, 8, 8, False)
-    assert routed.planned(ids, 8, False, 8, True, interpret=True).live.shape == (1,)
+    assert planned(ids, 8, 8, shared=False, platform="interpret").live.shape == (1,)
+    assert "grouped_matmul.plan on interpret: reference (triton_interpret declined: 2400 choices of 8 experts" in explain()
+
+
+@pytest.mark.parametrize(
+    ("ids", "N", "shared", "match"),
+    [
+        (jnp.zeros((2, 0), jnp.int32), 8, True, "not empty"),
+        (jnp.zeros((2, 2), jnp.float32), 8, True, "i32"),
+        (jnp.zeros((9, 2), jnp.int32), 8, True, "9 tokens do not fit a tile of 8"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(ids, N, shared, match):
+    with pytest.raises(ValueError, match=match):
+        planned(ids, 8, N, shared=shared)
 
 
 def test_the_bound_on_tiles_is_reached():
