@@ -37,11 +37,20 @@ def tokenizers_by_kind(vocabulary_directories):
 
 
 @pytest.fixture(scope="module")
-def compiled_in_haste():
-    """Machine code without LLVM's costly passes: for modules that compile many engines and promise no bits."""
+def children_compile_in_haste():
+    """Processes that a module starts make machine code without LLVM's costly passes: where no bits are promised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled_in_haste(children_compile_in_haste):
+    """This process and its children do: for modules that compile many engines and promise no bits."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # JAX would give the next module what this one compiled

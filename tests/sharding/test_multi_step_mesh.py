@@ -9,6 +9,8 @@ from jaxllm.config import load
 from jaxllm.core import SamplingParams
 from jaxllm.engine.startup import start
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -17,6 +17,8 @@ from jaxllm.graph.quant.scheme import Scheme
 from jaxllm.graph.steps import Graph, step
 from jaxllm.graph.weights.random import dummy
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 PAGE, PAGES, ROWS = 8, 12, 4
 SIZES = dict(vocab_size=83, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96)
 
