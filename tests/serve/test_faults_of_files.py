@@ -19,7 +19,7 @@ import httpx
 import pytest
 from helpers.checkpoints import WEIGHTS, copy_of_bundled, drop, edit_json, join, split
 from helpers.ports import free_port
-from helpers.served import ROOT, SMALL, Served
+from helpers.served import ROOT, Served
 from helpers.server import REAL, Server
 
 from jaxllm.config import ConfigError
@@ -27,6 +27,9 @@ from jaxllm.core import JaxLLMError
 from jaxllm.engine.process.main import build_engine
 from serve.texts import open_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
+FEWEST = ("--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override", "64")  # executables
 NORM = "model.norm.weight"
 DOWN = "model.layers.3.mlp.down_proj.weight"
 
@@ -143,13 +146,16 @@ BAD_MODELS = {
 }
 
 
+ONE_OF_EACH = {"decode_buckets": [8], "token_buckets": [64]}  # sums are compared while they are compiled
+
+
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_47_to_51_a_model_that_is_not_whole_is_refused_by_name_before_memory_is_taken(case, tmp_path):
     damage, named = BAD_MODELS[case]
     folder = copy_of_bundled(tmp_path / "model")
     damage(folder)
     with pytest.raises(JaxLLMError) as raised:
-        build_engine({"overrides": {**REAL, "model": str(folder)}})
+        build_engine({"overrides": {**REAL, **ONE_OF_EACH, "model": str(folder)}})
     for word in named:
         assert word in str(raised.value)
 
@@ -225,7 +231,7 @@ def test_50_no_end_token_and_no_tokenizer_are_said(tmp_path):
 
 def test_50_a_model_without_a_tokenizer_serves_token_ids(tmp_path):
     folder = copy_of_bundled(tmp_path / "model", without=["tokenizer.json"])
-    with Served(str(folder), *SMALL) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
+    with Served(str(folder), *FEWEST) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
         answer = http.post("/v1/completions", json={"prompt": [300, 301], "max_tokens": 4, "return_token_ids": True})
         assert len(answer.json()["choices"][0]["token_ids"]) == 4
         assert http.post("/v1/completions", json={"prompt": "text"}).status_code == 400
@@ -298,7 +304,7 @@ def test_52_two_processes_share_a_cache(cache, tmp_path):
 
 
 def test_57_a_second_server_on_the_port_is_refused_before_it_loads_and_the_first_goes_on():
-    with Served(*SMALL) as first:
+    with Served(*FEWEST) as first:
         port = first.url.rpartition(":")[2]
         began = time.monotonic()
         command = [sys.executable, "-m", "serve.cli", "serve", "--port", port]
@@ -370,7 +376,7 @@ def test_58_llm_needs_no_main_guard_and_a_forked_child_gets_one_clear_error(tmp_
 
 
 def test_55_a_hangup_drains_and_a_broken_pipe_is_nothing():
-    server = Served(*SMALL)
+    server = Served(*FEWEST)
     try:
         os.kill(server.pid, signal.SIGPIPE)
         assert json.loads(server.get("/ready"))["status"] == "ready"
