@@ -1,4 +1,4 @@
-"""The gateway in front of two `jaxllm serve` of the bundled model: whose pages are hit, and what a kill -9 costs."""
+"""The gateway in front of two `jaxllm serve` of a small model: whose pages are hit, and what a kill -9 costs."""
 
 import asyncio
 import json
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[3]
 PAGE, PREFIX_PAGES = 16, 8
 RECIPE = f"""
 [model]
+path = "first-light-draft"
 max_model_len = 512
 [cache]
 page_size = {PAGE}
@@ -144,7 +145,7 @@ def test_affinity_hits_nine_tenths_of_shared_prefixes_where_turns_hit_six(server
 
 def stream(url, prompt):
     """(text, how it ended): "stop" after [DONE], the error's code, or "cut"."""
-    body = {"prompt": prompt, "max_tokens": 48, "temperature": 0, "stream": True, "ignore_eos": True}
+    body = {"prompt": prompt, "max_tokens": 128, "temperature": 0, "stream": True, "ignore_eos": True}
     text, end = "", "cut"
     with (
         httpx.Client(timeout=120, trust_env=False) as http,
