@@ -5,6 +5,7 @@ In: a spec. Out: numpy inputs. This module knows no implementation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,7 @@ SHARED: dict[str, Callable[[P], P]] = {  # how a layer's weights lie over device
 MATRICES = ("qkv", "o", "gate_up", "down", "table")
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "group", "scales"))
 def few(weight: jax.Array, kind: str, group: int = 128, scales: str = "bfloat16") -> Few:
     """Rounded to nearest, the largest number of an output (int4: of a group) at the end of the range."""
     wide = weight.astype(jnp.float32)
