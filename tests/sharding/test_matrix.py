@@ -93,15 +93,13 @@ def label(mesh):
 
 
 MESHES = {label(mesh): mesh for mesh in meshes()}
-# Each parallelism alone, each pair, and the deepest mixes: the rest of the table is run by `make test-mesh`.
+# Each parallelism, each pair, and the deepest mixes: the rest of the table is run by `make test-mesh`.
 EVERY_TIME = (
     "tp8 sp",
-    "tp2 cp2 sp",
     "tp2 pp2 dp2 sp",
     "pp2 dp2 cp2",
     "tp2 pp2 cp2 sp",
     "tp4 cp2",
-    "ep2",
     "tp2 dp2 ep2 sp",
 )
 
