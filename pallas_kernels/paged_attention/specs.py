@@ -97,13 +97,16 @@ PAGED_ATTENTION_SPECS = (
     replace(_TINY, name="all_rows_empty", rows=((0, 0), (0, 7)), padding_tokens=3),
     replace(_TINY, name="more_rows_than_tokens", rows=((1, 1), *((0, 0),) * 6, (1, 30))),
 )
-# The same paths with fewer heads, for interpreters that take half a second a tile and head.
-PAGED_ATTENTION_REDUCED = {
+# The same paths with fewer heads, for interpreters that take seconds a kernel and half a second a tile and head; None:
+# others have them (windows and several kv heads: gemma; 80 elements a head: as 96; sinks: asked for with denominators).
+PAGED_ATTENTION_REDUCED: dict[str, PagedAttentionSpec | None] = {
     "mqa": replace(PAGED_ATTENTION_SPECS[3], name="mqa_of_3_heads", N=3),
-    "mha_window": replace(PAGED_ATTENTION_SPECS[4], name="mha_window_of_2_heads", N=2, K=2),
+    "mha_window": None,
     "gemma_2_soft_cap_window": replace(
         PAGED_ATTENTION_SPECS[6], name="gemma_2_of_4_heads", N=4, K=2, rows=((1, 300), (0, 0), (24, 150))
     ),
+    "phi_2_head_dim_80": None,
+    "gpt_oss_sinks": None,
 }
 PAGED_ATTENTION_DECODE_SPECS = (
     replace(_LLAMA, rows=_DECODE),

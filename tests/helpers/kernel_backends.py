@@ -16,8 +16,8 @@ WARPGROUPS = "mosaic_sm90_interpret"
 def pairs(op, specs, reduced=None):
     """Parameters (implementation name, spec) for pytest.mark.parametrize("name, spec", pairs(...)).
 
-    `reduced`: name of a spec -> the same path in small. The interpreter of warpgroups is given that, and by
-    `make test-kernels` the spec itself.
+    `reduced`: name of a spec -> the same path in small, or None where others have it. The interpreter of warpgroups
+    is given that, and by `make test-kernels` the spec itself.
     """
     here = ("gpu",) if ON_GPU else ("cpu", "interpret")
     found = []
@@ -31,9 +31,9 @@ def pairs(op, specs, reduced=None):
         else:
             marks = [pytest.mark.gpu] if ON_GPU else []
         for spec in specs:
-            twin = reduced.get(spec.name) if reduced and implementation.name == WARPGROUPS else None
-            found += [parameter(implementation.name, twin, marks)] if twin else []
-            found += [parameter(implementation.name, spec, [*marks, pytest.mark.kernels] if twin else marks)]
+            slow = implementation.name == WARPGROUPS and spec.name in (reduced or {})
+            found += [parameter(implementation.name, reduced[spec.name], marks)] if slow and reduced[spec.name] else []
+            found += [parameter(implementation.name, spec, [*marks, pytest.mark.kernels] if slow else marks)]
     return found
 
 
