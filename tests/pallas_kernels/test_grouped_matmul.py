@@ -192,7 +192,9 @@ def test_too_many_pairs_for_one_kernel_are_planned_by_several():
     with pytest.raises(NotImplementedError, match="2400 choices of 8 experts: at most 2048 of 256"):
         by_a_kernel(ids, 8, 8, False)
     assert planned(ids, 8, 8, shared=False, platform="interpret").live.shape == (1,)
-    assert "grouped_matmul.plan on interpret: reference (triton_interpret declined: 2400 choices of 8 experts" in explain()
+    assert (
+        "grouped_matmul.plan on interpret: reference (triton_interpret declined: 2400 choices of 8 experts" in explain()
+    )
 
 
 @pytest.mark.parametrize(
