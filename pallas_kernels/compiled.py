@@ -6,6 +6,7 @@ bytes for this jaxlib. NotImplementedError says why there is none: dispatch then
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,19 +37,35 @@ NVCC = (
 )
 # Without glibc's check of longjmp, which does not know the emulator's stacks.
 GXX = ("g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-w", "-x", "c++")
-_LOCK = threading.RLock()
+_LOCK = threading.Lock()
 
 
 def once[**P, R](make: Callable[P, R]) -> Callable[P, R]:
-    """functools.cache that makes each thing once: steps are traced by several threads at one time."""
-    kept = functools.cache(make)
+    """functools.cache that makes each thing once, and different ones at one time: several threads trace and prepare."""
+    kept, locks = functools.cache(make), dict[object, threading.RLock]()
 
     @functools.wraps(make)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with _LOCK:
+            own = locks.setdefault((args, tuple(kwargs.items())), threading.RLock())
+        with own:
             return kept(*args, **kwargs)
 
     return run
+
+
+def prepare(libraries: Iterable[Callable[[], object]]) -> None:
+    """Begins to build them all, each in a thread of its own; whoever calls one meanwhile waits for that build.
+
+    `libraries` are made by `once`. What cannot be built is said to who calls it, not here.
+    """
+
+    def quietly(library: Callable[[], object]) -> None:
+        with contextlib.suppress(NotImplementedError, OSError):
+            library()
+
+    for each in libraries:
+        threading.Thread(target=quietly, args=(each,), daemon=True).start()
 
 
 def built(

@@ -272,6 +272,16 @@ def decode_chain_cases() -> Iterator[Case]:
         yield Case("cuda", f"D{D} rows {T} last", last, arrays[:6])
 
 
+def gated_matmul_cases() -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.gated_matmul import cuda
+
+    for T, D, F in ((128, 4096, 14336), (1024, 1024, 3072)):
+        arrays = _array((T, D), jnp.bfloat16), _array((2 * F, D), jnp.bfloat16)
+        yield Case("cuda", f"D{D} rows {T}", cuda.gated_matmul, arrays)
+
+
 def grouped_matmul_cases() -> Iterator[Case]:
     import jax.numpy as jnp
 
@@ -360,6 +370,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "flash_attention": flash_attention_cases,
     "decode_attention": decode_attention_cases,
     "decode_chain": decode_chain_cases,
+    "gated_matmul": gated_matmul_cases,
     "grouped_matmul": grouped_matmul_cases,
     "grouped_matmul.route": route_cases,
     "grouped_matmul.plan": plan_cases,

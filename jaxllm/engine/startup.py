@@ -49,6 +49,7 @@ from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sharded import ShardedScheduler
 from jaxllm.engine.utilisation import StepMeter
+from jaxllm.graph import libraries
 from jaxllm.graph.compile import MULTI_STEP_ROWS, Executables, Ladder, compile_all
 from jaxllm.graph.compile_cache import CacheReport, open_cache, seal
 from jaxllm.graph.experts import add_tables
@@ -148,6 +149,7 @@ def start(
     if config.compile.directory is not None:
         with _timed(report, "compile cache"):
             report.compile_cache = open_cache(config.compile.directory)
+    _begin_libraries(config, scheme, meshes[0])
     for homes in replicas:
         params, compiled = _loaded_and_compiled(config, model_config, homes, directory, report, tell)
         runners = tuple(_runners(config, homes, params, compiled, report))
@@ -169,6 +171,11 @@ def start(
         return ReplicatedEngine(tuple(engines), residency), report
     engines[0].residency = residency
     return engines[0], report
+
+
+def _begin_libraries(config: EngineConfig, scheme: Scheme, stages: SequenceOf[jax.sharding.Mesh]) -> None:
+    devices = [device for stage in stages for device in stage.devices.flat]
+    libraries.begin(devices[0].platform, config.model.dtype, scheme.kind, len(devices))
 
 
 def _loaded_and_compiled(
@@ -416,6 +423,7 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
     report.compile_cache = open_cache(config.compile.directory)
+    _begin_libraries(config, scheme, meshes[0])
     homes = homes_of(model_config, meshes[0], config.mesh, scheme)
     params = _shapes(config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))

@@ -24,13 +24,9 @@ from typing import Any
 import jax
 from jax import export
 
+from jaxllm.graph.libraries import LIBRARIES
 from jaxllm.graph.multi_step import MultiStepped
 from jaxllm.graph.steps import Graph, Sampled, Stepped
-from pallas_kernels.decode_attention import cuda as decode_attention
-from pallas_kernels.decode_chain import cuda as decode_chain
-from pallas_kernels.decode_layers import cuda as decode_layers
-from pallas_kernels.decode_layers import wide as wide_layers
-from pallas_kernels.sampling import cuda as sampling
 
 log = logging.getLogger(__name__)
 Key = tuple[Any, ...]  # what an executable is, then its static shapes
@@ -38,10 +34,6 @@ SUFFIX = ".stablehlo"
 ROOT = Path(__file__).parents[2]
 READ_BY_TRACING = ("jaxllm/core.py", "jaxllm/graph", "pallas_kernels", "sharding")
 # Kernels as custom calls. JAX promises nothing of them between its versions, but the one that wrote a file reads it.
-# CUDA sources: built, or found built, when a step that calls them is read
-LIBRARIES = {each.TARGET: each for each in (decode_attention, decode_chain, wide_layers, sampling)} | {
-    each.target: each for each in decode_layers.KINDS.values()
-}
 OUR_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call", *LIBRARIES)
 
 for kind in (Stepped, Sampled, MultiStepped):

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.graph.quant.leaf import QuantisedWeight
+from pallas_kernels.gated_matmul.api import gated_matmul
 
 # How XLA cuts the products of a few rows on a Hopper GPU (benchmarks/step_kernels.py shows it), so that it need not.
 FEW_ROWS, LEAST_DEPTH = 128, 256
 PARTS = ((4096, 8), (8192, 4))  # outputs up to so many: parts
+
+_gated_matmul = jax.jit(gated_matmul)  # layers of one shape share one trace
 
 
 def project(x: Float[Array, "... I"], weight: Float[Array, "O I"] | QuantisedWeight) -> Float[Array, "... O"]:
@@ -62,6 +65,16 @@ def linear(
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return out.astype(x.dtype)
+
+
+def gated(
+    x: Float[Array, "... I"], weight: Float[Array, "O I"] | QuantisedWeight, bias: Float[Array, " O"] | None = None
+) -> Float[Array, "... F"]:
+    """silu(gate) * up of x, formed in f32 and cast once; the weight's rows are all of gate, then all of up."""
+    if bias is None and not isinstance(weight, QuantisedWeight) and x.dtype == weight.dtype:
+        return _gated_matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0] // 2)
+    gate, up = jnp.split(linear(x, weight, bias).astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(x.dtype)
 
 
 def in_parts(x: Float[Array, "T I"], weight: Float[Array, "O I"] | QuantisedWeight) -> Float[Array, "S T O"] | None:

@@ -6,12 +6,11 @@ In and out: hidden states [..., D]. silu and the product are formed in f32 and c
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxllm.graph.layers.linear import linear
+from jaxllm.graph.layers.linear import gated, linear
 from jaxllm.graph.layers.parameter import parameter
 from jaxllm.graph.models.config import ModelConfig
 
@@ -29,9 +28,7 @@ class MLP(nnx.Module):
     @jax.named_scope("mlp")
     def hidden(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         """What `down` takes."""
-        gate_up = linear(x, self.gate_up[...], None if self.gate_up_bias is None else self.gate_up_bias[...])
-        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-        return (jax.nn.silu(gate) * up).astype(x.dtype)
+        return gated(x, self.gate_up[...], None if self.gate_up_bias is None else self.gate_up_bias[...])
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -1,0 +1,54 @@
+// Beyond decode_chain/tensor_cores.h: products of 64 rows by up to 256 columns, and copies of what is wanted again soon. For sm_90a, and for
+// the emulator.
+#pragma once
+#include "../decode_chain/tensor_cores.h"
+
+namespace {
+
+#ifdef JAXLLM_EMULATED
+
+template <int N>
+DEVICE void multiply_wide(float (&sums)[N / 2], const void* a, const void* b, bool adds) {
+  Fiber& mine = *machine->current;
+  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups, {}, adds});
+}
+DEVICE void copy_kept(void* to, const TileMap* map, int column, int row, uint64_t* barrier) { copy_tile(to, map, column, row, barrier); }
+DEVICE uint32_t exchanged(uint32_t value, int mask) { return shuffle_xor(value, mask); }
+
+#else
+
+// To stay in the second-level cache: others want it too.
+DEVICE void copy_kept(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+DEVICE uint32_t exchanged(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+
+#define JAXLLM_P96 JAXLLM_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define JAXLLM_P112 JAXLLM_P96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define JAXLLM_P128 JAXLLM_P112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define JAXLLM_R64 JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R32(32)
+#define JAXLLM_MULTIPLY_WIDE(N, places, a_at, b_at, adds_at, registers)                                              \
+  template <>                                                                                                        \
+  DEVICE void multiply_wide<N>(float(&d)[N / 2], const void* a, const void* b, bool adds) {                          \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" adds_at ", 0;\n"                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" places "}, %" a_at ", %" b_at          \
+                 ", adds, 1, 1, 0, 0;\n}"                                                                            \
+                 : registers                                                                                         \
+                 : "l"(matrix(a)), "l"(matrix(b)), "r"(int(adds)));                                                  \
+  }
+
+// As multiply of tensor_cores.h; without `adds` the sums are not read.
+template <int N>
+DEVICE void multiply_wide(float (&d)[N / 2], const void* a, const void* b, bool adds);
+JAXLLM_MULTIPLY_WIDE(128, JAXLLM_P64, "64", "65", "66", JAXLLM_R64)
+JAXLLM_MULTIPLY_WIDE(192, JAXLLM_P96, "96", "97", "98", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64))
+JAXLLM_MULTIPLY_WIDE(224, JAXLLM_P112, "112", "113", "114", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64) JAXLLM_COMMA JAXLLM_R16(96))
+JAXLLM_MULTIPLY_WIDE(256, JAXLLM_P128, "128", "129", "130", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64) JAXLLM_COMMA JAXLLM_R32(96))
+
+#endif
+
+}  // namespace
