@@ -1,7 +1,7 @@
 """Our CUDA kernels as a model's steps want them: libraries that are built on the first machine that has nvcc.
 
 In: how weights are stored and over how many devices. Out: nothing; builds go on in threads while weights are read, so
-that a first start waits for the longest of them and not for all. Knows nothing of steps, and not whether one will be called.
+that a first start waits for the longest of them and not for all. Knows nothing of steps.
 """
 
 from __future__ import annotations
