@@ -112,11 +112,12 @@ class Traces:
 
     def _read(self, path: Path) -> export.Exported | None:
         try:
-            data = path.read_bytes()
-            _provide(data)
+            exported = export.deserialize(bytearray(path.read_bytes()))
+            # Not of the whole file, which also lists the calls that a step may have.
+            _provide(exported.mlir_module_serialized)
         except (OSError, NotImplementedError):  # none, or made where a library could be built that cannot be here
             return None
-        return export.deserialize(bytearray(data))
+        return exported
 
     def _write(self, path: Path, exported: export.Exported) -> None:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -126,12 +127,12 @@ class Traces:
             temporary.replace(path)
 
 
-def _provide(data: bytes) -> None:
+def _provide(module: bytes) -> None:
     """What tracing the kernels in this module would have brought into the process."""
-    if b"mosaic_gpu" in data:
+    if b"mosaic_gpu" in module:
         importlib.import_module("jax.experimental.mosaic.gpu")  # tells the runtime where its library lies
     for target, each in LIBRARIES.items():
-        if target.encode() in data:
+        if target.encode() in module:
             each.register(each.library())
 
 

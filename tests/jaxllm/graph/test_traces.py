@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.graph import traces
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.traces import Job, Traces
 
@@ -69,6 +70,31 @@ def test_anything_else_is_another_file(tmp_path, graph, changes):
 def test_the_structure_of_a_model_is_not_part_of_the_name_as_its_config_is(tmp_path):
     other = dataclasses.replace(GRAPH, graphdef=object())  # would print its address
     assert Traces(tmp_path, other).name(job()) == Traces(tmp_path, GRAPH).name(job())
+
+
+def test_a_step_that_is_read_builds_the_libraries_it_calls_and_no_others(tmp_path, monkeypatch):
+    class Library:
+        def __init__(self, name):
+            self.name = name
+
+        def library(self):
+            built.append(self.name)
+
+        def register(self, loaded):
+            pass
+
+    called, *others = traces.LIBRARIES
+    monkeypatch.setattr(traces, "LIBRARIES", {name: Library(name) for name in traces.LIBRARIES})
+    built = []
+
+    def calls(factor, pages, rows):
+        return jax.ffi.ffi_call(called, jax.ShapeDtypeStruct((), jnp.float32))(factor)
+
+    exported = Traces(tmp_path, GRAPH)._export(job(function=calls, donated=()))
+    Traces(tmp_path, GRAPH)._write(tmp_path / "step", exported)
+    assert others[0].encode() in (tmp_path / "step").read_bytes()  # as one that is allowed
+    Traces(tmp_path, GRAPH)._read(tmp_path / "step")
+    assert built == [called]
 
 
 def test_a_call_that_is_not_ours_is_traced_at_every_start(tmp_path, caplog):
