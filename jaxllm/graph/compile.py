@@ -196,7 +196,8 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         return jax.ShapeDtypeStruct((rows * graph.shards, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
 
     last_tokens = jax.ShapeDtypeStruct((counts.shape[0],), jnp.int32, sharding=sharding)
-    for shape in ladder.shapes():
+    # The longest to compile first; steps of few rows wait for the library that takes longest to build.
+    for shape in sorted(ladder.shapes(), key=lambda shape: shape.tokens, reverse=True):
         more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
         function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
         packed = spec(jnp.int32, shape.packed_size)
