@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,20 +187,26 @@ def _loaded_and_compiled(
     report: StartReport,
     tell: Progress,
 ) -> tuple[list[Params], Compiled]:
-    """Both at once where executables are found rather than made: what XLA times to choose kernels it times alone."""
+    """Both at once; but what XLA times to choose kernels it times alone, so on a GPU only tracing runs beside weights
+    where executables are made rather than found."""
     shapes = _shapes(config, homes)
     compile_ = functools.partial(_compile, config, homes, report=report, tell=tell)
-    found = report.compile_cache.entries > 0
-    if found and config.model.load_format != "dummy":
+    alone = homes[0].device.platform == "gpu" and report.compile_cache.entries == 0
+    if config.model.load_format != "dummy":
         loader.check(directory, model_config)  # what is wrong with the files is said before anything is begun
+    loaded: Future[None] = Future()
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        compiling = pool.submit(compile_, shapes) if found else None
-        with _timed(report, "weights"):
-            params = _params(config, model_config, homes, directory, tell)
-        compiled = None if compiling is None else compiling.result()
-    if jax.tree.structure(params) != jax.tree.structure(shapes):  # a checkpoint's matrices may be quantised unalike
-        return params, compile_(params)
-    return params, compile_(shapes) if compiled is None else compiled
+        compiling = pool.submit(compile_, shapes, after=loaded if alone else None)
+        try:
+            with _timed(report, "weights"):
+                params = _params(config, model_config, homes, directory, tell)
+            # A checkpoint's matrices may be quantised unalike: shapes are then not what was thought.
+            alike = jax.tree.structure(params) == jax.tree.structure(shapes)
+            if alike:
+                loaded.set_result(None)
+        finally:
+            loaded.cancel()  # if it is not done: whoever waits to compile need not
+        return params, compiling.result() if alike else compile_(params)
 
 
 def _residency(
@@ -359,7 +366,12 @@ def whole_rows(kernels: str, mesh: MeshConfig, *, fastest: bool) -> tuple[tuple[
 
 
 def _compile(
-    config: EngineConfig, homes: tuple[Home, ...], params: list[Params], report: StartReport, tell: Progress
+    config: EngineConfig,
+    homes: tuple[Home, ...],
+    params: list[Params],
+    report: StartReport,
+    tell: Progress,
+    after: Future[None] | None = None,
 ) -> Compiled:
     """Every executable, and the cache they are compiled for. Allocates nothing: shapes are enough."""
     page_size, width = config.cache.page_size, -(-config.model.max_model_len // config.cache.page_size)
@@ -395,7 +407,8 @@ def _compile(
         ]
         kv = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
         with _timed(report, "compile"):
-            how = {"threads": threads, "progress": lambda done, total: tell("compile", done / total)}
+            told = lambda done, total: tell("compile", done / total)  # noqa: E731
+            how: dict[str, Any] = {"threads": threads, "progress": told, "after": after}
             if len(homes) == 1:
                 executables = compile_all(graphs[0], ladder, params[0], kv[0], counts, **how, traces=traces)
             else:

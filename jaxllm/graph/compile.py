@@ -13,6 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -245,24 +246,35 @@ def compile_all(
     *,
     threads: int,
     progress: Progress | None = None,
+    after: Future[None] | None = None,
     traces: Path | None = None,
 ) -> Executables:
     """All that a model on one device or mesh runs. `traces`: a folder for what tracing gives, of one device only.
 
-    On a mesh, tracing a kernel also makes what the kernel needs (pallas_kernels.all_reduce: buffers, a library).
+    `after`: see compile_jobs. On a mesh, tracing a kernel also makes what the kernel needs (pallas_kernels.all_reduce:
+    buffers, a library).
     """
     kept = Traces(traces, graph) if traces is not None and graph.placement is None else None
-    return compile_jobs(jobs_of(graph, ladder, params, kv, counts), threads, progress, kept)
+    return compile_jobs(jobs_of(graph, ladder, params, kv, counts), threads, progress, after, kept)
 
 
 def compile_jobs(
-    wanted: Iterable[Job], threads: int, progress: Progress | None, traces: Traces | None = None
+    wanted: Iterable[Job],
+    threads: int,
+    progress: Progress | None,
+    after: Future[None] | None = None,
+    traces: Traces | None = None,
 ) -> Executables:
-    """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it)."""
+    """Trace and lower one by one (Python holds the lock), compile in parallel (XLA releases it).
+
+    Nothing is compiled before `after` is done; if that is cancelled, CancelledError.
+    """
     executables = Executables()
     jobs = list(wanted)
 
     def compile_one(key: Key, lowered: jax.stages.Lowered) -> None:
+        if after is not None:
+            after.result()
         start = time.perf_counter()
         executables.table[key] = lowered.compile()
         executables.seconds[key] = time.perf_counter() - start
@@ -272,6 +284,8 @@ def compile_jobs(
     with concurrent.futures.ThreadPoolExecutor(max_workers=threads) as pool:
         futures = []
         for job in jobs:
+            if after is not None and after.done():
+                after.result()
             lowered = job.lower() if traces is None else traces.lower(job)
             futures.append(pool.submit(compile_one, job.key, lowered))
         executables.traced = len(jobs) if traces is None else traces.traced

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,7 @@ def compile_stages(
     *,
     threads: int,
     progress: Progress | None = None,
+    after: Future[None] | None = None,
 ) -> Executables:
     """`counts` lie on the last stage. What lives in other processes is not compiled here."""
     final, wholes = len(graphs) - 1, [home.whole for home in homes]
@@ -162,7 +164,7 @@ def compile_stages(
     ]
     by_stage.append(list(jobs_of(graphs[final], ladder, params[final], kv[final], counts, final)))
     executables = compile_jobs(
-        [job for jobs, home in zip(by_stage, homes) if home.here for job in jobs], threads, progress
+        [job for jobs, home in zip(by_stage, homes) if home.here for job in jobs], threads, progress, after
     )
     for jobs, home in zip(by_stage, homes):
         if not home.here:

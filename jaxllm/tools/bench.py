@@ -201,16 +201,16 @@ def _child(command: Sequence[str], timeout_s: float) -> dict[str, float]:
     if ran.returncode or not lines:
         raise BenchError(f"the process to be timed failed ({ran.returncode}): {ran.stderr.strip()[-500:]}")
     report: dict[str, float] = json.loads(lines[-1])
-    known = sum(seconds for name, seconds in report.items() if name != "at")
     total = report.pop("at") - start
-    return {"imports": total - known, **report, "total": total}
+    return {"imports": total - report["ready"] - report["first token"], **report, "total": total}
 
 
-def report_first_token(llm: Generates, phases: dict[str, float], vocab_size: int) -> str:
-    """The line a start-up child prints: seconds of each phase, and when (time.time) the first token was there."""
+def report_first_token(llm: Generates, ready_s: float, phases: dict[str, float], vocab_size: int) -> str:
+    """The line a start-up child prints: seconds of the start, of each phase (they may overlap) and of the first token,
+    and when (time.time) that was there."""
     before = time.perf_counter()
     prompt = [token % vocab_size for token in range(10, 26)]
     greedy = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1)
     llm.generate([prompt], [greedy], use_tqdm=False)
     first = time.perf_counter() - before
-    return READY + json.dumps({**phases, "first token": first, "at": time.time()})
+    return READY + json.dumps({"ready": ready_s, **phases, "first token": first, "at": time.time()})

@@ -8,9 +8,10 @@ keeps its memory warpgroup running ahead across tiles, following the page table 
 Compute warpgroups hold 64 queries each and visit key blocks from the last to the first. Inside one, the softmax of a
 visit runs beside the value product of the visit before; between the two, `turn` barriers let one use the tensor cores
 while the other does its softmax.
-The copy engine moves tiles whose first token is a multiple of 8 (Mosaic's tiling asks for that); other tiles' queries
-come through registers, and packed keys are moved to such places first, unless they lie there. Tiles that start
-elsewhere or end early store query by query: what follows is somebody else's.
+The copy engine moves tiles whose first token is a multiple of 8 (Mosaic's tiling asks for that) and that end inside
+the array, of whose length the kernel knows nothing. Other tiles' queries come through registers, and packed keys are
+moved to such places first, unless they lie there. Tiles that start elsewhere or end early store query by query: what
+follows is somebody else's.
 e4m3 pages pass through a fourth warpgroup, which makes them as wide as the queries in shared memory.
 Rows of one query go to the decode kernel, so that their bits are those of a decode step.
 A row's bits do not depend on the batch: blocks lie at fixed key positions, and those a query cannot see change
@@ -19,6 +20,8 @@ nothing. It does not know how pages are written.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +32,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.lowered_once import call_shorter
 from pallas_kernels.paged_attention import ragged_warps, triton
 from pallas_kernels.paged_attention.ragged_warps import COMPUTE, LOWEST, MEMORY, ROWS, WIDEN, Blocks, Refs, Shape
-from pallas_kernels.paged_attention.tiles import ALIGN, TILE, tile_list
+from pallas_kernels.paged_attention.tiles import ALIGN, TILE, Tile, most_tiles, tile_list
+
+LONGEST = 65536  # tokens the kernel is lowered for: what it is told of its arrays is where each tile's room ends
 
 
 class Extras(NamedTuple):
@@ -211,7 +217,6 @@ def ragged_attention(
     if visible is not None:
         visible = jnp.maximum(jnp.pad(visible, (0, T - given + TILE)), 0)  # a tile of one query loads all the same
     shape = Shape(
-        T=T,
         N=N,
         K=k_pages.shape[1],
         H=H,
@@ -228,51 +233,69 @@ def ragged_attention(
     )
     tiles, count = tile_list(T, kv_lens, query_starts, fewest, visible)
     arrays = q, k_pages, v_pages, page_table, tiles, count, *extras._replace(visible=visible)
-    found = _call(shape, arrays, return_lse, interpret)
+    found = _call(shape, T, arrays, return_lse, interpret)
     if not return_lse:
         return found[0][:given]
     return found[0][:given], _of_tokens(found[1].reshape(-1, N, COMPUTE, ROWS), tiles, count, T)[:given]
 
 
-def _call(shape: Shape, arrays: tuple[Any, ...], return_lse: bool, interpret: Any) -> Any:
-    results = [jax.ShapeDtypeStruct((shape.T, shape.N, shape.H), shape.dtype)]
-    if return_lse:
-        results.append(jax.ShapeDtypeStruct((arrays[4].shape[0] * shape.N * COMPUTE, ROWS), jnp.float32))
+def _call(shape: Shape, T: int, arrays: tuple[Any, ...], return_lse: bool, interpret: Any) -> Any:
+    call = functools.partial(_kernel, shape, return_lse, interpret)
+    if interpret is not None:
+        return call(T)(*arrays)
+    longest = max(LONGEST, 1 << (T - 1).bit_length())
+    lengths = {0: longest, 4: most_tiles(arrays[3].shape[0], longest), 6: longest + TILE}  # by place among the arrays
+    return call_shorter(call(longest), arrays, lengths, _results(shape, T, arrays[4].shape[0], return_lse))
 
-    def kernel(*refs: Any) -> None:
-        def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
-            q_smem, k_smem, v_smem, out_smem, *more = scratch
-            outputs = refs[len(arrays) :] if return_lse else (*refs[len(arrays) :], None)
-            out_smem = q_smem if out_smem is None else out_smem
-            shared = q_smem, k_smem, v_smem, out_smem, *more
-            everything: tuple[Any, ...] = (*refs[: len(arrays)], *outputs, *shared, *barriers)
-            found = Refs(*everything)
-            wg = lax.axis_index("wg")
-            pl.when(wg == MEMORY)(lambda: ragged_warps.memory_warpgroup(shape, found))
-            pl.when(wg < COMPUTE)(lambda: ragged_warps.compute_warpgroup(shape, found, wg))
-            if shape.narrow:
-                pl.when(wg == WIDEN)(lambda: ragged_warps.widening_warpgroup(shape, found))
 
-        pl.run_scoped(body, ragged_warps.scratch(shape), ragged_warps.barriers(shape), collective_axes="wg")
+def _results(shape: Shape, T: int, tiles: int, return_lse: bool) -> list[jax.ShapeDtypeStruct]:
+    results = [jax.ShapeDtypeStruct((T, shape.N, shape.H), shape.dtype)]
+    lse = jax.ShapeDtypeStruct((tiles * shape.N * COMPUTE, ROWS), jnp.float32)
+    return [*results, lse] if return_lse else results
 
-    return plgpu.kernel(
-        kernel,
-        out_type=results,
-        grid=(shape.blocks.programs,),
-        grid_names=("program",),
-        num_threads=shape.warpgroups,
-        thread_name="wg",
-        kernel_name="paged_attention_ragged",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*arrays)
+
+@functools.cache
+def _kernel(shape: Shape, return_lse: bool, interpret: Any, T: int) -> Callable[..., Any]:
+    def run(*arrays: Any) -> Any:
+        def kernel(*refs: Any) -> None:
+            def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
+                q_smem, k_smem, v_smem, out_smem, *more = scratch
+                outputs = refs[len(arrays) :] if return_lse else (*refs[len(arrays) :], None)
+                out_smem = q_smem if out_smem is None else out_smem
+                shared = q_smem, k_smem, v_smem, out_smem, *more
+                everything: tuple[Any, ...] = (*refs[: len(arrays)], *outputs, *shared, *barriers)
+                found = Refs(*everything)
+                wg = lax.axis_index("wg")
+                pl.when(wg == MEMORY)(lambda: ragged_warps.memory_warpgroup(shape, found))
+                pl.when(wg < COMPUTE)(lambda: ragged_warps.compute_warpgroup(shape, found, wg))
+                if shape.narrow:
+                    pl.when(wg == WIDEN)(lambda: ragged_warps.widening_warpgroup(shape, found))
+
+            pl.run_scoped(body, ragged_warps.scratch(shape), ragged_warps.barriers(shape), collective_axes="wg")
+
+        return plgpu.kernel(
+            kernel,
+            out_type=_results(shape, T, arrays[4].shape[0], return_lse),
+            grid=(shape.blocks.programs,),
+            grid_names=("program",),
+            num_threads=shape.warpgroups,
+            thread_name="wg",
+            kernel_name="paged_attention_ragged",
+            interpret=interpret,
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+        )(*arrays)
+
+    return run
 
 
 def _of_tokens(lse: jax.Array, tiles: jax.Array, count: jax.Array, T: int) -> jax.Array:
     """f32[tiles, N, COMPUTE, 64] -> [T, N]: the queries a warpgroup held start where its loads did."""
-    token, live = tiles[:, 1, None], tiles[:, 3, None]
+    tile = Tile(*(tiles[:, field, None] for field in range(5)), head=count, item=count)  # of all, without their heads
+    token, live = tile.token, tile.live
     begin = token + jnp.arange(COMPUTE, dtype=jnp.int32) * ROWS  # [tiles, COMPUTE]
-    held = jnp.where(token % ALIGN == 0, begin, jnp.minimum(begin, T - ROWS))
+    held = jnp.where(tile.aligned, begin, jnp.minimum(begin, T - ROWS))
     at = held[..., None] + jnp.arange(ROWS, dtype=jnp.int32)
     real = (jnp.arange(tiles.shape[0], dtype=jnp.int32) < count)[:, None, None]
     own = real & (at >= begin[..., None]) & (at < (token + live)[..., None])

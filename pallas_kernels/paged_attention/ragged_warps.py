@@ -44,7 +44,6 @@ class Blocks:
 class Shape:
     """What the kernel knows when it is compiled."""
 
-    T: int
     N: int
     K: int
     H: int
@@ -374,7 +373,7 @@ def _queries(shape: Shape, refs: Refs, wg: jax.Array, tile: Tile) -> _Half:
     """See that this warpgroup's queries are in shared memory."""
     offset = wg * ROWS
     # Through registers nothing is clipped at the array's end: start earlier instead.
-    over = jnp.maximum(tile.token + offset - (shape.T - ROWS), 0)
+    over = jnp.maximum(offset + ROWS - tile.room, 0)
     skip = jnp.where(tile.aligned, 0, over)
     position = tile.position if shape.limited else tile.position + offset - skip
     scale = shape.scale * refs.k_scale[_kv_head(shape, tile)] if shape.narrow else shape.scale

@@ -18,6 +18,7 @@ from jax import lax
 
 TILE = 128  # queries
 ALIGN = 8  # tokens; what the copy engine's tiled transfers start at
+ROOM = 256  # what a tile's room is counted in, beside the number of its queries
 type Carry = tuple[jax.Array, ...]
 type Visit = Callable[[Tile, jax.Array, jax.Array], None]
 
@@ -29,14 +30,30 @@ class Tile:
     row: jax.Array
     token: jax.Array  # its first query in the flat array
     position: jax.Array  # the same query's place among the row's keys
-    live: jax.Array  # how many queries are its own
+    reach: jax.Array  # live and room, in one: a kernel has few registers
     kv_len: jax.Array
     head: jax.Array
     item: jax.Array  # its place in the list, times N, plus head
 
     @property
+    def live(self) -> jax.Array:
+        """How many queries are its own."""
+        return lax.bitwise_and(self.reach, jnp.int32(ROOM - 1))
+
+    @property
+    def room(self) -> jax.Array:
+        """Tokens from its first to the end of the flat array, or TILE: kernels do not know how long that is."""
+        return lax.div(self.reach, jnp.int32(ROOM))
+
+    @property
     def aligned(self) -> jax.Array:
-        return lax.rem(self.token, jnp.int32(ALIGN)) == 0
+        """Whether the copy engine can move its queries: whole tiles inside the array."""
+        return (lax.rem(self.token, jnp.int32(ALIGN)) == 0) & (self.reach >= TILE * ROOM)
+
+
+def most_tiles(rows: int, T: int) -> int:
+    """In which T tokens of so many rows may lie, the row of tokens that are nobody's with them."""
+    return min(rows + 1, T) + T // TILE
 
 
 def tile_list(
@@ -54,7 +71,7 @@ def tile_list(
     padding = jnp.arange(rows) == rows - 1
     tiles = jnp.where((counts >= fewest) | padding, (counts + TILE - 1) // TILE, 0)
     ends = jnp.cumsum(tiles, dtype=jnp.int32)
-    tile = jnp.arange(min(rows, T) + T // TILE, dtype=jnp.int32)
+    tile = jnp.arange(most_tiles(rows - 1, T), dtype=jnp.int32)
     row = (ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, rows - 1)
     offset = (tile - (ends - tiles)[row]) * TILE
@@ -70,7 +87,9 @@ def tile_list(
     cost = jnp.where(tile < ends[-1], jnp.where(row == rows - 1, 0, seen), -1)
     order = jnp.argsort(-cost)
     table_row = jnp.minimum(row, rows - 2)
-    fields = jnp.stack([table_row, starts[row] + offset, position, live, length, jnp.zeros_like(row)], axis=1)
+    token = starts[row] + offset
+    reach = live + ROOM * jnp.minimum(T - token, TILE)
+    fields = jnp.stack([table_row, token, position, reach, length, jnp.zeros_like(row)], axis=1)
     return fields[order], ends[-1:]
 
 

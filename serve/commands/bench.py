@@ -223,7 +223,8 @@ class Commands:
         llm = self.open_llm(model, config, [*(settings or ()), f"cache_dir={json.dumps(cache_dir)}"])
         engine, _ = _measurable(llm)
         assert llm.report is not None
-        typer.echo(report_first_token(llm, llm.report.seconds, engine.model_config.vocab_size))
+        report, vocabulary = llm.report, engine.model_config.vocab_size
+        typer.echo(report_first_token(llm, report.total_s, report.seconds, vocabulary))
 
     def profile(
         self,
