@@ -119,7 +119,6 @@ class Engine:
     intake: Intake = field(init=False)
     _in_flight: InFlight | None = None
     _turn: tuple[InFlight | None, InFlight | None] | None = None  # begun: the step before, and the one behind it
-    _launch_by_s: float = 0.0  # the step behind the one in flight
     _busy_s: float | None = None  # when the device was last seen to work, while there is work for it
 
     def __post_init__(self) -> None:
@@ -172,8 +171,6 @@ class Engine:
         if after is not None and after[1].waits:
             self.runner.choose(after[1])
         self._in_flight = after
-        if after is not None and self.meter is not None:
-            self._launch_by_s = self.meter.launch_by(after[0], after[2])
         if after is not None and not self.config.scheduler.overlap:
             outputs += self.drain()
         self._look(self._in_flight)
@@ -239,17 +236,6 @@ class Engine:
         if self.grammars is None:
             raise RequestError(spec.field, spec.source, "needs a tokenizer; the model has none")
         return self.grammars.compile(spec)
-
-    @property
-    def slack_s(self) -> float:
-        """How long the next launch may wait for requests to come without the device waiting for it.
-
-        What comes after a launch waits for the step on the device and for the one behind it.
-        """
-        step = self._in_flight
-        if step is None or self.begun or step[1].ready or self.scheduler.num_waiting:
-            return 0.0
-        return max(0.0, self._launch_by_s - time.perf_counter())
 
     @property
     def resting(self) -> bool:

@@ -92,24 +92,11 @@ class EngineLoop:
         self.measure()
         self.send(self.ready(facts or {}))
         while not self.stopped:
-            self._listen()
+            for command in self.receive(0.0 if self._can_step else self._patience()):
+                self._handle(command)
             self.progress.turn_began_s = time.monotonic()
             self._turn()
             self.progress.turn_began_s = None
-
-    def _listen(self) -> None:
-        """Take commands: what has come, and while the device has enough to do, what comes."""
-        patience = self._slack_s if self._can_step else self._patience()
-        while True:
-            for command in self.receive(patience):
-                self._handle(command)
-            patience = self._slack_s
-            if not patience or self.stopped:
-                return
-
-    @property
-    def _slack_s(self) -> float:
-        return self.engine.slack_s if self._can_step and not self._jobs else 0.0
 
     def ready(self, facts: dict[str, Any]) -> Ready:
         limits, pool, intake = self.engine.scheduler.config, self.engine.scheduler.pool, self.engine.intake

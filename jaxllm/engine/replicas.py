@@ -258,10 +258,6 @@ class ReplicatedEngine:
     def has_work(self) -> bool:
         return any(engine.has_work or engine.begun for engine in self.engines)
 
-    @property
-    def slack_s(self) -> float:
-        return min(engine.slack_s for engine in self.engines)
-
     def check(self) -> None:
         for engine in self.engines:
             engine.check()

@@ -176,10 +176,6 @@ class DisaggregatedEngine:
     def has_work(self) -> bool:
         return self.decode.has_work
 
-    @property
-    def slack_s(self) -> float:
-        return self.decode.slack_s
-
     def check(self, others: Collection[int] = ()) -> None:
         self.decode.scheduler.check(others)
         self.prefill.check()

@@ -1,14 +1,11 @@
 """The engine's loop without a server: what commands do, and what a slow grammar does not do to others."""
 
-import time
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import pytest
 from helpers.byte_model import build_engine
 
 from jaxllm.core import RequestError, SamplingParams
-from jaxllm.engine.engine import Engine
 from jaxllm.engine.loop import EngineBroken, EngineLoop
 from jaxllm.engine.messages import Abort, Add, Control, Failed, Ready, Reply, Step, Stop
 
@@ -49,38 +46,6 @@ def test_a_request_is_answered_token_by_token_and_leaves_nothing():
     assert [one.finish_reason for one in script.news("a")] == [None, None, "length"]
     engine.check()
     assert not loop._flights
-
-
-def test_while_the_device_has_enough_to_do_what_comes_is_still_in_the_next_step(monkeypatch):
-    script, loop, engine = run()
-    a, b, c = (add(engine, name) for name in "abc")
-    slack, patience = [0.2, 0.1, 0.0], []
-    monkeypatch.setattr(Engine, "slack_s", property(lambda self: slack.pop(0) if slack else 0.0))
-    script.turns = [[a], [b], [c], [], [], []]
-    receive = script.receive
-    loop.receive = lambda wait: (patience.append(wait), receive(wait))[1]
-    loop.run()
-    first = next(event for event in script.events if isinstance(event, Step) and event.news)
-    assert [one.request_id for one in first.news] == ["a", "b", "c"]
-    assert patience[1:4] == [0.2, 0.1, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("ready", "waiting", "waits"),
-    [(False, 0, True), (True, 0, False), (False, 1, False)],
-    ids=["busy", "the device is done", "others wait for the next step as it is"],
-)
-def test_a_launch_waits_only_while_the_device_works_and_nobody_queues(monkeypatch, ready, waiting, waits):
-    engine, _ = build_engine()
-    assert engine.slack_s == 0.0
-    engine.meter = SimpleNamespace(
-        launch_by=lambda plan, launched: time.perf_counter() + 60.0, collected=lambda *_: None
-    )
-    engine.add(engine.make_request(list(b"hello"), SamplingParams(max_tokens=3)))
-    engine.step()
-    monkeypatch.setattr(type(engine._in_flight[1]), "ready", ready, raising=False)
-    monkeypatch.setattr(type(engine.scheduler), "num_waiting", waiting)
-    assert (59 < engine.slack_s <= 60) == waits
 
 
 def test_others_go_on_while_a_grammar_compiles_and_it_can_be_aborted_meanwhile():

@@ -56,27 +56,6 @@ def test_a_step_begins_when_the_one_before_ends_and_idle_time_is_nobodys():
     assert found.decode_step_s == pytest.approx(1.0 + 0.75 + 0.25)
 
 
-def test_the_launch_behind_a_long_step_of_prompts_may_wait_till_shortly_before_that_ends():
-    meter = StepMeter(COST, Metrics())
-    assert meter.launch_by(MIXED, 1.0) == 0.0  # nothing is known
-    meter.collected(MIXED, 1.0, 1.2)
-    assert meter.launch_by(MIXED, 1.1) == pytest.approx(1.2 + 0.2 * 0.85 - 0.01)  # it begins when that one ends
-    assert meter.launch_by(MIXED, 2.0) == pytest.approx(2.0 + 0.2 * 0.85 - 0.01)
-    assert meter.launch_by(DECODE, 2.0) == 0.0
-
-
-def test_a_step_is_expected_to_be_as_fast_as_the_best_of_late_and_short_ones_say_nothing():
-    meter = StepMeter(COST, Metrics())
-    meter.collected(MIXED, 0.0, 0.039)
-    assert meter.launch_by(MIXED, 0.0) == 0.0
-    meter.collected(MIXED, 1.0, 1.1)
-    meter.collected(MIXED, 2.0, 2.4)
-    assert meter.launch_by(MIXED, 3.0) == pytest.approx(3.0 + 0.1 / 0.995 * 0.85 - 0.01)
-    for at in range(4, 1000):
-        meter.collected(MIXED, at, at + 0.9)
-    assert meter.launch_by(MIXED, 1000.0) == 1000.5  # nobody waits longer
-
-
 @pytest.mark.parametrize("window", [None, 4, 7])
 @pytest.mark.parametrize("plan", [DECODE, MIXED, UNFINISHED])
 def test_the_quick_sum_is_the_sum_over_rows(plan, window):
