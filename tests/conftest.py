@@ -1,6 +1,7 @@
 """Every test runs with strict dtype promotion; tests of host code never import JAX."""
 
 import os
+import sys
 
 import pytest
 from helpers import vocabularies
@@ -15,6 +16,17 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("NPROC", "16")
 # Devices to spread a model over; everything else runs on the first.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# XLA's newer emitters put each fusion through MLIR, half of all time to compile.
+QUICK = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+FLAGS = os.environ.get("XLA_FLAGS", "").replace(QUICK, "").strip()  # a worker of xdist has its parent's
+os.environ["XLA_FLAGS"] = f"{FLAGS} {QUICK}".strip()
+
+
+def pytest_collection_finish():
+    """XLA reads its flags once: here. Children do without: what the older emitters make is slower to serve with."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].jit(lambda: 0)()
+    os.environ["XLA_FLAGS"] = FLAGS
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,14 @@ def bits_of(array):
 
 @pytest.mark.parametrize("kind", OPS)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(kind):
+    if ON_GPU or kind != "int4":
+        compare_rows(kind)
+    else:  # XLA's older emitters (tests/conftest.py) give an interpreted int4 row other bits in another place
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+            child.submit(compare_rows, kind).result()
+
+
+def compare_rows(kind):
     group = {"int8": None, "int4": 64, "fp8": 128}[kind]
     spec = QuantMatmulSpec("rows", kind, M=150, N=128, K=512, group=group)
     x, *rest = present(spec.inputs())

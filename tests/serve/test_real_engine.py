@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytestmark = pytest.mark.usefixtures("children_compile_in_haste")
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
     "architectures": ["LlamaForCausalLM"],

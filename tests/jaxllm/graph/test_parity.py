@@ -1,7 +1,6 @@
 """Every family's logits are those of Hugging Face transformers, prefill and decode, however attention is done."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract, merge
 from jaxllm.graph.weights.loader import load
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 TOLERANCE = 1e-3
 
 
@@ -21,7 +21,7 @@ def prefill_and_decode(config, params, way, prompt, tokens):
     """Logits of the whole prompt at once, then of one token a step; one compile for both."""
     graphdef, _ = abstract(config, jnp.float32)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is all the time
+    @jax.jit
     def run(params, prompt, tokens):
         model = merge(graphdef, params)
 

@@ -39,7 +39,7 @@ port = 0
 """
 ADMIN = {"authorization": "Bearer adm"}
 WORDS = ("river", "stone", "cloud", "paper", "green", "under", "seven", "music", "plant", "table")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("children_compile_in_haste")]
 
 
 class Served:
