@@ -273,8 +273,9 @@ def test_tiles_cover_every_query_of_long_enough_rows_and_the_padding_once_longes
     T = int(starts[-1]) + padding
     table, count = tiles.tile_list(T, jnp.asarray(lengths), jnp.asarray(starts), fewest)
     covered, ends = [], []
-    for row, token, position, live, kv_len, _ in np.asarray(table)[: int(count[0])]:
-        assert 0 < live <= tiles.TILE
+    for row, token, position, reach, kv_len, _ in np.asarray(table)[: int(count[0])]:
+        room, live = divmod(reach, tiles.ROOM)
+        assert 0 < live <= room == min(T - token, tiles.TILE)
         covered += range(token, token + live)
         ends.append(position + live)
         if token < starts[-1]:
