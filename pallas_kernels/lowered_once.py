@@ -1,9 +1,10 @@
 """A Mosaic GPU kernel lowered once and called on arrays of many lengths.
 
 Mosaic writes the shapes of a kernel's operands into its module, so that a kernel of each length is lowered by itself:
-three seconds of Python, most of them layout inference, eight times in a start of the engine. What the device gets are
-addresses. So a kernel that never asks how long an array is, and neither reads nor writes past the arrays it is given,
-can be lowered for the longest and called on shorter ones; its maps for the copy engine then clip nothing.
+three seconds of Python, most of them layout inference, eight times in a start of the engine; and one of the same shapes
+is lowered again for every executable that has it. What the device gets are addresses. So a kernel that never asks how
+long an array is, and neither reads nor writes past the arrays it is given, can be lowered for the longest and called on
+shorter ones; its maps for the copy engine then clip nothing.
 
 In: a function that calls such a kernel and nothing else, what it is lowered for, shorter arrays. Out: its results.
 Knows no kernel.
@@ -27,7 +28,7 @@ TARGET = "mosaic_gpu_v2"
 def call_shorter(
     call: Callable[..., Any],  # the same object for the same kernel
     arrays: Sequence[jax.Array | None],
-    lengths: Mapping[int, int],  # by place among the arrays: of the longest that `call` is lowered for
+    lengths: Mapping[int, int],  # by place among the arrays: of the longest that `call` is lowered for; else their own
     results: Sequence[jax.ShapeDtypeStruct],
 ) -> list[jax.Array]:
     """`call(*arrays)`. Raises ValueError if that is more, or less, than one Mosaic kernel."""

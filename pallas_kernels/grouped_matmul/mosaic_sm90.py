@@ -25,9 +25,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lowered_once import call_shorter
+
 SHARED_BYTES = 226 * 1024  # of the 227 KB a program may have; the rest is barriers
 ROWS = 64  # weight rows of one instruction
 HELD = 2 * ROWS  # weight rows a compute warpgroup holds: gate and up, or two blocks of rows
+MOST_TILES = 1024  # the kernel is lowered for: what it is told is how many are real
 SWIZZLED = 64  # elements of a 128-byte row of shared memory
 
 
@@ -130,27 +133,37 @@ def tiles_matmul(
     stages = min(blocks.stages, _stages_that_fit(N, blocks))
     shape = _Shape(N, K, rows, gated, shared == 1, x.dtype, blocks, stages, early, interpret is not None)
 
+    if interpret is not None:
+        return _kernel(shape, tiles, interpret)(x, w, experts, count)
+    longest = max(MOST_TILES, pl.next_power_of_2(tiles))
+    lengths = {2: longest} if shape.shared else {0: longest, 2: longest}
+    result = jax.ShapeDtypeStruct((tiles, N, rows), x.dtype)
+    return call_shorter(_kernel(shape, longest, None), (x, w, experts, count), lengths, [result])[0]
+
+
+@functools.cache
+def _kernel(shape: _Shape, tiles: int, interpret: Any) -> Callable[..., jax.Array]:
     def kernel(*arrays: Any) -> None:
         def body(scratch: tuple[Any, ...], barriers: tuple[Any, ...]) -> None:
             everything: tuple[Any, ...] = (*arrays, *scratch, *barriers)
             refs = _Refs(*everything)
             wg = lax.axis_index("wg")
-            pl.when(wg == blocks.warpgroups)(lambda: _memory_warpgroup(shape, refs))
-            pl.when(wg < blocks.warpgroups)(lambda: _compute_warpgroup(shape, refs, wg))
+            pl.when(wg == shape.blocks.warpgroups)(lambda: _memory_warpgroup(shape, refs))
+            pl.when(wg < shape.blocks.warpgroups)(lambda: _compute_warpgroup(shape, refs, wg))
 
         pl.run_scoped(body, _scratch(shape), _barriers(shape), collective_axes="wg")
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((tiles, N, rows), x.dtype),
-        grid=(blocks.programs,),
+        out_type=jax.ShapeDtypeStruct((tiles, shape.N, shape.rows), shape.dtype),
+        grid=(shape.blocks.programs,),
         grid_names=("program",),
-        num_threads=blocks.warpgroups + 1,
+        num_threads=shape.blocks.warpgroups + 1,
         thread_name="wg",
-        kernel_name="grouped_gate_up" if gated else "grouped_matmul",
+        kernel_name="grouped_gate_up" if shape.gated else "grouped_matmul",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(x, w, experts, count)
+    )
 
 
 def default_blocks(N: int, K: int, rows: int) -> Blocks:

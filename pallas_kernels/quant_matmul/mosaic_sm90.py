@@ -13,6 +13,7 @@ depend on the rows around it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import tuning
+from pallas_kernels.lowered_once import call_shorter
 from pallas_kernels.quant_matmul import packing, reference
 
 BLOCK = 128  # inputs accumulated at once; decides bits
@@ -240,6 +242,15 @@ def default_blocks(M: int, N: int, bits: int) -> Blocks:
 
 
 def _call(shape: Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.Array:
+    call = _kernel(shape, inputs[2].dtype, interpret)
+    if interpret is not None:
+        return call(*inputs)
+    result = jax.ShapeDtypeStruct((shape.splits, shape.M, shape.N), shape.dtype)
+    return call_shorter(call, inputs, {}, [result])[0]
+
+
+@functools.cache
+def _kernel(shape: Shape, scale_dtype: Any, interpret: Any) -> Callable[..., jax.Array]:
     def kernel(*arrays: Any) -> None:
         x, w, scales, *extra, out = arrays
         zero = extra.pop(0) if shape.kind.zeros else None
@@ -251,7 +262,7 @@ def _call(shape: Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.Ar
             pl.when(wg == shape.blocks.warpgroups)(lambda: _memory_warpgroup(shape, refs))
             pl.when(wg < shape.blocks.warpgroups)(lambda: _compute_warpgroup(shape, refs, wg))
 
-        pl.run_scoped(body, _scratch(shape, inputs[2].dtype), _barriers(shape), collective_axes="wg")
+        pl.run_scoped(body, _scratch(shape, scale_dtype), _barriers(shape), collective_axes="wg")
 
     return plgpu.kernel(
         kernel,
@@ -265,7 +276,7 @@ def _call(shape: Shape, inputs: tuple[jax.Array, ...], interpret: Any) -> jax.Ar
         kernel_name=f"quant_matmul_{shape.kind.name}",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*inputs)
+    )
 
 
 def _scratch(shape: Shape, scale_dtype: Any) -> tuple[Any, ...]:

@@ -8,6 +8,8 @@ One warpgroup fetches, four widen 64 outputs by 128 inputs at a time. It does no
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lowered_once import call_shorter
 from pallas_kernels.quant_matmul import packing
 from pallas_kernels.quant_matmul.mosaic_sm90 import BLOCK, ROWS, TILES, Blocks, Kind, Shape, by_output, refuse, widen
 
@@ -66,7 +69,17 @@ def widened(
     blocks = Blocks(warpgroups=warpgroups, stages=stages, programs=programs)
     shape = Shape(ROWS, N, K, kind, 1, jnp.dtype(jnp.bfloat16), blocks, interpret is not None)
     given = [array for array in (words, scale, zero) if array is not None]
-    total = N // shape.outputs * (K // BLOCK)
+    call = _kernel(shape, tuple(array.dtype for array in given[1:]), interpret)
+    if interpret is not None:
+        return call(*given)
+    return call_shorter(call, given, {}, [jax.ShapeDtypeStruct((N, K), jnp.bfloat16)])[0]
+
+
+@functools.cache
+def _kernel(shape: Shape, scale_dtypes: tuple[Any, ...], interpret: Any) -> Callable[..., jax.Array]:
+    K, kind, warpgroups, stages = shape.K, shape.kind, shape.blocks.warpgroups, shape.blocks.stages
+    total = shape.N // shape.outputs * (K // BLOCK)
+    grid = min(shape.blocks.programs, total)
 
     def kernel(*arrays: Any) -> None:
         *inputs, out = arrays
@@ -116,23 +129,22 @@ def widened(
 
         tiling: Any = plgpu.TilingTransform  # typed as abstract in 0.11
         swizzle: Any = plgpu.SwizzleTransform
-        rows, wide = packing.rows_of(bits), min(64, BLOCK // kind.groups)
-        per_group = [plgpu.SMEM((stages, kind.groups, shape.outputs), array.dtype) for array in given[1:]]
+        rows, wide = packing.rows_of(kind.bits), min(64, BLOCK // kind.groups)
+        per_group = [plgpu.SMEM((stages, kind.groups, shape.outputs), dtype) for dtype in scale_dtypes]
         pl.run_scoped(
             body,
             (plgpu.SMEM((stages, warpgroups, TILES, rows, packing.LANES), jnp.int32), *per_group),
             plgpu.SMEM(
                 (warpgroups, STAGED, ROWS, BLOCK), jnp.bfloat16, transforms=(tiling((8, wide)), swizzle(2 * wide))
             ),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=len(given)),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=1 + len(scale_dtypes)),
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             collective_axes="wg",
         )
 
-    grid = min(programs, total)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((N, K), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((shape.N, K), jnp.bfloat16),
         grid=(grid,),
         grid_names=("program",),
         num_threads=warpgroups + 1,
@@ -140,7 +152,7 @@ def widened(
         kernel_name=f"quant_widen_{kind.name}",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*given)
+    )
 
 
 def _tile(shape: Shape, smem: tuple[Any, ...], slot: jax.Array, wg: jax.Array, out: Any) -> None:

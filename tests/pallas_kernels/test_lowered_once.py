@@ -9,7 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import lowered_once
+from pallas_kernels.grouped_matmul.mosaic_sm90 import tiles_matmul
 from pallas_kernels.lowered_once import call_shorter
+from pallas_kernels.paged_attention.mosaic_sm90 import Blocks, ragged_attention
 
 WIDTH, LONGEST = 128, 4096
 traced: list[int] = []
@@ -81,3 +83,30 @@ def test_the_mesh_around_a_call_is_not_seen_by_the_kernel():
     mesh = jax.sharding.AbstractMesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
         assert lowered_once.TARGET in lowered(64, functools.partial(doubling(LONGEST)))
+
+
+def ragged(tokens):
+    q, pages = [(tokens, 4, 64)], [(9, 2, 64, 64)] * 2
+    floats = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (*q, *pages)]
+    table, lens, starts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 4), (3,), (4,)))
+    call = functools.partial(ragged_attention, scale=0.1, window=None, soft_cap=None, blocks=Blocks())
+    return call, (*floats, table, lens, starts)
+
+
+def grouped(tiles):
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tiles, 16, 128), (4, 256, 128)))
+    counts = jax.ShapeDtypeStruct((tiles,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return functools.partial(tiles_matmul, gated=True), (x, w, *counts)
+
+
+@pytest.mark.parametrize(("made", "lengths"), [(ragged, (64, 200)), (grouped, (8, 20))])
+def test_steps_of_all_lengths_share_the_kernel(made, lengths, monkeypatch):
+    seen = []
+    lower = lowered_once._lower
+    monkeypatch.setattr(lowered_once, "_lower", lambda *given: (seen.append(given), lower(*given))[1])
+    texts = []
+    for length in lengths:
+        call, arguments = made(length)
+        texts.append(jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
+    assert kernel_of(texts[0]) == kernel_of(texts[1])
+    assert len(seen) == 1
