@@ -206,7 +206,7 @@ def _loaded_and_compiled(
                 loaded.set_result(None)
         finally:
             loaded.cancel()  # if it is not done: whoever waits to compile need not
-        return params, compiling.result() if alike else compile_(params)
+    return params, compiling.result() if alike else compile_(params)
 
 
 def _residency(
