@@ -1,15 +1,14 @@
-"""What lies between two attentions on a GPU: the CUDA kernel against XLA's products, in us a layer.
+"""What lies between two attentions on a GPU: overlapping CUDA launches, the same in turn, XLA's products; us a layer.
 
 In: nothing but a GPU and nvcc (or libraries that lie in the cache). Out: JSON lines on the terminal. Weights of the
 layers are distinct, so the L2 cache holds none of them. Times are of one jitted call of all layers, host clock over
 several calls in a row, the best of four.
 
-    python -m benchmarks.decode_chain [SHAPE] [ROWS,ROWS,...] [timeline]
+    python -m benchmarks.decode_chain [SHAPE] [ROWS,ROWS,...]
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import sys
@@ -27,7 +26,7 @@ from pallas_kernels.decode_chain import cuda
 from pallas_kernels.decode_chain.api import Dense, Following
 from pallas_kernels.decode_chain.reference import decode_chain as reference
 
-TIMELINE = (*NVCC, "-DJAXLLM_TIMELINE")
+IN_TURN = (*NVCC, "-DJAXLLM_IN_TURN")
 BF, F32 = jnp.bfloat16, jnp.float32
 SHAPES = {"llama-8b": (8, 4096, 4096, 14336, 6144), "qwen3-0.6b": (28, 1024, 2048, 3072, 4096)}  # L, D, O, F, Q
 Layer = tuple[Dense, Following]
@@ -89,70 +88,46 @@ def measure(shape: str, T: int, layers: Sequence[Layer]) -> None:
     megabytes = 2e-6 * (D * O + 3 * D * F + Q * D)
     us = best(plain, x, mixed, layers) * 1e6 / len(layers)
     say(shape=shape, rows=T, what="XLA, plain", us=round(us, 1), TBps=round(megabytes / us, 2))
+    ways: dict[str, Callable[..., Any]] = {"ours": cuda.decode_chain}
     try:
-        run = stack(cuda.decode_chain)
-        got = run(x, mixed, layers[:1])
-        errors = [round(error(g, w), 5) for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)]
-        again = [run(x, mixed, layers[:1]) for _ in range(20)]
-        same = all(
-            np.array_equal(a, b)
-            for each in again
-            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(each), strict=True)
-        )
-        us = best(run, x, mixed, layers) * 1e6 / len(layers)
-        say(shape=shape, rows=T, what="ours", us=round(us, 1), TBps=round(megabytes / us, 2), errors=errors, same=same)
-    except Exception as fault:  # each choice's failure is reported, and the rest still measured
-        traceback.print_exc(limit=-2)
-        say(shape=shape, rows=T, what="ours", failed=str(fault)[:300])
+        ways["ours, in turn"] = in_turn()
+    except NotImplementedError as reason:
+        say(what="ours, in turn", failed=str(reason))
+    for what, way in ways.items():
+        try:
+            run = stack(way)
+            got = run(x, mixed, layers[:1])
+            errors = [round(error(g, w), 5) for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)]
+            again = [run(x, mixed, layers[:1]) for _ in range(20)]
+            same = all(
+                np.array_equal(a, b)
+                for each in again
+                for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(each), strict=True)
+            )
+            us = best(run, x, mixed, layers) * 1e6 / len(layers)
+            say(
+                shape=shape, rows=T, what=what, us=round(us, 1), TBps=round(megabytes / us, 2), errors=errors, same=same
+            )
+        except Exception as fault:  # each choice's failure is reported, and the rest still measured
+            traceback.print_exc(limit=-2)
+            say(shape=shape, rows=T, what=what, failed=str(fault)[:300])
 
 
-POINTS = ("begun", "weights there", "rows there", "multiplied", "others there", "ended")
-
-
-def timeline(shape: str, T: int, layers: Sequence[Layer]) -> None:
-    """When blocks come to each point of the last layer, in us after the first block's first: first, median, last."""
-    _, D, O, *_ = SHAPES[shape]  # noqa: E741
-    loaded = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, TIMELINE))
-    cuda.register(loaded, f"{cuda.TARGET}_timeline")
+@functools.cache
+def in_turn() -> Callable[..., Any]:
+    """The same launches, each after the end of the one ahead of it."""
+    loaded = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, IN_TURN))
+    cuda.register(loaded, f"{cuda.TARGET}_in_turn")
     blocks = jax.devices()[0].core_count // 2 * 2
-    run = stack(functools.partial(cuda.call, f"{cuda.TARGET}_timeline", loaded, blocks))
-    x, mixed = normal(jax.random.key(5), (T, D), 1.0), normal(jax.random.key(6), (T, O), 1.0)
-    times, counts = np.zeros((160, 4096), np.uint64), np.zeros(160, np.int32)
-    for _ in range(3):
-        jax.block_until_ready(run(x, mixed, layers))
-    pointer = times.ctypes.data_as(ctypes.c_void_p), counts.ctypes.data_as(ctypes.c_void_p)
-    if error := loaded.jaxllm_decode_chain_timeline(*pointer):
-        raise RuntimeError(f"CUDA error {error}")
-    found: dict[tuple[int, int], list[int]] = {}  # (point, how often the block came to it)
-    for block in np.flatnonzero(counts):
-        seen: dict[int, int] = {}
-        for each in map(int, times[block, : counts[block]]):
-            point = each % 32
-            found.setdefault((point, seen.setdefault(point, 0)), []).append(each // 32)
-            seen[point] += 1
-    zero = min(min(each) for each in found.values())
-    for (point, turn), each in sorted(found.items(), key=lambda item: float(np.median(item[1]))):
-        a, b, c = (round((float(f(each)) - zero) / 1e3, 1) for f in (min, np.median, max))
-        stage = ("o", "gate_up", "down", "qkv")[point // len(POINTS)]
-        say(
-            shape=shape,
-            rows=T,
-            stage=stage,
-            turn=turn,
-            point=POINTS[point % len(POINTS)],
-            us=[a, b, c],
-            blocks=len(each),
-        )
+    return functools.partial(cuda.call, f"{cuda.TARGET}_in_turn", loaded, blocks)
 
 
 def main() -> None:
     shape = sys.argv[1] if len(sys.argv) > 1 else "llama-8b"
     L, *dims = SHAPES[shape]
     layers = [layer_weights(i, *dims) for i in range(L)]
-    for T in map(int, sys.argv[2].split(",")) if len(sys.argv) > 2 else (16, 32, 64, 96, 128):
+    for T in map(int, sys.argv[2].split(",")) if len(sys.argv) > 2 else (16, 32, 64, 96, 128, 160, 192, 256):
         measure(shape, T, layers)
-        if len(sys.argv) > 3:
-            timeline(shape, T, layers)
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def decode_chain_cases() -> Iterator[Case]:
     def last(*a: Any) -> Any:
         return cuda.decode_chain(a[0], a[1], Dense(*a[2:6]), None, eps=1e-5)
 
-    for T, D, O, F, Q in ((64, 4096, 4096, 14336, 6144), (96, 1024, 2048, 3072, 4096)):  # noqa: E741
+    for T, D, O, F, Q in ((64, 4096, 4096, 14336, 6144), (256, 1024, 2048, 3072, 4096)):  # noqa: E741
         shapes = (T, D), (T, O), (D, O), (2, D), (2 * F, D), (D, F), (2, D), (Q, D)
         arrays = tuple(_array(shape, jnp.bfloat16) for shape in shapes)
         yield Case("cuda", f"D{D} rows {T}", layer, arrays)
@@ -359,7 +359,7 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
 
 # Bytes that a function of a CUDA source may spill, where it is not next to none: numbers kept over calls and around
 # loops. The disassembly shows no load or store in decode_attention.cu's loops over tiles, and up to eight in wide.cu's.
-SOURCE_ALLOWANCES = {"decode_attention.cu": 160, "wide.cu": 480}
+SOURCE_ALLOWANCES = {"decode_attention.cu": 160, "launched.cu": 160, "wide.cu": 480}
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,

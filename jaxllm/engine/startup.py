@@ -73,7 +73,7 @@ log = logging.getLogger(__name__)
 # Of decode steps, ends included: where one kernel for all layers is ahead of kernels one by one, where one between
 # two attentions is (benchmarks/results/decode_layers_h200, wide_layers_h200, decode_chain_h200), and where either can
 # be asked for.
-WHOLE_ROWS, CHAINED_ROWS, EVERY_ROWS = ((1, 8), (17, 32)), (33, 96), (1, 128)
+WHOLE_ROWS, CHAINED_ROWS, EVERY_ROWS, MOST_ROWS = ((1, 8), (17, 32)), (33, 128), (1, 128), 256
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 Compiled = tuple[Executables, Ladder, list[KVCacheSpec]]  # and the pages of each stage they are compiled for
@@ -356,9 +356,9 @@ def _counts_shape(config: EngineConfig, home: Home) -> tuple[int, int]:
 
 
 def whole_rows(kernels: str, mesh: MeshConfig, *, fastest: bool) -> tuple[tuple[int, int], ...]:
-    """Decode steps of which numbers of rows, ends included, are one kernel. `fastest`: whatever is ahead on a GPU."""
-    if kernels == "layers":
-        return (EVERY_ROWS,)
+    """Decode steps of which numbers of rows, ends included, are one op. `fastest`: whatever is ahead on a GPU."""
+    if kernels in ("layers", "launched"):
+        return (EVERY_ROWS if kernels == "layers" else (1, MOST_ROWS),)
     shared = mesh.tensor * mesh.expert  # devices that do: two and four are ahead everywhere, eight have not run
     if not fastest or shared > 4 or mesh.expert > 1:
         return ()
@@ -383,7 +383,7 @@ def _compile(
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
     fastest = kernels == "auto" and homes[0].device.platform != "cpu"
-    chained = EVERY_ROWS if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
+    chained = (1, MOST_ROWS) if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
     whole = whole_rows(kernels, config.mesh, fastest=fastest)
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
@@ -401,6 +401,7 @@ def _compile(
                 kernels == "reference",
                 chained,
                 whole,
+                "launched" if kernels == "launched" and homes[0].device.platform != "cpu" else None,
                 placement=home.placed(own),
             )
             for graphdef, home, own in zip(graphdefs, homes, params)

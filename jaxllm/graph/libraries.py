@@ -13,14 +13,14 @@ from pallas_kernels.compiled import prepare
 from pallas_kernels.decode_attention import cuda as decode_attention
 from pallas_kernels.decode_chain import cuda as decode_chain
 from pallas_kernels.decode_layers import cuda as decode_layers
+from pallas_kernels.decode_layers import launched as launched_layers
 from pallas_kernels.decode_layers import wide as wide_layers
 from pallas_kernels.gated_matmul import cuda as gated_matmul
 from pallas_kernels.sampling import cuda as sampling
 
 # By the name of the custom call: built, or found built, when a kept step that calls one is read.
-LIBRARIES = {each.TARGET: each for each in (decode_attention, decode_chain, wide_layers, gated_matmul, sampling)} | {
-    each.target: each for each in decode_layers.KINDS.values()
-}
+_ALONE = decode_attention, decode_chain, wide_layers, launched_layers, gated_matmul, sampling
+LIBRARIES = {each.TARGET: each for each in _ALONE} | {each.target: each for each in decode_layers.KINDS.values()}
 PLAIN = "bf16"
 
 
@@ -31,7 +31,7 @@ def wanted(weights: str, devices: int) -> list[Callable[[], object]]:
     if kind in decode_layers.KINDS:
         found.append(decode_layers.KINDS[kind].library)
     if kind == PLAIN:
-        found += [wide_layers.library, decode_chain.library, gated_matmul.library]
+        found += [wide_layers.library, launched_layers.library, decode_chain.library, gated_matmul.library]
     return [*found, all_reduce.library] if devices > 1 else found
 
 

@@ -91,9 +91,8 @@ class Graph:
     # Pin jnp attention and single products: to tell a kernel's fault from the model's.
     reference_attention: bool = False
     chained: tuple[int, int] | None = None  # decode steps of so many rows, ends included: one kernel between attentions
-    whole: tuple[
-        tuple[int, int], ...
-    ] = ()  # of so many, in any of these: one kernel for all layers, if it takes the model
+    whole: tuple[tuple[int, int], ...] = ()  # of so many, in any of these: one op for all layers, if it takes the model
+    whole_by: str | None = None  # that op's implementation, if not the first that accepts
     parts: bool = False  # products of a few rows stay partial sums until a kernel adds them up: not yet measured
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
     placement: Placement | None = None
@@ -255,7 +254,7 @@ def forward(
     exchange = graph.exchange(shape)
     x = model.begin(own(inputs.token_ids), exchange) if x is None else x
     groups = sharing(exchange) if graph.context is None and _among(graph.whole, shape) else None
-    done = None if groups is None else through_all(model, x, inputs, kv, groups)
+    done = None if groups is None else through_all(model, x, inputs, kv, groups, graph.whole_by)
     if done is None:
         attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange, shape)
         done = Through(model.through(x, own(inputs.positions), attend, onward, exchange), False, kv)

@@ -80,17 +80,6 @@ std::string fill(Call& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remainin
 
 #ifdef JAXLLM_EMULATED
 
-std::string emulate(const Call& p) {
-  std::vector<std::unique_ptr<Shared>> shared(p.programs);
-  std::vector<void*> places;
-  for (auto& each : shared) {
-    each = std::make_unique<Shared>();
-    std::memset(places.emplace_back(each.get()), 0xff, sizeof(Shared));
-  }
-  auto body = [&](int program, int thread) { run(p, *shared[program], program, thread); };
-  return run_grid(p.programs, kThreads, kComputing, unsigned(p.rows), body, places.data());
-}
-
 ffi::Error decode_attention_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
   Call p{};
   p.eps = eps, p.scale = scale * kLog2e;
@@ -99,7 +88,7 @@ ffi::Error decode_attention_impl(ffi::RemainingArgs args, ffi::RemainingRets ret
   const auto out = *rets.get<ffi::AnyBuffer>(0), work = *rets.get<ffi::AnyBuffer>(1);
   std::memset(work->untyped_data(), 0xff, work->size_bytes());  // NaN, as memory may hold
   if (p.tokens == nullptr) std::memset(out->untyped_data(), 0xff, out->size_bytes());
-  const std::string fault = emulate(p);
+  const std::string fault = launch_attention(nullptr, p, false);
   for (uint32_t left : arrivals[0])
     if (fault.empty() && left) return failure("a counter is not zero after the call");
   return fault.empty() ? ffi::Error::Success() : failure(fault);
@@ -110,25 +99,13 @@ XLA_FFI_DEFINE_HANDLER(decode_attention_handler, decode_attention_impl,
 
 #else
 
-static_assert(sizeof(Shared) <= 232448, "shared memory of a multiprocessor");
-
-__global__ void __launch_bounds__(kThreads, 1) decode_attention(const __grid_constant__ Call p) {
-  extern __shared__ __align__(1024) unsigned char raw[];
-  run(p, *reinterpret_cast<Shared*>(raw), int(blockIdx.x), int(threadIdx.x));
-}
-
 ffi::Error decode_attention_impl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, JAXLLM_SIZE_ARGUMENTS) {
   Call p{};
   p.eps = eps, p.scale = scale * kLog2e;
   const std::string why = fill(p, JAXLLM_SIZE_VALUES, args, rets);
   if (!why.empty()) return failure(why);
-  // Of each device by itself, so at each call; only recordings of the step's graph come here.
-  cudaError_t error = cudaFuncSetAttribute(decode_attention, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  if (error == cudaSuccess) {
-    decode_attention<<<p.programs, kThreads, sizeof(Shared), stream>>>(p);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? ffi::Error::Success() : failure(cudaGetErrorString(error));
+  const std::string fault = launch_attention(stream, p, false);
+  return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
 
 XLA_FFI_DEFINE_HANDLER(decode_attention_handler, decode_attention_impl,

@@ -1,13 +1,14 @@
-"""The chain as one CUDA kernel (decode_chain.cu), called through XLA's FFI and captured in the step's CUDA graph.
+"""The chain as overlapping CUDA launches (decode_chain.cu), called through XLA's FFI and captured in the step's graph.
 
-In: arrays that api.py has checked. Out: the residual stream and the next layer's qkv. Declines what the kernel does not
-do. ADR 0031 says why it is no Pallas kernel. How each product is cut up is decided here; it is part of the bits.
+In: arrays that api.py has checked. Out: the residual stream and the next layer's qkv. Declines what the kernels do not
+do. ADR 0047 says why they are no Pallas kernels. How each product is cut up is decided here; it is part of the bits.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -21,10 +22,7 @@ HERE = Path(__file__).parent
 SOURCE, INCLUDES = (
     HERE / "decode_chain.cu",
     (
-        HERE / "ends.h",
-        HERE / "maps.h",
-        HERE / "tensor_cores.h",
-        HERE / "launch.h",
+        *(HERE / name for name in ("launch.h", "chain.h", "products.h", "wide_products.h", "maps.h", "tensor_cores.h")),
         HERE.parent / "decode_layers" / "primitives.h",
         HERE.parent / "decode_layers" / "emulator.h",
     ),
@@ -32,19 +30,42 @@ SOURCE, INCLUDES = (
 TARGET = "jaxllm_decode_chain"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
-MOST_ROWS, DEPTH, WIDE, WIDEST, MOST_TILES = 128, 64, 128, 8192, 512
+MOST_ROWS, DEPTH, WIDEST = 256, 64, 8192
+GROUP, TILE = 64, 128  # rows that a warpgroup multiplies; of a tile, where there are so many
+WIDTHS = {False: (64, 96, 128), True: (64, 128, 224)}  # of tiles, by gated: what launch.h knows
+SHARED = ("weights", "rows")  # what two neighbouring blocks have in common
+MOST_PADDING = (
+    1.35  # of rows to whole tiles; beyond that XLA's products are faster: benchmarks/results/launched_layers_h200
+)
+MOST_SPLITS, FEWEST_BLOCKS = 8, 4  # into which a depth is cut; blocks of depth that are worth a part
 
 
-def tiles_of(columns: int, gated: bool = False) -> int:
-    """Pairs of tiles: what a cluster takes."""
-    return -(-columns // (WIDE if gated else 2 * WIDE))
+@dataclass(frozen=True)
+class Cut:
+    """How a product is dealt out: tiles of so many columns of the weight, and parts of its depth."""
+
+    width: int
+    splits: int
+    shared: str  # of SHARED
 
 
 @functools.cache
-def splits_for(columns: int, depth: int, gated: bool, blocks: int) -> int:
-    """Into how many parts of its depth a product is cut, so that every cluster has some of it."""
-    tiles, clusters = tiles_of(columns, gated), blocks // 2
-    return next((n for n in (8, 4, 2) if tiles * n <= clusters and depth // DEPTH >= 2 * n), 1)
+def cut_for(rows: int, columns: int, depth: int, gated: bool, blocks: int) -> Cut:
+    """The cut whose multiprocessors have the least to fetch, sums of splits included."""
+    tile = GROUP if rows <= GROUP else TILE
+    down, count = -(-rows // tile), depth // DEPTH
+    rows = down * tile  # so that rows of a step do not depend on a few more
+    shared = "weights" if down == 2 else "rows"
+
+    def bytes_of_one(cut: Cut) -> tuple[float, int]:
+        across = -(-columns // (cut.width // 2 if gated else cut.width))
+        pairs = (across if shared == "weights" else -(-across // 2)) * cut.splits
+        own = cut.width + tile / 2 if shared == "rows" else cut.width / 2 + tile
+        fetched = -(-pairs // (blocks // 2)) * -(-count // cut.splits) * own * DEPTH * 2
+        return fetched + (0 if gated else cut.splits * 2 * rows * columns * 4 / blocks), cut.splits
+
+    splits = [n for n in range(1, MOST_SPLITS + 1) if n == 1 or (not gated and count >= n * FEWEST_BLOCKS)]
+    return min((Cut(width, n, shared) for width in WIDTHS[gated] for n in splits), key=bytes_of_one)
 
 
 def decode_chain(
@@ -64,19 +85,32 @@ def decode_chain(
 
 def refuse(x: jax.Array, mixed: jax.Array, layer: Dense, following: Following | None) -> None:
     """NotImplementedError for what the kernel does not do."""
-    if x.shape[0] > MOST_ROWS:
-        raise NotImplementedError(f"at most {MOST_ROWS} rows, got {x.shape[0]}")
-    if x.shape[1] > WIDEST:
-        raise NotImplementedError(f"a residual stream of at most {WIDEST} numbers, got {x.shape[1]}")
+    wide = x.shape[1] if following is None else following.qkv.shape[0]
+    refuse_sizes(x.shape[0], {"D": x.shape[1], "O": mixed.shape[1], "F": layer.down.shape[1], "Q": wide})
     for array in jax.tree.leaves((x, mixed, layer, following)):
         if array.dtype != jnp.bfloat16:
             raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
-    wide = x.shape[1] if following is None else following.qkv.shape[0]
-    if (most := 2 * max(tiles_of(layer.down.shape[1], gated=True), tiles_of(wide))) > MOST_TILES:
-        raise NotImplementedError(f"{most} tiles of a product, at most {MOST_TILES}")
-    for name, size in (("D", x.shape[1]), ("O", mixed.shape[1]), ("F", layer.down.shape[1]), ("Q", wide)):
+
+
+def refuse_sizes(rows: int, sizes: dict[str, int]) -> None:
+    """The same for rows and for widths, of which "D" is that of the residual stream."""
+    if rows > MOST_ROWS:
+        raise NotImplementedError(f"at most {MOST_ROWS} rows, got {rows}")
+    if TILE < rows < MOST_ROWS / MOST_PADDING:
+        raise NotImplementedError(f"XLA's products of {rows} rows are as fast as ours of {MOST_ROWS}")
+    if sizes["D"] > WIDEST:
+        raise NotImplementedError(f"a residual stream of at most {WIDEST} numbers, got {sizes['D']}")
+    for name, size in sizes.items():
         if size % DEPTH:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
+
+
+def cuts_for(rows: int, D: int, O: int, F: int, Q: int, blocks: int) -> tuple[np.ndarray, int]:  # noqa: E741
+    """Of o, gate and up, down and qkv, as the library takes them; and the most columns of f32 sums that a row wants."""
+    products = ((D, O, False), (F, D, True), (D, F, False), (Q, D, False))
+    cuts = [cut_for(rows, *product, blocks) for product in products]
+    sums = max(cut.splits * columns for cut, (columns, _, gated) in zip(cuts, products, strict=True) if not gated)
+    return np.array([(cut.width, cut.splits, SHARED.index(cut.shared)) for cut in cuts], np.int64).ravel(), sums
 
 
 def call(
@@ -93,8 +127,7 @@ def call(
     """The FFI call, with the library's word on how much memory it works in."""
     (M, D), F = x.shape, layer.down.shape[1]
     Q = D if following is None else following.qkv.shape[0]
-    products = ((D, mixed.shape[1], False), (F, D, True), (D, F, False), (Q, D, False))
-    splits = [splits_for(*product, blocks) for product in products]
+    cuts, sums = cuts_for(M, D, mixed.shape[1], F, Q, blocks)
     operands = [x, mixed, layer.o, layer.norms, layer.gate_up, layer.down]
     optional = [layer.o_bias]
     if following is not None:
@@ -102,11 +135,10 @@ def call(
     operands += [array for array in optional if array is not None]
     bias = following is not None and following.bias is not None
     has = 1 * (layer.o_bias is not None) + 2 * (following is not None) + 4 * bias
-    work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_chain_work(*map(ctypes.c_int64, (M, D, F))),), jnp.uint8)
+    work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_chain_work(*map(ctypes.c_int64, (M, D, F, sums))),), jnp.uint8)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), work]
     if following is not None:
         results.append(jax.ShapeDtypeStruct((M, following.qkv.shape[0]), x.dtype))
-    numbers = {"blocks": np.int64(blocks), "has": np.int64(has)}
-    run = jax.ffi.ffi_call(target, results)
-    out, _, *qkv = run(*operands, splits=np.asarray(splits, np.int64), **numbers, eps=np.float32(eps))
+    numbers = {"blocks": np.int64(blocks), "sums": np.int64(sums), "has": np.int64(has)}
+    out, _, *qkv = jax.ffi.ffi_call(target, results)(*operands, cuts=cuts, **numbers, eps=np.float32(eps))
     return out, qkv[0] if qkv else None

@@ -1,6 +1,7 @@
-// Matrices in device memory as the copy engine takes them, in tiles of kDepth columns. Host code.
+// Matrices in device memory as the copy engine takes them, in tiles of kDepth columns, and launches that overlap. Host code.
 #pragma once
 #include <string>
+#include <vector>
 
 #ifndef JAXLLM_PROMOTION
 #define JAXLLM_PROMOTION CU_TENSOR_MAP_L2_PROMOTION_L2_128B
@@ -10,12 +11,28 @@ namespace {
 
 #ifdef JAXLLM_EMULATED
 
+using Stream = std::vector<Grid>*;  // launches that a call records, to be run at its end; null: each runs at once
+
+std::string play(Stream stream, Grid grid, unsigned seed) {
+  if (stream != nullptr) return stream->push_back(std::move(grid)), "";
+  std::vector<Grid> grids;
+  grids.push_back(std::move(grid));
+  return run_grids(grids, seed);
+}
+std::string play_recorded(Stream stream, unsigned seed) {
+  const std::string fault = run_grids(*stream, seed);
+  stream->clear();
+  return fault;
+}
+
 std::string map_of(TileMap& map, const void* base, int64_t rows, int64_t columns, int box, bool) {
   map = {static_cast<const uint16_t*>(base), rows, columns, box};
   return "";
 }
 
 #else
+
+using Stream = cudaStream_t;
 
 // `turns`: two halves of a matrix, eight rows of each in turn. Lines of 128 bytes: asking the second-level cache for 256 costs a tenth
 // of the bandwidth (benchmarks/results/decode_attention_h200).
@@ -38,6 +55,24 @@ std::string map_of(TileMap& map, const void* base, int64_t rows, int64_t columns
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, JAXLLM_PROMOTION,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? "" : "no tensor map: error " + std::to_string(int(result));
+}
+
+#ifdef JAXLLM_IN_TURN  // for benchmarks
+constexpr bool kOverlap = false;
+#else
+constexpr bool kOverlap = true;
+#endif
+
+// `early`: the launch may begin before the one ahead of it has ended.
+template <typename Kernel, typename Arguments>
+std::string launch_kernel(Kernel kernel, dim3 blocks, int threads, int bytes, Stream stream, bool early, const Arguments& arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization, attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = early && kOverlap ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
 #endif

@@ -63,8 +63,11 @@ CHAIN_SPECS = (
     replace(_SMALL, name="small_127_rows", T=127),
     replace(_SMALL, name="small_wide", T=5, D=128, F=704),
     replace(_SMALL, name="small_deep", T=19, D=256, O=256, F=320, Q=128),
-    replace(_SMALL, name="small_too_many_rows", T=129),
+    replace(_SMALL, name="small_192_rows", T=192, D=128, F=128, biases=True),
+    replace(_SMALL, name="small_256_rows", T=256, D=128, F=128, Q=192),
+    replace(_SMALL, name="small_wide_qkv", T=3, D=128, F=64, Q=4224),
+    replace(_SMALL, name="small_too_many_rows", T=257),
 )
 REAL_CHAIN_SPECS = tuple(
-    replace(spec, name=f"{spec.name}_{T}", T=T) for spec in (_LLAMA, _QWEN) for T in (1, 32, 64, 96, 128)
+    replace(spec, name=f"{spec.name}_{T}", T=T) for spec in (_LLAMA, _QWEN) for T in (1, 32, 64, 96, 128, 192, 256)
 )

@@ -8,6 +8,18 @@ namespace {
 constexpr int kDepth = 64;         // of a block: 128 bytes of a row, the widest the copy engine turns about
 constexpr int kBlockThreads = 384; // two computing warpgroups; warps for weights, rows, scales and signals
 
+// A ring's next slot, and the phase of its barrier.
+template <int SLOTS>
+struct Slot {
+  int slot = 0;
+  uint32_t phase = 0;
+  DEVICE void next() {
+    if (++slot == SLOTS) slot = 0, phase ^= 1;
+  }
+};
+
+DEVICE float gated(float gate, float up) { return divided(gate, 1.f + exp_(-gate)) * up; }
+
 // The 16-byte pieces of a row stand in another order in every row of eight, so that tensor cores find no bank twice.
 DEVICE uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
@@ -37,9 +49,9 @@ struct TileMap {  // of a matrix [rows, columns], row after row
 template <typename T>
 DEVICE T* of_peer(T* mine, int peer) {  // of the cluster of two
   const int own = machine->current->program, other = own / 2 * 2 + peer;
-  return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(machine->shared[other]) - static_cast<char*>(machine->shared[own])));
+  return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(machine->current->grid->shared[other]) - static_cast<char*>(machine->current->grid->shared[own])));
 }
-DEVICE void meet_cluster() { meet(machine->everyone); }
+DEVICE void meet_cluster() { meet(machine->current->grid->everyone); }
 DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
@@ -115,7 +127,7 @@ DEVICE void await_products() {
   while (!mine.products.empty() && mine.products.front().group < mine.groups - LEFT) {
     const Issued p = mine.products.front();
     mine.products.erase(mine.products.begin());
-    const char* ground = static_cast<const char*>(machine->shared[mine.program]);
+    const char* ground = static_cast<const char*>(mine.grid->shared[mine.program]);
     auto at = [&](const char* tile, int row, int k) {
       uint16_t bits;
       std::memcpy(&bits, ground + swizzled(uint32_t(tile - ground) + uint32_t(row) * kDepth * 2 + uint32_t(k) * 2), 2);
@@ -181,6 +193,11 @@ DEVICE void arrive_at(uint64_t* barrier, int peer) {
 }
 // Between ordinary stores to device memory and copies of tiles from there.
 DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// The next launch on the stream, where it is one that may begin early, begins once all blocks have said so; and what comes behind
+// here sees all that the launch before has written. A launch that never waits so must not be waited for in turn.
+DEVICE void allow_launch_behind() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void await_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Before its first use, which would wait for it.
 DEVICE void ask_for_map(const TileMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }

@@ -1,4 +1,4 @@
-"""decode_layers.cu and wide.cu on a CPU: threads are fibers that one of them runs in random turns (emulator.h).
+"""The kernels of this room on a CPU: threads are fibers that one of them runs in random turns (emulator.h).
 
 For tests: slow, but the indices, the barriers and the order of stages are the kernel's own. Copies land late, memory
 that nobody wrote is NaN, and a wait that nobody will end is an error.
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.compiled import GXX, Handler, built, once
-from pallas_kernels.decode_layers import cuda, wide
+from pallas_kernels.decode_layers import cuda, launched, wide
 from pallas_kernels.decode_layers.api import Head, LayerWeights, Pages
 
 PROGRAMS = 4  # multiprocessors of the machine that is played
@@ -42,6 +42,16 @@ def wide_layers(
 ) -> tuple[jax.Array, list[Pages]]:
     """See api.decode_layers."""
     return wide.decode_layers(x, layers, pages, *rows, **options, kernel=machine(PROGRAMS))
+
+
+def launched_layers(
+    x: jax.Array, layers: Sequence[LayerWeights], pages: Sequence[Pages], *rows: jax.Array, **options: Any
+) -> tuple[jax.Array, list[Pages]]:
+    """See api.decode_layers."""
+    loaded = launched.load(built(launched.SOURCE, launched.INCLUDES, (*GXX, "-DJAXLLM_EMULATED")))
+    target = f"{launched.TARGET}_emulated"
+    launched.register(loaded, target, "cpu")
+    return launched.decode_layers(x, layers, pages, *rows, **options, kernel=launched.Kernel(target, loaded, PROGRAMS))
 
 
 @once

@@ -55,6 +55,7 @@ struct WarpState {
 
 struct BlockState {
   Meeting all, computing, groups[4];
+  bool allows = false;  // the launch behind to begin
   std::vector<WarpState> warps;
 };
 
@@ -67,6 +68,8 @@ struct Issued {  // a product of tensor cores that read shared memory: done when
   int part;
 };
 
+struct Grid;
+
 struct Fiber {
   std::vector<std::pair<void*, const void*>> fetched;  // pieces of 16 bytes, until it says where it arrives with them
   std::vector<Issued> products;
@@ -76,6 +79,7 @@ struct Fiber {
   bool begun = false;
   std::unique_ptr<char[]> stack;
   BlockState* block;
+  Grid* grid;
   int program, thread, lane, warp;
   bool done = false;
   const void* awaited = nullptr;  // what it waits for, on its own stack, and whether that has come
@@ -88,15 +92,28 @@ struct Copy {
   uint64_t* barrier;
 };
 
+struct Grid {  // a launch
+  int programs, threads, computing;
+  std::function<void(int, int)> body;  // program, thread
+  std::vector<void*> shared;  // memory of each block, where somebody asks for another's or for its beginning
+  bool early = false;         // may begin when all blocks of the one ahead allow it
+  int per_device = 1 << 30;   // programs: a grid may be those of several devices, one after the other
+  std::shared_ptr<void> kept; // what `body` and `shared` point to
+  Grid* ahead = nullptr;
+  Meeting everyone;  // all fibers, where the grid is one cluster
+  std::vector<Fiber> fibers;
+  std::vector<BlockState> blocks;
+  size_t left = 1;  // fibers, once it has begun
+  bool done() const { return left == 0; }
+  bool allows() const {
+    return !blocks.empty() && std::all_of(blocks.begin(), blocks.end(), [](const BlockState& each) { return each.allows; });
+  }
+};
+
 struct Machine {
   jmp_buf left;  // where the scheduler is while a fiber has its turn
-  std::vector<Fiber> fibers;
   std::vector<Copy> copies;
   Fiber* current = nullptr;
-  Meeting everyone;  // all fibers, where the grid is one cluster
-  int per_device = 1 << 30;  // programs: a grid may be those of several devices, one after the other
-  void* const* shared = nullptr;  // memory of each block, where somebody asks for another's or for its beginning
-  std::function<void(int, int)> body;  // program, thread
   std::mt19937 random;
   bool moved = false;  // something happened in this turn that a wait may end by
   std::string fault;
@@ -131,7 +148,7 @@ inline void meet(Meeting& meeting) {
   wait_until([&] { return meeting.rounds != round; });
 }
 
-inline int here() { return machine->current->program / machine->per_device; }  // which device
+inline int here() { return machine->current->program / machine->current->grid->per_device; }  // which device
 inline WarpState& my_warp() { return machine->current->block->warps[machine->current->warp]; }
 
 inline float as_float(uint32_t bits) {
@@ -351,7 +368,7 @@ inline void land(Machine& m, size_t at) {
 inline void enter_fiber() {
   Machine& m = *machine;
   try {
-    m.body(m.current->program, m.current->thread);
+    m.current->grid->body(m.current->program, m.current->thread);
   } catch (const std::exception& fault) {
     m.fault = fault.what();
   }
@@ -367,49 +384,83 @@ __attribute__((noinline)) inline void give_turn(Machine& m, Fiber& fiber) {
   setcontext(&fiber.begin);
 }
 
-// Runs body(program, thread) for the whole grid. What went wrong, or nothing.
-inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body,
-                            void* const* shared = nullptr, int per_device = 1 << 30) {
-  Machine m;
-  machine = &m;
-  m.shared = shared, m.per_device = per_device;
-  m.body = std::move(body);
-  m.random.seed(seed);
-  m.everyone.size = programs * threads;
-  std::vector<BlockState> blocks(programs);
-  m.fibers.resize(size_t(programs) * threads);
-  for (size_t i = 0; i < m.fibers.size(); ++i) {
-    Fiber& fiber = m.fibers[i];
-    BlockState& block = blocks[i / threads];
-    block.all.size = threads, block.computing.size = computing;
+inline void allow_launch_behind() {
+  if (!std::exchange(machine->current->block->allows, true)) machine->moved = true;
+}
+inline void await_launch_before() {
+  const Grid* ahead = machine->current->grid->ahead;
+  if (ahead != nullptr) wait_until([=] { return ahead->done(); });
+}
+
+inline void begin(Grid& grid) {
+  grid.everyone.size = grid.programs * grid.threads;
+  grid.blocks = std::vector<BlockState>(grid.programs);
+  grid.fibers = std::vector<Fiber>(size_t(grid.programs) * grid.threads);
+  grid.left = grid.fibers.size();
+  for (size_t i = 0; i < grid.fibers.size(); ++i) {
+    Fiber& fiber = grid.fibers[i];
+    BlockState& block = grid.blocks[i / grid.threads];
+    block.all.size = grid.threads, block.computing.size = grid.computing;
     for (Meeting& group : block.groups) group.size = 4 * kWarpLanes;
-    block.warps.resize(threads / kWarpLanes);
-    fiber.block = &block, fiber.program = int(i / threads), fiber.thread = int(i % threads);
+    block.warps.resize(grid.threads / kWarpLanes);
+    fiber.block = &block, fiber.grid = &grid, fiber.program = int(i / grid.threads), fiber.thread = int(i % grid.threads);
     fiber.lane = fiber.thread % kWarpLanes, fiber.warp = fiber.thread / kWarpLanes;
-    fiber.stack = std::make_unique<char[]>(kStack);
+    fiber.stack.reset(new char[kStack]);
     getcontext(&fiber.begin);
     fiber.begin.uc_stack.ss_sp = fiber.stack.get();
     fiber.begin.uc_stack.ss_size = kStack;
     fiber.begin.uc_link = nullptr;
     makecontext(&fiber.begin, enter_fiber, 0);
   }
-  size_t left = m.fibers.size();
-  for (int quiet = 0; left && quiet < 64 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
+}
+
+// Runs body(program, thread) of all grids, each when the one ahead of it has ended or, an early one, as soon as that allows it. What
+// went wrong, or nothing.
+inline std::string run_grids(std::vector<Grid>& grids, unsigned seed) {
+  Machine m;
+  machine = &m;
+  m.random.seed(seed);
+  size_t begun = 0;
+  std::vector<Grid*> running;
+  for (int quiet = 0; quiet < 64 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
     m.moved = !m.copies.empty();
+    for (size_t i = 0; i < running.size();)
+      if (running[i]->done())
+        running[i]->fibers.clear(), running.erase(running.begin() + i), m.moved = true;
+      else
+        ++i;
+    for (; begun < grids.size(); ++begun, m.moved = true) {
+      Grid& next = grids[begun];
+      next.ahead = begun ? &grids[begun - 1] : nullptr;
+      if (next.ahead != nullptr && !next.ahead->done() && !(next.early && next.ahead->allows())) break;
+      begin(next), running.push_back(&next);
+    }
+    if (running.empty()) break;
     for (size_t i = m.copies.size(); i-- > 0;)
       if (m.random() % 4 == 0 && i < m.copies.size()) land(m, i);
-    const size_t start = m.random() % m.fibers.size();
-    for (size_t i = 0; i < m.fibers.size(); ++i) {
-      Fiber& fiber = m.fibers[(start + i) % m.fibers.size()];
-      if (fiber.done || m.random() % 4 == 0) continue;  // a warp may be late: others do not wait for it unasked
-      if (fiber.come && !fiber.come(fiber.awaited)) continue;
-      give_turn(m, fiber);
-      left -= fiber.done;
+    for (Grid* grid : running) {
+      const size_t start = m.random() % grid->fibers.size();
+      for (size_t i = 0; i < grid->fibers.size(); ++i) {
+        Fiber& fiber = grid->fibers[(start + i) % grid->fibers.size()];
+        if (fiber.done || m.random() % 4 == 0) continue;  // a warp may be late: others do not wait for it unasked
+        if (fiber.come && !fiber.come(fiber.awaited)) continue;
+        give_turn(m, fiber);
+        grid->left -= fiber.done;
+      }
     }
   }
-  if (m.fault.empty() && left) m.fault = "threads wait for what nobody will do";
+  if (m.fault.empty() && !running.empty()) m.fault = "threads wait for what nobody will do";
   machine = nullptr;
   return m.fault;
+}
+
+inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body,
+                            void* const* shared = nullptr, int per_device = 1 << 30) {
+  std::vector<Grid> grids(1);
+  Grid& grid = grids[0];
+  grid.programs = programs, grid.threads = threads, grid.computing = computing, grid.body = std::move(body), grid.per_device = per_device;
+  if (shared != nullptr) grid.shared.assign(shared, shared + programs);
+  return run_grids(grids, seed);
 }
 
 }  // namespace

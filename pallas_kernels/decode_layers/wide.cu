@@ -26,7 +26,7 @@
 #endif
 
 #include "../decode_attention/warpgroup.h"
-#include "../decode_chain/ends.h"
+#include "ends.h"
 
 namespace {
 

@@ -7,6 +7,7 @@ are products like any other, with nothing before or behind them to stream across
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +19,13 @@ import numpy as np
 from pallas_kernels.all_reduce import cuda as all_reduce
 from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_attention import cuda as attention
-from pallas_kernels.decode_chain import cuda as chain
 from pallas_kernels.decode_chain.reference import rms_norm
 from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages, Weight
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "wide.cu"
 INCLUDES = (
-    *(HERE / name for name in ("wide_ends.h", "wide_launch.h")),
-    chain.HERE / "ends.h",
+    *(HERE / name for name in ("ends.h", "wide_ends.h", "wide_launch.h")),
     *attention.INCLUDES,
     *all_reduce.INCLUDES,
 )
@@ -34,6 +33,19 @@ TARGET = "jaxllm_wide_layers"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, register = _HANDLER.library, _HANDLER.register
 MOST_ROWS, MOST_LAYERS, MOST_RANKS, DEPTH, HEAD, MOST_GROUP = 128, 37, 8, 64, 128, 8
+WIDE, WIDEST, MOST_TILES = 128, 8192, 512
+
+
+def tiles_of(columns: int, gated: bool = False) -> int:
+    """Pairs of tiles: what a cluster takes."""
+    return -(-columns // (WIDE if gated else 2 * WIDE))
+
+
+@functools.cache
+def splits_for(columns: int, depth: int, gated: bool, blocks: int) -> int:
+    """Into how many parts of its depth a product is cut, so that every cluster has some of it."""
+    tiles, clusters = tiles_of(columns, gated), blocks // 2
+    return next((n for n in (8, 4, 2) if tiles * n <= clusters and depth // DEPTH >= 2 * n), 1)
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -78,11 +90,10 @@ def decode_layers(
     for number in range(calls):
         part = slice(len(layers) * number // calls, len(layers) * (number + 1) // calls)
         first = layers[part.start]
-        qkv = _product(rms_norm(x, first.norms[0], eps), first.qkv)
-        qkv = (qkv if first.qkv_bias is None else qkv + first.qkv_bias.astype(jnp.float32)).astype(x.dtype)
+        qkv = first_qkv(x, first, eps)
         x, own = call(kernel, x, qkv, layers[part], pages[part], *rows, eps=eps, scale=scale, groups=groups)
         written += own
-    return (x if head is None else _product(rms_norm(x, head.norm, eps), head.table)), written
+    return (x if head is None else product(rms_norm(x, head.norm, eps), head.table)), written
 
 
 def refuse(
@@ -116,11 +127,11 @@ def refuse(
         raise NotImplementedError(f"the running maximum assumes a positive scale, got {scale}")
     if NH // H % K or NH // H // K > MOST_GROUP:
         raise NotImplementedError(f"{NH // H} heads over {K}: at most {MOST_GROUP} queries a key")
-    if D > chain.WIDEST:
-        raise NotImplementedError(f"a residual stream of at most {chain.WIDEST} numbers, got {D}")
+    if D > WIDEST:
+        raise NotImplementedError(f"a residual stream of at most {WIDEST} numbers, got {D}")
     wide = first.qkv.shape[0]
-    if (most := 2 * max(chain.tiles_of(F, gated=True), chain.tiles_of(wide))) > chain.MOST_TILES:
-        raise NotImplementedError(f"{most} tiles of a product, at most {chain.MOST_TILES}")
+    if (most := 2 * max(tiles_of(F, gated=True), tiles_of(wide))) > MOST_TILES:
+        raise NotImplementedError(f"{most} tiles of a product, at most {MOST_TILES}")
     for name, size in (("D", D), ("N * H", NH), ("F", F)):
         if size % DEPTH:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
@@ -141,27 +152,44 @@ def call(
     (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
     NH, F, width = first.o.shape[1], first.down.shape[1], rows[0].shape[1]
     products = ((D, NH, False), (F, D, True), (D, F, False), (qkv.shape[1], D, False))
-    splits = [chain.splits_for(*product, kernel.blocks) for product in products]
+    splits = [splits_for(*product, kernel.blocks) for product in products]
     sizes = dict(num_layers=len(layers), rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // H, kv_heads=K)
     sizes |= dict(page_size=page_size, width=width)
-    optional = (first.qkv_bias, first.o_bias, first.qk_norms)
-    has = sum(1 << bit for bit, given in enumerate(optional) if given is not None)
     work = kernel.library.jaxllm_wide_layers_work(*map(ctypes.c_int64, sizes.values()))
-    operands, aliases = [x, qkv, *rows], dict[int, int]()
-    for number, (layer, own) in enumerate(zip(layers, pages, strict=True)):
-        weights = (layer.qkv if number else None, layer.o, layer.norms, layer.gate_up, layer.down)
-        biases = (layer.qkv_bias if number else None, layer.o_bias, layer.qk_norms)
-        operands += [array for array in (*weights, *biases) if array is not None]
-        aliases |= {len(operands) + i: 2 + 2 * number + i for i in range(2)}
-        operands += own
+    operands, aliases = operands_of(x, qkv, rows, layers, pages)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((work,), jnp.uint8)]
     results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
-    attributes = {name: np.int64(value) for name, value in (*sizes.items(), ("has", has))}
+    attributes = {name: np.int64(value) for name, value in (*sizes.items(), ("has", optional_of(first)))}
     run = jax.ffi.ffi_call(kernel.target, results, input_output_aliases=aliases)
     numbers = dict(eps=np.float32(eps), scale=np.float32(scale))
     lists = dict(splits=np.asarray(splits, np.int64), groups=_numbers(kernel, groups, D))
     out, _, *written = run(*operands, **lists, **attributes, **numbers)
     return out, list(zip(written[::2], written[1::2], strict=True))
+
+
+def optional_of(layer: LayerWeights) -> int:
+    """Bits of the optional arrays that a layer has."""
+    optional = (layer.qkv_bias, layer.o_bias, layer.qk_norms)
+    return sum(1 << bit for bit, given in enumerate(optional) if given is not None)
+
+
+def operands_of(
+    x: jax.Array,
+    qkv: jax.Array,
+    rows: Sequence[jax.Array],
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+) -> tuple[list[jax.Array], dict[int, int]]:
+    """What the library takes, and which of it are results too: pages, from the third result on. Not the first layer's
+    qkv, whose product comes ready."""
+    operands, aliases = [x, qkv, *rows], dict[int, int]()
+    for number, (layer, own) in enumerate(zip(layers, pages, strict=True)):
+        weights = (layer.qkv if number else None, layer.o, layer.norms, layer.gate_up, layer.down)
+        biases = (layer.qkv_bias if number else None, layer.o_bias, layer.qk_norms)
+        operands += [array for array in (*weights, *biases) if isinstance(array, jax.Array)]
+        aliases |= {len(operands) + i: 2 + 2 * number + i for i in range(2)}
+        operands += own
+    return operands, aliases
 
 
 def _numbers(kernel: Kernel, groups: tuple[tuple[int, ...], ...], D: int) -> np.ndarray:
@@ -188,6 +216,12 @@ def ours() -> Kernel:
     return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132) // 2 * 2)
 
 
-def _product(x: jax.Array, weight: Weight) -> jax.Array:
+def first_qkv(x: jax.Array, layer: LayerWeights, eps: float) -> jax.Array:
+    """Of x[B, D]; that of every other layer is made behind the layer before."""
+    qkv = product(rms_norm(x, layer.norms[0], eps), layer.qkv)
+    return (qkv if layer.qkv_bias is None else qkv + layer.qkv_bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def product(x: jax.Array, weight: Weight) -> jax.Array:
     assert isinstance(weight, jax.Array), "refused"
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -38,8 +38,6 @@ std::vector<Group*> groups;  // never freed: executables refer to them by number
 
 #ifdef JAXLLM_EMULATED
 
-using Stream = int;
-
 // One grid of all these devices' blocks.
 template <int T>
 std::string play(const std::vector<const Steps*>& devices) {
@@ -88,8 +86,6 @@ std::string make(Group& group) {
 }
 
 #else
-
-using Stream = cudaStream_t;
 
 template <int T>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kBlockThreads, 1) wide_layers(const __grid_constant__ Steps p) {

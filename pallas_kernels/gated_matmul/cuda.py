@@ -23,8 +23,8 @@ CHAIN, LAYERS = HERE.parent / "decode_chain", HERE.parent / "decode_layers"
 SOURCE, INCLUDES = (
     HERE / "gated_matmul.cu",
     (
-        *(HERE / name for name in ("wide_products.h", "launch.h")),
-        *(CHAIN / name for name in ("ends.h", "maps.h", "tensor_cores.h")),
+        HERE / "launch.h",
+        *(CHAIN / name for name in ("products.h", "wide_products.h", "maps.h", "tensor_cores.h")),
         *(LAYERS / name for name in ("primitives.h", "emulator.h")),
     ),
 )

@@ -68,6 +68,20 @@ def test_the_same_bits_again_and_whatever_the_other_rows(spec):
             np.testing.assert_array_equal(np.asarray(other)[:7], np.asarray(want)[:7])
 
 
+@pytest.mark.parametrize(
+    ("rows", "shared", "cuts"),
+    [
+        (33, "rows", [(128, 4), (224, 1), (128, 4), (96, 2)]),  # 8B: a unit for all but four multiprocessors
+        (128, "rows", [(128, 4), (224, 1), (128, 4), (96, 2)]),
+        (256, "weights", [(128, 2), (224, 1), (128, 2), (96, 1)]),
+    ],
+)
+def test_a_product_is_cut_so_that_multiprocessors_end_together(rows, shared, cuts):
+    D, O, F, Q = 4096, 4096, 14336, 6144  # noqa: E741
+    products = (D, O, False), (F, D, True), (D, F, False), (Q, D, False)
+    assert [cuda.cut_for(rows, *product, 132) for product in products] == [cuda.Cut(*cut, shared) for cut in cuts]
+
+
 def test_wrong_shapes_raise_an_error_that_names_them():
     x, mixed, layer, following = arguments(ChainSpec("any", T=2, D=64, O=64, F=64, Q=64, dtype="float32"))
     wrong = Dense(layer.o, layer.norms, layer.gate_up[:-1], layer.down)
@@ -80,9 +94,9 @@ def test_wrong_shapes_raise_an_error_that_names_them():
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ({"T": 129}, "at most 128 rows"),
+        ({"T": 257}, "at most 256 rows"),
+        ({"T": 160}, "products of 160 rows are as fast as ours of 256"),
         ({"D": 8256}, "at most 8192 numbers"),
-        ({"F": 33024}, "516 tiles of a product"),
         ({"Q": 96}, "Q = 96 is no multiple of 64"),
     ],
 )

@@ -46,8 +46,10 @@ def sharing(exchange: Exchange) -> Groups | None:
     return None
 
 
-def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache, groups: Groups) -> Through | None:
-    """One query token a row. x[B, D]. `groups`: as `sharing` says."""
+def through_all(
+    model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache, groups: Groups, by: str | None = None
+) -> Through | None:
+    """One query token a row. x[B, D]. `groups`: as `sharing` says; `by`: the one implementation to ask."""
     config = model.config
     found = [_weights(layer) for layer in model.layers]
     layers = [layer for layer in found if layer is not None]
@@ -57,7 +59,9 @@ def through_all(model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache, g
     cosines, sines = rotations(inputs.positions, config.rope, config.head_dim)
     rows = inputs.page_table, inputs.kv_lens, cosines, sines
     head, done = None if groups else _head(model, layers[0].qkv), None
-    run = functools.partial(decode_layers, eps=config.norm_eps, scale=config.attention_scale, head=head, groups=groups)
+    run = functools.partial(
+        decode_layers, eps=config.norm_eps, scale=config.attention_scale, head=head, groups=groups, implementation=by
+    )
     try:
         out, kv = run(x, layers, kv, *rows)
         done = Through(out, head is not None, kv)

@@ -126,12 +126,14 @@ def test_a_prompt_gives_the_same_tokens_in_chunks_of_any_size(build, chunk):
     assert tokens(run(chunked, requests)) == whole
 
 
-@pytest.mark.parametrize("kernels", ["chain", "layers"])
-def test_layers_in_larger_kernels_give_the_same_tokens(build, kernels):
+@pytest.mark.parametrize(
+    ("kernels", "op"), [("chain", "decode_chain"), ("layers", "decode_layers"), ("launched", "decode_layers")]
+)
+def test_layers_in_larger_kernels_give_the_same_tokens(build, kernels, op):
     requests = [(prompt(5 + 9 * i, salt=4), greedy(20)) for i in range(4)]
     plain = tokens(run(build(num_pages=256), requests))
     assert tokens(run(build(num_pages=256, kernels=kernels), requests)) == plain
-    assert f"decode_{kernels} on cpu: reference" in explain()
+    assert f"{op} on cpu: reference" in explain()
 
 
 def test_a_step_launched_ahead_of_the_last_ones_result_changes_no_token(build):

@@ -17,6 +17,7 @@ from jaxllm.engine.startup import EVERY_ROWS, WHOLE_ROWS, whole_rows
         ("auto", {}, False, ()),
         ("chain", {}, False, ()),
         ("layers", {"tp": 4}, False, (EVERY_ROWS,)),
+        ("launched", {}, False, ((1, 256),)),
     ],
 )
 def test_the_kernel_runs_where_it_was_measured_ahead_or_is_asked_for(kernels, mesh, fastest, rows):

@@ -1,7 +1,7 @@
-// What becomes of a tile's sums: those of others are added, then bias, residual, norm or activation. Of decode_chain.cu and
-// decode_layers/wide.cu, whose tiles are 128 rows of a weight by all rows of x.
+// What becomes of a tile's sums in wide.cu, whose tiles are 128 rows of a weight by all rows of x: those of others are added, then
+// bias, residual, norm or activation.
 #pragma once
-#include "tensor_cores.h"
+#include "../decode_chain/tensor_cores.h"
 
 namespace {
 
@@ -9,16 +9,6 @@ constexpr int kWide = 128, kComputing = 256;  // rows of a tile; threads that mu
 constexpr int kWeightBytes = kWide * kDepth * 2, kMostSums = 64;  // tiles of a residual stream
 
 enum Kind { kPlain = 0, kResidual = 1, kGated = 2 };
-
-// A ring's next slot, and the phase of its barrier.
-template <int SLOTS>
-struct Slot {
-  int slot = 0;
-  uint32_t phase = 0;
-  DEVICE void next() {
-    if (++slot == SLOTS) slot = 0, phase ^= 1;
-  }
-};
 
 struct Unit {
   int tile, split, first, count;  // this block's tile; blocks of depth
@@ -47,7 +37,6 @@ struct EndOf {
   int M;
 };
 
-DEVICE float gated(float gate, float up) { return divided(gate, 1.f + exp_(-gate)) * up; }
 DEVICE float low(uint32_t pair) { return wide(uint16_t(pair)); }
 DEVICE float high(uint32_t pair) { return wide(uint16_t(pair >> 16)); }
 

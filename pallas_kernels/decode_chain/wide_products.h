@@ -1,7 +1,7 @@
-// Beyond decode_chain/tensor_cores.h: products of 64 rows by up to 256 columns, and copies of what is wanted again soon. For sm_90a, and for
+// Beyond tensor_cores.h: products of 64 rows by up to 256 columns, and copies of what is wanted again soon. For sm_90a, and for
 // the emulator.
 #pragma once
-#include "../decode_chain/tensor_cores.h"
+#include "tensor_cores.h"
 
 namespace {
 
@@ -44,6 +44,8 @@ DEVICE uint32_t exchanged(uint32_t value, int mask) { return __shfl_xor_sync(~0u
 // As multiply of tensor_cores.h; without `adds` the sums are not read.
 template <int N>
 DEVICE void multiply_wide(float (&d)[N / 2], const void* a, const void* b, bool adds);
+JAXLLM_MULTIPLY_WIDE(64, JAXLLM_P32, "32", "33", "34", JAXLLM_R32(0))
+JAXLLM_MULTIPLY_WIDE(96, JAXLLM_P48, "48", "49", "50", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R16(32))
 JAXLLM_MULTIPLY_WIDE(128, JAXLLM_P64, "64", "65", "66", JAXLLM_R64)
 JAXLLM_MULTIPLY_WIDE(192, JAXLLM_P96, "96", "97", "98", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64))
 JAXLLM_MULTIPLY_WIDE(224, JAXLLM_P112, "112", "113", "114", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64) JAXLLM_COMMA JAXLLM_R16(96))

@@ -1,0 +1,90 @@
+// Layers of a decode step of the 8B shape as launches that overlap, without JAX: us a layer for all of it, for attention and for
+// what lies between, eight distinct layers, 1,147 keys a row in pages of 16, cuts as cuda.py chooses them.
+//
+//     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -cudart static -I XLA_INCLUDES -o launches benchmarks/launches.cu
+//
+// where XLA_INCLUDES is what jax.ffi.include_dir() says.
+#include "../pallas_kernels/decode_layers/launched.cu"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <algorithm>
+#include <chrono>
+#include <random>
+#define OK(x) do { auto e_ = (x); if (e_ != cudaSuccess) { printf("error %s line %d\n", cudaGetErrorString(e_), __LINE__); exit(1); } } while (0)
+#define GOOD(x) do { std::string f_ = (x); if (!f_.empty()) { printf("fault %s line %d\n", f_.c_str(), __LINE__); exit(1); } } while (0)
+__global__ void fill(uint16_t* p, size_t n, float scale) {
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < n; i += size_t(gridDim.x) * blockDim.x) {
+    uint32_t h = uint32_t(i * 2654435761u) ^ uint32_t(i >> 20); h ^= h >> 15; h *= 2246822519u; h ^= h >> 13;
+    p[i] = narrow((float(h & 0xffff) / 65536.f - .5f) * scale);
+  }
+}
+struct Setup { int D, O, F, Q, L; } S = {4096, 4096, 14336, 6144, 8};
+uint16_t* make(size_t n, float scale) { uint16_t* p; OK(cudaMalloc(&p, n * 2)); fill<<<528, 256>>>(p, n, scale); return p; }
+struct Bench {
+  int M; std::vector<int64_t> cuts; bool attends = true, chains = true;
+  std::vector<uint16_t*> o, gu, dn, qkv, k, v; uint16_t *x, *norms, *out; char* work; int *table, *lens; float *cs; int pages;
+  int64_t sums = 8 * 6144;
+  void record(cudaStream_t st, int rep) {
+    Sizes z = {S.L, M, 132, S.D, S.F, 32, 8, 16, 2048, sums};
+    const Work w = lay_out(M, S.D, S.F, sums, work);
+    Call a{}; const Room room = lay_out(a, z, work); a.eps = 1e-5f, a.scale = .088f * kLog2e;
+    a.qkv = room.qkv, a.table = table, a.lens = lens, a.cosines = cs, a.sines = cs, a.out = room.mixed;
+    Chain chain = {st, cuts.data(), M, 132, 1e-5f, ""};
+    for (int r = 0; r < rep; ++r) for (int l = 0; l < S.L; ++l) {
+      const bool first = r == 0 && l == 0;
+      a.k_pages = k[l], a.v_pages = v[l]; GOOD(map_pages(a, pages));
+      if (attends) GOOD(launch_attention(st, a, !first));
+      if (!chains) continue;
+      chain.multiply(0, !first || attends, kSums, room.mixed, o[l], w.sums, S.D, S.O);
+      chain.add_up(0, {w.sums, nullptr, x, norms, w.x, w.normed, M, S.D});
+      chain.multiply(1, true, kGated, w.normed, gu[l], w.hidden, S.F, S.D);
+      chain.multiply(2, true, kSums, w.hidden, dn[l], w.sums, S.D, S.F);
+      chain.add_up(2, {w.sums, nullptr, w.x, norms, out, w.normed, M, S.D});
+      chain.multiply(3, true, kSums, w.normed, qkv[l], w.sums, S.Q, S.D);
+      chain.add_up(3, {w.sums, nullptr, nullptr, nullptr, room.qkv, nullptr, M, S.Q});
+      GOOD(chain.fault);
+    }
+  }
+  void run(const char* what, double seconds) {
+    cudaStream_t st; OK(cudaStreamCreate(&st)); 
+    cudaGraph_t g; cudaGraphExec_t ge; const int rep = S.L > 8 ? 1 : 4;
+    OK(cudaStreamBeginCapture(st, cudaStreamCaptureModeThreadLocal)); record(st, rep); OK(cudaStreamEndCapture(st, &g)); OK(cudaGraphInstantiate(&ge, g, 0));
+    cudaEvent_t a, b; cudaEventCreate(&a), cudaEventCreate(&b); std::vector<float> us;
+    auto begun = std::chrono::steady_clock::now(); double t = 0;
+    do { cudaEventRecord(a, st); OK(cudaGraphLaunch(ge, st)); cudaEventRecord(b, st); OK(cudaStreamSynchronize(st)); float ms; cudaEventElapsedTime(&ms, a, b); us.push_back(ms * 1000 / rep / S.L);
+      t = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count(); } while (us.size() < 5 || t < seconds);
+    const size_t n = us.size();
+    auto med = [&](size_t i, size_t j) { std::vector<float> v(us.begin() + i, us.begin() + j); std::sort(v.begin(), v.end()); return v[v.size() / 2]; };
+    printf("M %d %s: us a layer: first five %.1f, last fifth %.1f (%zu)\n", M, what, med(0, 5), med(n - std::max<size_t>(1, n / 5), n), n); fflush(stdout);
+    if (seconds > 0) system("nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active --format=csv,noheader");
+    cudaGraphExecDestroy(ge), cudaGraphDestroy(g), cudaStreamDestroy(st);
+  }
+};
+int main() {
+  Bench B; const int most = 256, len = 1152, per = len / 16; B.pages = most * per;
+  for (int l = 0; l < S.L; ++l) B.o.push_back(make(size_t(S.D) * S.O, .05f)), B.gu.push_back(make(size_t(2) * S.F * S.D, .05f)), B.dn.push_back(make(size_t(S.D) * S.F, .03f)), B.qkv.push_back(make(size_t(S.Q) * S.D, .05f)),
+    B.k.push_back(make(size_t(B.pages) * 8 * 16 * 128, 2)), B.v.push_back(make(size_t(B.pages) * 8 * 16 * 128, 2));
+  B.x = make(512 * S.D, 2), B.norms = make(2 * S.D, 2), B.out = make(512 * S.D, 1);
+  OK(cudaMalloc(&B.work, 1 << 30)); OK(cudaMemset(B.work, 0, 1 << 30));
+  std::vector<int> order(B.pages), table(size_t(most) * 2048), lens(most, len - 5); for (int i = 0; i < B.pages; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), std::mt19937(1));
+  OK(cudaMalloc(&B.table, table.size() * 4));
+  auto lay = [&](int mode) {
+    for (int r = 0; r < most; ++r) for (int i = 0; i < per; ++i)
+      table[size_t(r) * 2048 + i] = mode == 0 ? order[r * per + i] : mode == 1 ? r * per + i : mode == 2 ? i * most + r : i < 64 ? r * 64 + i : most * 64 + (i - 64) * most + r;
+    OK(cudaMemcpy(B.table, table.data(), table.size() * 4, cudaMemcpyHostToDevice));
+  };
+  lay(0);
+  OK(cudaMalloc(&B.lens, most * 4)); OK(cudaMemcpy(B.lens, lens.data(), most * 4, cudaMemcpyHostToDevice));
+  B.cs = reinterpret_cast<float*>(make(most * 64 * 2, 0)); OK(cudaDeviceSynchronize());
+  const std::vector<int64_t> c128 = {128, 4, 1, 224, 1, 1, 128, 4, 1, 96, 2, 1}, c256 = {128, 2, 0, 224, 1, 0, 128, 2, 0, 96, 1, 0};
+  for (int M : {32, 64, 128, 256}) {
+    B.M = M, B.cuts = M > 128 ? c256 : c128;
+    B.attends = B.chains = true, B.run("all", 0);
+    if (M == 128) B.run("all, longer", 1.5);
+    B.chains = false, B.run("attention", 0);
+    B.chains = true, B.attends = false, B.run("chain", 0);
+  }
+}

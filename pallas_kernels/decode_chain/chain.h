@@ -1,0 +1,200 @@
+// What lies between two attentions of a dense decoder for up to 256 rows, in launches each of which begins before the one ahead
+// of it has ended (ADR 47): o, gate and up with SwiGLU, down, the next layer's qkv, by products.h; and behind o, down and qkv
+// settle(), which adds up what a product's depth was cut into, with bias, residual and the RMS norm that follows.
+//
+// Weights depend on no launch, so a product's first blocks of them come while the launches ahead end: memory does not idle
+// where a step has many short kernels.
+#pragma once
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+constexpr int kStages = 4, kOfCut = 3;   // numbers of a stage's cut: width, splits, shared
+constexpr int kSettling = 256;  // threads of a row
+constexpr int kPartFours = 2;   // pieces of four numbers that a thread has of a row's part, where there is no norm
+
+struct Settle {
+  const float* sums;         // [splits, M, N]
+  const uint16_t *bias;      // [N] or null
+  const uint16_t *residual;  // [M, N] or null: added to what the product gives in bf16
+  const uint16_t *norm;      // [N] or null: also write `normed`
+  uint16_t *out, *normed;    // [M, N]
+  int M, N, splits, parts;   // of a row: one if there is a norm
+  float eps;
+};
+
+DEVICE float4 wide_four(const uint2& v) {
+  return {wide(uint16_t(v.x)), wide(uint16_t(v.x >> 16)), wide(uint16_t(v.y)), wide(uint16_t(v.y >> 16))};
+}
+DEVICE uint2 narrow_four(const float4& v) { return {narrow(v.x, v.y), narrow(v.z, v.w)}; }
+DEVICE float4 plus(const float4& a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+DEVICE float square(const float4& v) { return times(v.x, v.x) + times(v.y, v.y) + (times(v.z, v.z) + times(v.w, v.w)); }
+
+// Of a block's threads, the same for all.
+DEVICE float sum_of_block(float value, float* room, int thread) {
+  for (int mask = 16; mask; mask /= 2) value += shuffle_xor(value, mask);
+  if (thread % 32 == 0) room[thread / 32] = value;
+  sync_all();
+  float sum = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kSettling / 32; ++warp) sum += room[warp];
+  return sum;
+}
+
+// A row or a part of it, of so many pieces of four numbers for a thread.
+template <int FOURS>
+DEVICE void settle(const Settle& p, int block, float* room, int thread) {
+  allow_launch_behind();
+  const int64_t at = int64_t(block / p.parts) * p.N;
+  const int first = block % p.parts * (FOURS * kSettling) + thread;
+  const uint2* norms = reinterpret_cast<const uint2*>(p.norm);
+  uint2 weights[FOURS], added[FOURS];
+  float4 sums[FOURS];
+  auto each = [&](auto use) {
+#pragma unroll
+    for (int i = 0; i < FOURS; ++i) {
+      const int four = first + i * kSettling;
+      if (four * 4 < p.N) use(i, four);
+    }
+  };
+  if (norms != nullptr) each([&](int i, int four) { weights[i] = norms[four]; });
+  await_launch_before();
+  if (p.residual != nullptr) each([&](int i, int four) { added[i] = load_fresh(reinterpret_cast<const uint2*>(p.residual + at) + four); });
+  const float4* from = reinterpret_cast<const float4*>(p.sums + at);
+  each([&](int i, int four) { sums[i] = load_fresh(from + four); });
+#pragma unroll 2
+  for (int split = 1; split < p.splits; ++split) {
+    from += int64_t(p.M) * p.N / 4;
+    each([&](int i, int four) { sums[i] = plus(sums[i], load_fresh(from + four)); });
+  }
+  float squares = 0.f;
+  each([&](int i, int four) {
+    float4& sum = sums[i];
+    if (p.bias != nullptr) sum = plus(sum, wide_four(reinterpret_cast<const uint2*>(p.bias)[four]));
+    if (p.residual != nullptr) sum = plus(wide_four(narrow_four(sum)), wide_four(added[i]));
+    const uint2 out = narrow_four(sum);
+    reinterpret_cast<uint2*>(p.out + at)[four] = out;
+    sum = wide_four(out);
+    squares += square(sum);
+  });
+  if (norms == nullptr) return;
+  const float scale = reciprocal_root(divided(sum_of_block(squares, room, thread), float(p.N)) + p.eps);
+  each([&](int i, int four) {
+    const float4 weight = wide_four(weights[i]);
+    float4& sum = sums[i];
+    sum = {times(times(sum.x, scale), weight.x), times(times(sum.y, scale), weight.y), times(times(sum.z, scale), weight.z),
+           times(times(sum.w, scale), weight.w)};
+    reinterpret_cast<uint2*>(p.normed + at)[four] = narrow_four(sum);
+  });
+}
+
+#ifdef JAXLLM_EMULATED
+
+template <int FOURS>
+std::string launch_settle(Stream stream, const Settle& p) {
+  const int blocks = p.M * p.parts;
+  auto rooms = std::make_shared<std::vector<std::vector<float>>>(blocks, std::vector<float>(kSettling / 32, NAN));
+  if (blocks <= 32) {
+    Grid grid = {blocks, kSettling, kSettling};
+    grid.body = [p, rooms = rooms.get()](int block, int thread) { settle<FOURS>(p, block, (*rooms)[block].data(), thread); };
+    grid.kept = rooms, grid.early = true;
+    return play(stream, std::move(grid), unsigned(p.M));
+  }
+  std::string fault = play_recorded(stream, unsigned(p.M));  // more fibers than there is room for: block by block
+  for (int block = 0; block < blocks && fault.empty(); ++block)
+    fault = run_grid(1, kSettling, kSettling, unsigned(block), [&](int, int thread) { settle<FOURS>(p, block, (*rooms)[block].data(), thread); });
+  return fault;
+}
+
+#else
+
+template <int FOURS>
+// Few registers, so that it finds room beside a product's block.
+__global__ void __launch_bounds__(kSettling, FOURS > 4 ? 1 : 4) settle_rows(const __grid_constant__ Settle p) {
+  __shared__ float room[kSettling / 32];
+  settle<FOURS>(p, int(blockIdx.x), room, int(threadIdx.x));
+}
+
+template <int FOURS>
+std::string launch_settle(Stream stream, const Settle& p) {
+  return launch_kernel(settle_rows<FOURS>, p.M * p.parts, kSettling, 0, stream, true, p);
+}
+
+#endif
+
+std::string launch(Stream stream, Settle p) {
+  auto over = [&](int fours) { return (p.N + kSettling * 4 * fours - 1) / (kSettling * 4 * fours); };
+  p.parts = p.norm == nullptr ? over(kPartFours) : 1;
+  if (p.norm == nullptr) return launch_settle<kPartFours>(stream, p);
+  if (over(1) == 1) return launch_settle<1>(stream, p);
+  if (over(4) == 1) return launch_settle<4>(stream, p);
+  return over(8) == 1 ? launch_settle<8>(stream, p) : "a row of more than 8,192 numbers";
+}
+
+template <int WIDTH, int KIND>
+std::string launch_width(Stream stream, const Product& p, int groups, int shared, bool early) {
+  if (groups == 1) return launch_product<WIDTH, 1, kRows, KIND>(stream, p, early);
+  if (shared == kRows) return launch_product<WIDTH, 2, kRows, KIND>(stream, p, early);
+  return launch_product<WIDTH, 2, kWeights, KIND>(stream, p, early);
+}
+
+// The widths that cuda.py chooses from.
+std::string launch(Stream stream, const Product& p, Kind kind, int width, int groups, int shared, bool early) {
+  switch (width * 10 + kind) {
+    case 640: return launch_width<64, kSums>(stream, p, groups, shared, early);
+    case 960: return launch_width<96, kSums>(stream, p, groups, shared, early);
+    case 1280: return launch_width<128, kSums>(stream, p, groups, shared, early);
+    case 641: return launch_width<64, kGated>(stream, p, groups, shared, early);
+    case 1281: return launch_width<128, kGated>(stream, p, groups, shared, early);
+    case 2241: return launch_width<224, kGated>(stream, p, groups, shared, early);
+  }
+  return "no tile that is " + std::to_string(width) + " wide";
+}
+
+int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+struct Work {
+  uint16_t *x, *normed, *hidden;
+  float* sums;
+  int64_t bytes;
+};
+
+// `sums`: the most of a product that is cut, of all its splits.
+Work lay_out(int64_t M, int64_t D, int64_t F, int64_t sums, char* base) {
+  int64_t at = 0;
+  auto take = [&](int64_t bytes) { return base + std::exchange(at, at + up(bytes)); };
+  Work w;
+  w.x = reinterpret_cast<uint16_t*>(take(M * D * 2)), w.normed = reinterpret_cast<uint16_t*>(take(M * D * 2));
+  w.hidden = reinterpret_cast<uint16_t*>(take(M * F * 2)), w.sums = reinterpret_cast<float*>(take(M * sums * 4));
+  w.bytes = at;
+  return w;
+}
+
+struct Chain {  // what all its launches share
+  Stream stream;
+  const int64_t* cuts;  // [kStages, kOfCut]
+  int M, blocks;
+  float eps;
+  std::string fault;
+
+  // `early`: not what begins a recording.
+  void multiply(int stage, bool early, Kind kind, const void* x, const void* w, void* out, int N, int K) {
+    const int64_t* cut = cuts + stage * kOfCut;
+    const int width = int(cut[0]), splits = int(cut[1]), shared = int(cut[2]), groups = M <= 64 ? 1 : 2;
+    Product p = {};
+    p.out = out;
+    if (fault.empty()) fault = describe(p, x, w, M, N, K, width, groups, shared, kind, splits, 8, blocks);
+    if (fault.empty()) fault = launch(stream, p, kind, width, groups, shared, early);
+  }
+  void add_up(int stage, Settle p) {
+    p.M = M, p.eps = eps, p.splits = int(cuts[stage * kOfCut + 1]);
+    if (fault.empty()) fault = launch(stream, p);
+  }
+};
+
+}  // namespace

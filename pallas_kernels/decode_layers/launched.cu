@@ -1,0 +1,147 @@
+// All layers of a decode step of up to 256 rows, as launches each of which begins before the one ahead of it has ended (ADR 47):
+// attention by decode_attention/kernel.h, what lies between two of them by decode_chain/chain.h. A call records them once, in the
+// step's CUDA graph; inside one recording a launch may overlap the next, between two recordings it cannot.
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../decode_attention/kernel.h"
+#include "../decode_chain/chain.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4 };  // which optional arrays layers have, in the order they come in
+
+ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "launched_layers: " + what); }
+
+struct Sizes {  // attributes, as they come
+  int64_t num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, sums;
+};
+
+struct Layer {
+  const uint16_t *qkv, *qkv_bias, *o, *o_bias, *norms, *gate_up, *down, *qk_norms;  // optional ones may be null, and the first qkv
+  uint16_t *k_pages, *v_pages;
+};
+
+struct Room {  // that a call works in, beyond the chain's
+  uint16_t *qkv, *mixed;
+  int64_t bytes;
+};
+
+Room lay_out(Params& a, const Sizes& z, char* base) {
+  int64_t at = up(lay_out(z.rows, z.D, z.F, z.sums, nullptr).bytes);
+  auto take = [&](int64_t bytes) { return base + std::exchange(at, at + up(bytes)); };
+  auto numbers = [&](int64_t count) { return reinterpret_cast<uint16_t*>(take(count * 2)); };
+  auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
+  a.rows = int(z.rows), a.programs = int(z.blocks), a.heads = int(z.heads), a.kv_heads = int(z.kv_heads), a.width = int(z.width);
+  a.addends = a.page_shift = 0;
+  while (kUnit << a.page_shift < z.page_size) ++a.page_shift;
+  Room room;
+  room.qkv = numbers(z.rows * (z.heads + 2 * z.kv_heads) * kHead), room.mixed = numbers(z.rows * z.heads * kHead);
+  const Results kept = results_of(a);
+  a.parts = floats(kept.parts * kHead), a.part_stats = floats(kept.parts * 2);
+  a.runs = floats(kept.runs * kHead), a.run_stats = floats(kept.runs * 2);
+  room.bytes = at;
+  return room;
+}
+
+std::string run_layers(Stream stream, const Sizes& z, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> cuts, int64_t has,
+                       float eps, float scale) {
+  size_t at = 0;
+  int64_t pages = 0;
+  auto next = [&]() -> void* {
+    const ffi::AnyBuffer got = args.get<ffi::AnyBuffer>(at++).value();
+    pages = got.dimensions()[0];
+    return got.untyped_data();
+  };
+  auto bits = [&] { return static_cast<uint16_t*>(next()); };
+  auto bits_if = [&](bool there) { return there ? bits() : nullptr; };
+  auto result = [&](size_t i) { return rets.get<ffi::AnyBuffer>(i).value()->untyped_data(); };
+  if (cuts.size() < kStages * kOfCut) return "needs the cuts of four products";
+  if (z.blocks * kWorkers > kMaxWorkers || z.rows * z.kv_heads > kMaxSegments) return "too many workers or rows";
+  const int M = int(z.rows), D = int(z.D), F = int(z.F), O = int(z.heads) * kHead, Q = int(z.heads + 2 * z.kv_heads) * kHead;
+  char* base = static_cast<char*>(result(1));
+  const Work w = lay_out(M, D, F, z.sums, base);
+  Call a{};
+  const Room room = lay_out(a, z, base);
+  a.eps = eps, a.scale = scale * kLog2e;
+  const uint16_t* x = bits();
+  a.qkv = bits();
+  a.table = static_cast<int*>(next()), a.lens = static_cast<int*>(next());
+  a.cosines = static_cast<float*>(next()), a.sines = static_cast<float*>(next()), a.out = room.mixed;
+  std::vector<Layer> layers(z.num_layers);
+  for (Layer& l : layers) {
+    const bool first = &l == &layers[0];
+    l.qkv = bits_if(!first), l.o = bits(), l.norms = bits(), l.gate_up = bits(), l.down = bits();
+    l.qkv_bias = bits_if(has & kQkvBias && !first), l.o_bias = bits_if(has & kOBias), l.qk_norms = bits_if(has & kQkNorms);
+    l.k_pages = bits(), l.v_pages = bits();  // the results are the same memory
+  }
+  if (at != args.size()) return "unexpected number of buffers";
+
+  Chain chain = {stream, cuts.begin(), M, int(z.blocks), eps, ""};
+  uint16_t* out = static_cast<uint16_t*>(result(0));
+  for (size_t i = 0; i < layers.size() && chain.fault.empty(); ++i) {
+    const Layer& l = layers[i];
+    a.k_pages = l.k_pages, a.v_pages = l.v_pages, a.norms = l.qk_norms;
+    chain.fault = map_pages(a, pages);
+    if (chain.fault.empty()) chain.fault = launch_attention(stream, a, i > 0);
+    chain.multiply(0, true, kSums, room.mixed, l.o, w.sums, D, O);
+    chain.add_up(0, {w.sums, l.o_bias, i ? out : x, l.norms + D, w.x, w.normed, M, D});
+    chain.multiply(1, true, kGated, w.normed, l.gate_up, w.hidden, F, D);
+    chain.multiply(2, true, kSums, w.hidden, l.down, w.sums, D, F);
+    const bool last = i + 1 == layers.size();
+    chain.add_up(2, {w.sums, nullptr, w.x, last ? nullptr : layers[i + 1].norms, out, w.normed, M, D});
+    if (last) break;
+    chain.multiply(3, true, kSums, w.normed, layers[i + 1].qkv, w.sums, Q, D);
+    chain.add_up(3, {w.sums, layers[i + 1].qkv_bias, nullptr, nullptr, room.qkv, nullptr, M, Q});
+    a.qkv = room.qkv;
+  }
+  return chain.fault;
+}
+
+#define JAXLLM_BINDING                                                                                                   \
+  .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("cuts")                                                  \
+      .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("blocks").Attr<int64_t>("D").Attr<int64_t>("F")     \
+      .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                  \
+      .Attr<int64_t>("sums").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
+#define JAXLLM_ARGUMENTS                                                                                                 \
+  ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> cuts, int64_t num_layers, int64_t rows,       \
+      int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads, int64_t page_size, int64_t width,             \
+      int64_t sums, int64_t has, float eps, float scale
+#define JAXLLM_VALUES                                                                                                    \
+  {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, sums}, args, rets, cuts, has, eps, scale
+
+#ifdef JAXLLM_EMULATED
+ffi::Error launched_impl(JAXLLM_ARGUMENTS) {
+  for (int i : {0, 1}) {  // NaN, as memory may hold
+    const auto buffer = *rets.get<ffi::AnyBuffer>(i);
+    std::memset(buffer->untyped_data(), 0xff, buffer->size_bytes());
+  }
+  std::vector<Grid> recorded;
+  std::string fault = run_layers(&recorded, JAXLLM_VALUES);
+  if (fault.empty()) fault = play_recorded(&recorded, unsigned(rows));
+  return fault.empty() ? ffi::Error::Success() : failure(fault);
+}
+XLA_FFI_DEFINE_HANDLER(launched_handler, launched_impl, ffi::Ffi::Bind() JAXLLM_BINDING);
+#else
+ffi::Error launched_impl(cudaStream_t stream, JAXLLM_ARGUMENTS) {
+  const std::string fault = run_layers(stream, JAXLLM_VALUES);
+  return fault.empty() ? ffi::Error::Success() : failure(fault);
+}
+XLA_FFI_DEFINE_HANDLER(launched_handler, launched_impl, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>() JAXLLM_BINDING,
+                       {ffi::Traits::kCmdBufferCompatible});
+#endif
+
+}  // namespace
+
+extern "C" XLA_FFI_Error* jaxllm_launched_layers(XLA_FFI_CallFrame* frame) { return launched_handler(frame); }
+extern "C" int64_t jaxllm_launched_layers_work(int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads,
+                                               int64_t page_size, int64_t width, int64_t sums) {
+  Params a{};
+  return lay_out(a, {0, rows, blocks, D, F, heads, kv_heads, page_size, width, sums}, nullptr).bytes;
+}

@@ -1,0 +1,120 @@
+"""All layers of a decode step of many rows as CUDA launches that overlap (launched.cu), one call of XLA's in its graph.
+
+In and out: see api.py; final norm and head are XLA's. Declines what the kernels do not do. A row's bits depend on
+whether there are up to 64 rows, 128 or more: products are cut by that. Nothing asks for it by itself: ADR 0047 says
+why, and why these are launches and no Pallas kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.compiled import Handler
+from pallas_kernels.decode_attention import cuda as attention
+from pallas_kernels.decode_chain import cuda as chain
+from pallas_kernels.decode_chain.reference import rms_norm
+from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages
+from pallas_kernels.decode_layers.wide import first_qkv, operands_of, optional_of, product
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "launched.cu"
+INCLUDES = (*attention.INCLUDES, *chain.INCLUDES)
+TARGET = "jaxllm_launched_layers"
+_HANDLER = Handler(SOURCE, INCLUDES, TARGET)
+library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
+HEAD = 128
+
+
+class Kernel(NamedTuple):
+    """A built library, the name it is registered under, and the machine's multiprocessors."""
+
+    target: str
+    library: ctypes.CDLL
+    blocks: int
+
+
+def decode_layers(
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cosines: jax.Array,
+    sines: jax.Array,
+    *,
+    eps: float,
+    scale: float,
+    head: Head | None = None,
+    groups: tuple[tuple[int, ...], ...] = (),
+    kernel: Kernel | None = None,
+) -> tuple[jax.Array, list[Pages]]:
+    """See api.decode_layers."""
+    refuse(x, layers, pages, head, scale, groups)
+    kernel, rows = kernel or ours(), (page_table, kv_lens, cosines, sines)
+    x, written = call(kernel, x, first_qkv(x, layers[0], eps), layers, pages, *rows, eps=eps, scale=scale)
+    return (x if head is None else product(rms_norm(x, head.norm, eps), head.table)), written
+
+
+def refuse(
+    x: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    head: Head | None,
+    scale: float,
+    groups: tuple[tuple[int, ...], ...] = (),
+) -> None:
+    """NotImplementedError for what the kernels do not do."""
+    if groups:
+        raise NotImplementedError("layers that devices share")
+    matrices = [each for layer in layers for each in layer.matrices] + ([] if head is None else [head.table])
+    if any(isinstance(each, Few) for each in matrices):
+        raise NotImplementedError("quantised weights")
+    for array in jax.tree.leaves((x, tuple(layers), tuple(pages), head)):
+        if array.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
+    (B, D), first = x.shape, layers[0]
+    sizes = {"D": D, "N * H": first.o.shape[1], "F": first.down.shape[1], "Q": first.qkv.shape[0]}
+    chain.refuse_sizes(B, sizes)
+    queries = jax.ShapeDtypeStruct((B, first.o.shape[1] // HEAD, HEAD), x.dtype)
+    attention.refuse(queries, pages[0][0], B, scale, None, None)
+
+
+def call(
+    kernel: Kernel,
+    x: jax.Array,
+    qkv: jax.Array,
+    layers: Sequence[LayerWeights],
+    pages: Sequence[Pages],
+    *rows: jax.Array,
+    eps: float,
+    scale: float,
+) -> tuple[jax.Array, list[Pages]]:
+    """The FFI call, with the library's word on how much memory it works in."""
+    (B, D), first, (_, K, page_size, _) = x.shape, layers[0], pages[0][0].shape
+    NH, F = first.o.shape[1], first.down.shape[1]
+    cuts, sums = chain.cuts_for(B, D, NH, F, qkv.shape[1], kernel.blocks)
+    sizes = dict(rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // HEAD, kv_heads=K)
+    sizes |= dict(page_size=page_size, width=rows[0].shape[1], sums=sums)
+    work = kernel.library.jaxllm_launched_layers_work(*map(ctypes.c_int64, sizes.values()))
+    operands, aliases = operands_of(x, qkv, rows, layers, pages)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((work,), jnp.uint8)]
+    results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
+    sizes |= dict(num_layers=len(layers), has=optional_of(first))
+    attributes = {name: np.int64(value) for name, value in sizes.items()}
+    run = jax.ffi.ffi_call(kernel.target, results, input_output_aliases=aliases)
+    out, _, *written = run(*operands, cuts=cuts, **attributes, eps=np.float32(eps), scale=np.float32(scale))
+    return out, list(zip(written[::2], written[1::2], strict=True))
+
+
+def ours() -> Kernel:
+    """The kernels for the present device, built on first use."""
+    loaded = library()
+    register(loaded)
+    return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132) // 2 * 2)
