@@ -25,25 +25,17 @@ uint16_t* make(size_t n, float scale) { uint16_t* p; OK(cudaMalloc(&p, n * 2)); 
 struct Bench {
   int M; std::vector<int64_t> cuts; bool attends = true, chains = true;
   std::vector<uint16_t*> o, gu, dn, qkv, k, v; uint16_t *x, *norms, *out; char* work; int *table, *lens; float *cs; int pages;
-  int64_t sums = 8 * 6144;
   void record(cudaStream_t st, int rep) {
-    Sizes z = {S.L, M, 132, S.D, S.F, 32, 8, 16, 2048, sums};
-    const Work w = lay_out(M, S.D, S.F, sums, work);
+    Sizes z = {S.L, M, 132, S.D, S.F, 32, 8, 16, 2048};
     Call a{}; const Room room = lay_out(a, z, work); a.eps = 1e-5f, a.scale = .088f * kLog2e;
     a.qkv = room.qkv, a.table = table, a.lens = lens, a.cosines = cs, a.sines = cs, a.out = room.mixed;
-    Chain chain = {st, cuts.data(), M, 132, 1e-5f, ""};
+    Chain chain = {st, cuts.data(), M, S.D, S.O, S.F, S.Q, 1e-5f, lay_out(M, S.D, S.F, work)};
     for (int r = 0; r < rep; ++r) for (int l = 0; l < S.L; ++l) {
       const bool first = r == 0 && l == 0;
       a.k_pages = k[l], a.v_pages = v[l]; GOOD(map_pages(a, pages));
       if (attends) GOOD(launch_attention(st, a, !first));
       if (!chains) continue;
-      chain.multiply(0, !first || attends, kSums, room.mixed, o[l], w.sums, S.D, S.O);
-      chain.add_up(0, {w.sums, nullptr, x, norms, w.x, w.normed, M, S.D});
-      chain.multiply(1, true, kGated, w.normed, gu[l], w.hidden, S.F, S.D);
-      chain.multiply(2, true, kSums, w.hidden, dn[l], w.sums, S.D, S.F);
-      chain.add_up(2, {w.sums, nullptr, w.x, norms, out, w.normed, M, S.D});
-      chain.multiply(3, true, kSums, w.normed, qkv[l], w.sums, S.Q, S.D);
-      chain.add_up(3, {w.sums, nullptr, nullptr, nullptr, room.qkv, nullptr, M, S.Q});
+      chain.record({o[l], nullptr, norms, gu[l], dn[l], norms, qkv[l], nullptr}, room.mixed, x, out, room.qkv, !first || attends);
       GOOD(chain.fault);
     }
   }
@@ -79,12 +71,26 @@ int main() {
   lay(0);
   OK(cudaMalloc(&B.lens, most * 4)); OK(cudaMemcpy(B.lens, lens.data(), most * 4, cudaMemcpyHostToDevice));
   B.cs = reinterpret_cast<float*>(make(most * 64 * 2, 0)); OK(cudaDeviceSynchronize());
-  const std::vector<int64_t> c128 = {128, 4, 1, 224, 1, 1, 128, 4, 1, 96, 2, 1}, c256 = {128, 2, 0, 224, 1, 0, 128, 2, 0, 96, 1, 0};
+  // Cuts of o, gate and up, down, qkv: width, splits, sharers, what they share, clusters at one time.
+  for (int size : {2, 4, 8}) printf("clusters of %d at one time: %d\n", size, int(clusters_at_once(size)));
+  using Cuts = std::vector<int64_t>;
+  const Cuts eights = {64, 2, 4, 1, 16, 224, 1, 4, 1, 32, 64, 2, 4, 1, 16, 96, 2, 4, 1, 16};
+  const Cuts wider = {128, 4, 2, 1, 16, 224, 1, 2, 1, 66, 128, 4, 2, 1, 16, 96, 2, 4, 1, 16};
+  const Cuts fours = {64, 2, 2, 1, 32, 224, 1, 2, 1, 66, 64, 2, 2, 1, 32, 96, 2, 2, 1, 32};
+  const Cuts whole = {64, 1, 2, 0, 66, 224, 1, 2, 0, 66, 64, 1, 2, 0, 66, 96, 1, 2, 0, 66};
+  const Cuts halves = {128, 2, 2, 0, 32, 224, 1, 2, 0, 66, 128, 2, 2, 0, 32, 96, 1, 2, 0, 66};
+  const Cuts quarters = {128, 2, 2, 0, 32, 224, 1, 2, 0, 66, 128, 2, 2, 0, 32, 128, 4, 2, 0, 16};
   for (int M : {32, 64, 128, 256}) {
-    B.M = M, B.cuts = M > 128 ? c256 : c128;
-    B.attends = B.chains = true, B.run("all", 0);
-    if (M == 128) B.run("all, longer", 1.5);
-    B.chains = false, B.run("attention", 0);
-    B.chains = true, B.attends = false, B.run("chain", 0);
+    B.M = M;
+    B.chains = false, B.attends = true, B.run("attention", 0);
+    B.chains = true;
+    const std::vector<std::pair<const char*, Cuts>> few = {{"clusters of eight", eights}, {"of eight, wider", wider}, {"of four", fours}};
+    const std::vector<std::pair<const char*, Cuts>> many = {{"no splits", whole}, {"two splits", halves}, {"two and four", quarters}};
+    for (const auto& [name, cuts] : M > 128 ? many : few) {
+      B.cuts = cuts;
+      B.attends = false, B.run((std::string("chain, ") + name).c_str(), 0);
+      B.attends = true, B.run((std::string("all, ") + name).c_str(), 0);
+    }
+    if (M == 128) B.cuts = eights, B.run("all, longer", 1.5);
   }
 }

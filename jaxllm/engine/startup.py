@@ -70,10 +70,9 @@ from sharding.axes import MeshConfig
 from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
-# Of decode steps, ends included: where one kernel for all layers is ahead of kernels one by one, where one between
-# two attentions is (benchmarks/results/decode_layers_h200, wide_layers_h200, decode_chain_h200), and where either can
-# be asked for.
-WHOLE_ROWS, CHAINED_ROWS, EVERY_ROWS, MOST_ROWS = ((1, 8), (17, 32)), (33, 128), (1, 128), 256
+# Of decode steps, ends included: where one kernel for all layers is ahead of kernels one by one
+# (benchmarks/results/decode_layers_h200, wide_layers_h200), and where kernels can be asked for.
+WHOLE_ROWS, EVERY_ROWS, MOST_ROWS = ((1, 8), (17, 32)), (1, 128), 256
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 Compiled = tuple[Executables, Ladder, list[KVCacheSpec]]  # and the pages of each stage they are compiled for
@@ -383,7 +382,7 @@ def _compile(
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
     fastest = kernels == "auto" and homes[0].device.platform != "cpu"
-    chained = (1, MOST_ROWS) if kernels == "chain" else CHAINED_ROWS if fastest and not deterministic else None
+    chained = (1, MOST_ROWS) if kernels == "chain" else None  # auto: not before it has run on a GPU (ADR 0048)
     whole = whole_rows(kernels, config.mesh, fastest=fastest)
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None

@@ -16,7 +16,7 @@ from pallas_kernels.decode_chain import cuda
 from pallas_kernels.decode_chain.api import Dense, Following
 
 TARGET = "jaxllm_decode_chain_emulated"
-BLOCKS = 4  # multiprocessors of the machine that is played
+BLOCKS = 8  # multiprocessors of the machine that is played
 MOST_WEIGHTS = 2**19  # numbers in all weights
 
 

@@ -63,14 +63,21 @@ constexpr bool kOverlap = false;
 constexpr bool kOverlap = true;
 #endif
 
-// `early`: the launch may begin before the one ahead of it has ended.
+// `early`: the launch may begin before the one ahead of it has ended. `cluster`: blocks of one.
 template <typename Kernel, typename Arguments>
-std::string launch_kernel(Kernel kernel, dim3 blocks, int threads, int bytes, Stream stream, bool early, const Arguments& arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization, attribute.val.programmaticStreamSerializationAllowed = 1;
+std::string launch_kernel(Kernel kernel, dim3 blocks, int threads, int bytes, Stream stream, bool early, const Arguments& arguments,
+                          int cluster = 1) {
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
-  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = early && kOverlap ? 1 : 0;
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = bytes, config.stream = stream, config.attrs = attributes;
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {unsigned(cluster), 1, 1};
+  }
+  if (early && kOverlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }

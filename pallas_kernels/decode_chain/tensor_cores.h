@@ -1,5 +1,5 @@
 // What decode_chain.cu and decode_attention/decode_attention.cu ask of the machine beyond decode_layers/primitives.h: tiles by the copy
-// engine, tensor cores that read shared memory, clusters of two. For sm_90a, and for the emulator.
+// engine, tensor cores that read shared memory, clusters. For sm_90a, and for the emulator.
 #pragma once
 #include "../decode_layers/primitives.h"
 
@@ -46,15 +46,13 @@ struct TileMap {  // of a matrix [rows, columns], row after row
   int box;  // rows of a tile
 };
 
-template <typename T>
-DEVICE T* of_peer(T* mine, int peer) {  // of the cluster of two
-  const int own = machine->current->program, other = own / 2 * 2 + peer;
-  return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(machine->current->grid->shared[other]) - static_cast<char*>(machine->current->grid->shared[own])));
-}
-DEVICE void meet_cluster() { meet(machine->current->grid->everyone); }
 DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
+DEVICE void put_at(float4* to, const float4& v, uint64_t* barrier, int peer) {
+  later({[v, there = of_peer(to, peer)] { *there = v; }, sizeof v, of_peer(barrier, peer)});
+}
+DEVICE void wait_for_peers(uint64_t* barrier, uint32_t parity) { wait_for(barrier, parity); }
 DEVICE void between_stores_and_copies() {}
 DEVICE void ask_for_map(const TileMap*) {}
 
@@ -82,8 +80,8 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
     return row < half ? row + r % 16 / 8 * half : -1;
   });
 }
-DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
-  for (int peer = 0; peer < 2; ++peer)
+DEVICE void copy_to_peers(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int first, int count) {
+  for (int peer = first; peer < first + count; ++peer)
     copy_rows_of(of_peer(static_cast<char*>(to), peer), map, column, of_peer(barrier, peer), [=](int r) { return int64_t(row) + r; });
 }
 
@@ -191,6 +189,20 @@ DEVICE void meet_cluster() { arrive_at_cluster(), await_cluster(); }
 DEVICE void arrive_at(uint64_t* barrier, int peer) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(barrier, peer)) : "memory");
 }
+// Four numbers to the same place of another block of the cluster, whose barrier counts them.
+DEVICE void put_at(float4* to, const float4& v, uint64_t* barrier, int peer) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address_at(to, peer)),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_at(barrier, peer))
+               : "memory");
+}
+// wait_for of what others put.
+DEVICE void wait_for_peers(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
 // Between ordinary stores to device memory and copies of tiles from there.
 DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
@@ -220,12 +232,12 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
       "l"(map), "r"(column), "r"(0), "r"(eight), "r"(shared_address(barrier))
       : "memory");
 }
-// To the same place of both blocks of the cluster; the barrier of each counts what came to it.
-DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
+// To the same place of so many blocks of the cluster; the barrier of each counts what came to it.
+DEVICE void copy_to_peers(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int first, int count) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(3))
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(((1 << count) - 1) << first))
       : "memory");
 }
 

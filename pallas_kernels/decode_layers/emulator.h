@@ -98,9 +98,10 @@ struct Grid {  // a launch
   std::vector<void*> shared;  // memory of each block, where somebody asks for another's or for its beginning
   bool early = false;         // may begin when all blocks of the one ahead allow it
   int per_device = 1 << 30;   // programs: a grid may be those of several devices, one after the other
+  int cluster = 2;            // programs, where the kernel has clusters
   std::shared_ptr<void> kept; // what `body` and `shared` point to
   Grid* ahead = nullptr;
-  Meeting everyone;  // all fibers, where the grid is one cluster
+  std::vector<Meeting> clusters;
   std::vector<Fiber> fibers;
   std::vector<BlockState> blocks;
   size_t left = 1;  // fibers, once it has begun
@@ -148,6 +149,14 @@ inline void meet(Meeting& meeting) {
   wait_until([&] { return meeting.rounds != round; });
 }
 
+inline void meet_cluster() { meet(machine->current->grid->clusters[machine->current->program / machine->current->grid->cluster]); }
+// The same place in the shared memory of another block of the cluster.
+template <typename T>
+inline T* of_peer(T* mine, int peer) {
+  const Grid& grid = *machine->current->grid;
+  const int own = machine->current->program, other = own / grid.cluster * grid.cluster + peer;
+  return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(grid.shared[other]) - static_cast<char*>(grid.shared[own])));
+}
 inline int here() { return machine->current->program / machine->current->grid->per_device; }  // which device
 inline WarpState& my_warp() { return machine->current->block->warps[machine->current->warp]; }
 
@@ -393,7 +402,8 @@ inline void await_launch_before() {
 }
 
 inline void begin(Grid& grid) {
-  grid.everyone.size = grid.programs * grid.threads;
+  grid.clusters.resize((grid.programs + grid.cluster - 1) / grid.cluster);
+  for (Meeting& each : grid.clusters) each.size = grid.cluster * grid.threads;
   grid.blocks = std::vector<BlockState>(grid.programs);
   grid.fibers = std::vector<Fiber>(size_t(grid.programs) * grid.threads);
   grid.left = grid.fibers.size();
@@ -455,10 +465,11 @@ inline std::string run_grids(std::vector<Grid>& grids, unsigned seed) {
 }
 
 inline std::string run_grid(int programs, int threads, int computing, unsigned seed, std::function<void(int, int)> body,
-                            void* const* shared = nullptr, int per_device = 1 << 30) {
+                            void* const* shared = nullptr, int per_device = 1 << 30, int cluster = 2) {
   std::vector<Grid> grids(1);
   Grid& grid = grids[0];
   grid.programs = programs, grid.threads = threads, grid.computing = computing, grid.body = std::move(body), grid.per_device = per_device;
+  grid.cluster = cluster;
   if (shared != nullptr) grid.shared.assign(shared, shared + programs);
   return run_grids(grids, seed);
 }

@@ -20,7 +20,7 @@ enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4 };  // which optional arrays l
 ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "launched_layers: " + what); }
 
 struct Sizes {  // attributes, as they come
-  int64_t num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, sums;
+  int64_t num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width;
 };
 
 struct Layer {
@@ -34,7 +34,7 @@ struct Room {  // that a call works in, beyond the chain's
 };
 
 Room lay_out(Params& a, const Sizes& z, char* base) {
-  int64_t at = up(lay_out(z.rows, z.D, z.F, z.sums, nullptr).bytes);
+  int64_t at = up(lay_out(z.rows, z.D, z.F, nullptr).bytes);
   auto take = [&](int64_t bytes) { return base + std::exchange(at, at + up(bytes)); };
   auto numbers = [&](int64_t count) { return reinterpret_cast<uint16_t*>(take(count * 2)); };
   auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
@@ -64,9 +64,9 @@ std::string run_layers(Stream stream, const Sizes& z, ffi::RemainingArgs args, f
   auto result = [&](size_t i) { return rets.get<ffi::AnyBuffer>(i).value()->untyped_data(); };
   if (cuts.size() < kStages * kOfCut) return "needs the cuts of four products";
   if (z.blocks * kWorkers > kMaxWorkers || z.rows * z.kv_heads > kMaxSegments) return "too many workers or rows";
-  const int M = int(z.rows), D = int(z.D), F = int(z.F), O = int(z.heads) * kHead, Q = int(z.heads + 2 * z.kv_heads) * kHead;
+  Chain chain = {stream, cuts.begin(), int(z.rows), int(z.D), int(z.heads) * kHead, int(z.F), int(z.heads + 2 * z.kv_heads) * kHead, eps};
   char* base = static_cast<char*>(result(1));
-  const Work w = lay_out(M, D, F, z.sums, base);
+  chain.w = lay_out(z.rows, z.D, z.F, base);
   Call a{};
   const Room room = lay_out(a, z, base);
   a.eps = eps, a.scale = scale * kLog2e;
@@ -83,22 +83,14 @@ std::string run_layers(Stream stream, const Sizes& z, ffi::RemainingArgs args, f
   }
   if (at != args.size()) return "unexpected number of buffers";
 
-  Chain chain = {stream, cuts.begin(), M, int(z.blocks), eps, ""};
   uint16_t* out = static_cast<uint16_t*>(result(0));
   for (size_t i = 0; i < layers.size() && chain.fault.empty(); ++i) {
-    const Layer& l = layers[i];
+    const Layer &l = layers[i], next = i + 1 < layers.size() ? layers[i + 1] : Layer{};
     a.k_pages = l.k_pages, a.v_pages = l.v_pages, a.norms = l.qk_norms;
     chain.fault = map_pages(a, pages);
     if (chain.fault.empty()) chain.fault = launch_attention(stream, a, i > 0);
-    chain.multiply(0, true, kSums, room.mixed, l.o, w.sums, D, O);
-    chain.add_up(0, {w.sums, l.o_bias, i ? out : x, l.norms + D, w.x, w.normed, M, D});
-    chain.multiply(1, true, kGated, w.normed, l.gate_up, w.hidden, F, D);
-    chain.multiply(2, true, kSums, w.hidden, l.down, w.sums, D, F);
-    const bool last = i + 1 == layers.size();
-    chain.add_up(2, {w.sums, nullptr, w.x, last ? nullptr : layers[i + 1].norms, out, w.normed, M, D});
-    if (last) break;
-    chain.multiply(3, true, kSums, w.normed, layers[i + 1].qkv, w.sums, Q, D);
-    chain.add_up(3, {w.sums, layers[i + 1].qkv_bias, nullptr, nullptr, room.qkv, nullptr, M, Q});
+    const Weights weights = {l.o, l.o_bias, l.norms + z.D, l.gate_up, l.down, next.norms, next.qkv, next.qkv_bias};
+    chain.record(weights, room.mixed, i ? out : x, out, room.qkv, true);
     a.qkv = room.qkv;
   }
   return chain.fault;
@@ -108,13 +100,13 @@ std::string run_layers(Stream stream, const Sizes& z, ffi::RemainingArgs args, f
   .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("cuts")                                                  \
       .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("blocks").Attr<int64_t>("D").Attr<int64_t>("F")     \
       .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                  \
-      .Attr<int64_t>("sums").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
+      .Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
 #define JAXLLM_ARGUMENTS                                                                                                 \
   ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> cuts, int64_t num_layers, int64_t rows,       \
       int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads, int64_t page_size, int64_t width,             \
-      int64_t sums, int64_t has, float eps, float scale
+      int64_t has, float eps, float scale
 #define JAXLLM_VALUES                                                                                                    \
-  {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, sums}, args, rets, cuts, has, eps, scale
+  {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, args, rets, cuts, has, eps, scale
 
 #ifdef JAXLLM_EMULATED
 ffi::Error launched_impl(JAXLLM_ARGUMENTS) {
@@ -141,7 +133,7 @@ XLA_FFI_DEFINE_HANDLER(launched_handler, launched_impl, ffi::Ffi::Bind().Ctx<ffi
 
 extern "C" XLA_FFI_Error* jaxllm_launched_layers(XLA_FFI_CallFrame* frame) { return launched_handler(frame); }
 extern "C" int64_t jaxllm_launched_layers_work(int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads,
-                                               int64_t page_size, int64_t width, int64_t sums) {
+                                               int64_t page_size, int64_t width) {
   Params a{};
-  return lay_out(a, {0, rows, blocks, D, F, heads, kv_heads, page_size, width, sums}, nullptr).bytes;
+  return lay_out(a, {0, rows, blocks, D, F, heads, kv_heads, page_size, width}, nullptr).bytes;
 }

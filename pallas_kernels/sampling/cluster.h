@@ -10,7 +10,6 @@ namespace {
 constexpr int kThreads = 64;
 inline void* const* emulated_blocks = nullptr;  // shared memory of each block of the cluster
 
-DEVICE void meet_cluster() { meet(machine->current->grid->everyone); }
 DEVICE void publish() {}
 template <typename T>
 DEVICE const T& peer(const T&, int rank) {

@@ -40,7 +40,7 @@ ffi::Error draw_impl(JAXLLM_ARGUMENTS) {
   emulated_blocks = shared.data();
   const std::string fault = run_grid(p.blocks, kThreads, kThreads, unsigned(p.rows), [&](int rank, int thread) {
     for (int row = 0; row < p.rows; ++row) draw(p, *static_cast<Shared*>(shared[rank]), row, rank, thread);
-  });
+  }, nullptr, 1 << 30, p.blocks);
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,18 +70,41 @@ def test_the_same_bits_again_and_whatever_the_other_rows(spec):
             np.testing.assert_array_equal(np.asarray(other)[:7], np.asarray(want)[:7])
 
 
+DEALT = ChainSpec("dealt", T=70, D=192, O=1024, F=512, Q=320, biases=True)
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the emulated machine")
+@pytest.mark.parametrize("shared", cuda.SHARED)
+@pytest.mark.parametrize("sharers", [2, 4])
+@pytest.mark.parametrize("splits", cuda.SPLITS)
+@pytest.mark.parametrize("width", cuda.WIDTHS[False])
+def test_however_a_product_is_dealt_out(monkeypatch, width, splits, sharers, shared):
+    if splits * sharers > max(cuda.CLUSTERS) or (shared == "weights" and sharers > 2):
+        pytest.skip("no such cluster")
+    spec = replace(DEALT, T=130 if shared == "weights" else 70 if splits == 2 else 7, O=256 * splits)
+
+    def cut(rows, columns, depth, gated, room):
+        return cuda.Cut(64 if gated else width, 1 if gated or depth < 256 * splits else splits, sharers, shared)
+
+    monkeypatch.setattr(cuda, "cut_for", cut)
+    monkeypatch.setattr(cuda, "refuse_sizes", lambda *_: None)
+    for got, want in zip(run("cuda_emulated", *arguments(spec)), exact(spec), strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 6e-3 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize(
-    ("rows", "shared", "cuts"),
+    ("rows", "room", "shared", "cuts"),
     [
-        (33, "rows", [(128, 4), (224, 1), (128, 4), (96, 2)]),  # 8B: a unit for all but four multiprocessors
-        (128, "rows", [(128, 4), (224, 1), (128, 4), (96, 2)]),
-        (256, "weights", [(128, 2), (224, 1), (128, 2), (96, 1)]),
+        (33, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),  # 8B: all but 4 multiprocessors
+        (128, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),
+        (128, (66, 32, 15), "rows", [(64, 2, 2), (224, 1, 4), (64, 2, 2), (96, 2, 2)]),
+        (256, (66, 33, 16), "weights", [(128, 2, 2), (224, 1, 2), (128, 2, 2), (128, 4, 2)]),
     ],
 )
-def test_a_product_is_cut_so_that_multiprocessors_end_together(rows, shared, cuts):
+def test_a_product_is_cut_so_that_multiprocessors_end_together(rows, room, shared, cuts):
     D, O, F, Q = 4096, 4096, 14336, 6144  # noqa: E741
     products = (D, O, False), (F, D, True), (D, F, False), (Q, D, False)
-    assert [cuda.cut_for(rows, *product, 132) for product in products] == [cuda.Cut(*cut, shared) for cut in cuts]
+    assert [cuda.cut_for(rows, *product, room) for product in products] == [cuda.Cut(*cut, shared) for cut in cuts]
 
 
 def test_wrong_shapes_raise_an_error_that_names_them():
