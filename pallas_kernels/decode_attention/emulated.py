@@ -17,9 +17,9 @@ PROGRAMS, SLOTS = 3, 5
 
 
 @once
-def machine(programs: int = PROGRAMS, slots: int = SLOTS) -> cuda.Kernel:
-    flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_SLOTS={slots}")
-    loaded, target = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, *flags))), f"{cuda.TARGET}_{slots}"
+def machine(programs: int = PROGRAMS, slots: int = SLOTS, *more: str) -> cuda.Kernel:
+    flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_SLOTS={slots}", *more)
+    loaded, target = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, *flags))), "_".join((cuda.TARGET, *flags[1:]))
     cuda.register(loaded, target, "cpu")
     return cuda.Kernel(target, loaded, programs)
 

@@ -1,7 +1,9 @@
-// Attention as a warpgroup does it: where tiles of 64 keys or values lie, products of the warpgroup's tensor cores, folds, results.
+// Attention as four warps do it: where tiles of 64 keys or values lie, their products (by_warpgroup.h, or by_warps.h), folds, results.
 // Who includes it says where tiles and a segment's queries come from: a Feed that can take() the next tile and give it back, and
 // that begins and ends segments.
 #pragma once
+#include <type_traits>
+
 #include "../decode_chain/tensor_cores.h"
 
 #ifndef JAXLLM_SPLIT  // a benchmark may try others
@@ -21,11 +23,17 @@ constexpr int kSplit = JAXLLM_SPLIT;
 
 namespace {
 
+struct Between {  // of a tile, what the warps of a worker tell each other where each has some of its keys (by_warps.h)
+  alignas(16) float most[kWarps][kMaxGroup], total[kWarps][kMaxGroup];
+  uint4 probabilities[kWarps][32];  // as the second product takes them: rounded, and what rounding took
+};
+
 struct Own {  // a worker's, in shared memory; `deal` is written before a warp asks for it
   alignas(16) uint16_t queries[2][kMaxGroup][kHead], fresh[2][2][kHead];  // of two segments; fresh: the row's new key and value
   Cursor at[kWarps];  // each warp's: kept here while it works, as registers are few
   bool last[2];
   Deal deal;
+  Between between;
 };
 
 struct Worker {
@@ -144,17 +152,6 @@ SELDOM void prepare_alone(const Params& p, Own& own, int turn, const Segment s, 
   }
 }
 
-// This lane's queries, as the products take them; other warps than the one that leads have none.
-DEVICE void load_queries(const Worker& w, uint32_t (&queries)[kHead / 16][4]) {
-  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.s.queries[w.turn][w.g()]);
-  const bool there = w.leads() && w.g() < w.group;
-#pragma unroll
-  for (int k = 0; k < kHead / 16; ++k) {
-    queries[k][0] = there ? pairs[k * 8 + w.t()] : 0, queries[k][2] = there ? pairs[k * 8 + 4 + w.t()] : 0;
-    queries[k][1] = queries[k][3] = 0;
-  }
-}
-
 // Puts the row's new key, or value, in its place and nothing where no key is: zero times whatever lay there may be NaN.
 DEVICE void mend(Worker& w, char* slot, int live, bool enters, int value) {
   if (value)
@@ -170,11 +167,6 @@ DEVICE void mend(Worker& w, char* slot, int live, bool enters, int value) {
 
 // ---- sums ----
 
-// Of a group's queries, in the warp that leads. A lane has of query g the columns 8n + 2t and the one behind it.
-struct Sums {
-  float most = -INFINITY, total = 0.f, out[kHead / 8][2] = {};
-};
-
 // What came before and what comes next as one. All folds are this formula.
 struct Fold {
   float a, b;
@@ -186,128 +178,30 @@ struct Fold {
   DEVICE float operator()(float before, float next) const { return fused(next, b, times(before, a)); }
 };
 
-DEVICE void fold(Sums& sums, const Sums& next) {
-  const Fold both(sums.most, sums.total, next.most, next.total);
-#pragma unroll
-  for (int n = 0; n < kHead / 8; ++n)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) sums.out[n][h] = both(sums.out[n][h], next.out[n][h]);
+DEVICE uint16_t* out_of(const Worker& w, const Segment& s, int query) {
+  const Params& p = w.p;
+  const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
+  return p.out + (int64_t(token) * p.heads + s.head * w.group + query) * kHead;
 }
 
-// Scores of row g to probabilities, as the second product takes them: rounded, and in the rows behind what is then missing.
-DEVICE void exponentials(const Worker& w, int live, float scale, const float (&scores)[kTile / 2], uint32_t (&probabilities)[kTile / 16][4],
-                         float& most, float& total) {
-  float own[kTile / 8][2];
-#pragma unroll
-  for (int j = 0; j < kTile / 8; ++j)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      own[j][h] = 8 * j + 2 * w.t() + h < live ? times(scores[4 * j + h], scale) : -INFINITY;
-      most = larger(most, own[j][h]);
-    }
-  for (int mask = 1; mask < 4; mask <<= 1) most = larger(most, shuffle_xor(most, mask));
-#pragma unroll
-  for (int j = 0; j < kTile / 8; ++j) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) total += own[j][h] = exp2_(own[j][h] - most);
-    const uint32_t high = narrow(own[j][0], own[j][1]);
-    probabilities[j / 2][j % 2 * 2] = high;
-    probabilities[j / 2][j % 2 * 2 + 1] = narrow(own[j][0] - wide(uint16_t(high)), own[j][1] - wide(uint16_t(high >> 16)));
-  }
-  for (int mask = 1; mask < 4; mask <<= 1) total += shuffle_xor(total, mask);
-}
+}  // namespace
 
-// 64 keys and values, or the `live` that are left of a row and head, folded into what came before.
-template <typename Feed>
-DEVICE void attend(Worker& w, Feed& feed, int live, Sums& sums) {
-  const bool enters = w.p.q == nullptr && live <= kTile;
-  uint32_t queries[kHead / 16][4];
-  load_queries(w, queries);
-  char* keys = feed.take();
-  if (enters) mend(w, keys, live, true, 0);
-  float scores[kTile / 2];
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < kHead / 16; ++k) {
-    const char* from = keys + k / 4 * kPartBytes + k % 4 * 32;
-    if (k == 0)
-      multiply_held<kTile, false>(scores, queries[k], from);
-    else
-      multiply_held<kTile, true>(scores, queries[k], from);
-  }
-  end_products();
-  await_products<0>();
-  feed.give_back();
-  uint32_t probabilities[kTile / 16][4] = {};
-  float most = -INFINITY, total = 0.f;
-  if (w.leads()) exponentials(w, live, w.p.scale, scores, probabilities, most, total);
-  char* values = feed.take();
-  if (live < kTile || enters) mend(w, values, live, enters, 1);
-  float out[kHead / 2];
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < kTile / 16; ++k) {
-    const char* from = values + k * 16 * kRowBytes;
-    if (k == 0)
-      multiply_across<kHead, kPartBytes, false>(out, probabilities[k], from);
-    else
-      multiply_across<kHead, kPartBytes, true>(out, probabilities[k], from);
-  }
-  end_products();
-  await_products<0>();
-  feed.give_back();
-  if (!w.leads()) return;
-  const Fold both(sums.most, sums.total, most, total);
-#pragma unroll
-  for (int n = 0; n < kHead / 8; ++n)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) sums.out[n][h] = both(sums.out[n][h], out[4 * n + h] + out[4 * n + 2 + h]);
-}
+#ifdef JAXLLM_MMA
+#include "by_warps.h"
+#else
+#include "by_warpgroup.h"
+#endif
 
-// The tiles of a segment from where `live` keys of it are left to where no more than `stop` are; all warps, with sums in the one that leads.
-template <typename Feed>
-DEVICE void attend_tiles(Worker& w, Feed& feed, int live, int stop, Sums& sums) {
-#pragma unroll 1
-  for (; live > stop; live -= kTile) attend(w, feed, live, sums);
-}
+namespace {
 
 // ---- results in memory ----
-
-DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Sums& sums) {
-  if (!w.leads() || w.g() >= w.group) return;
-  to += (at * w.group + w.g()) * kHead + 2 * w.t(), stats += (at * w.group + w.g()) * 2;
-  if (w.t() == 0) stats[0] = sums.most, stats[1] = sums.total;
-#pragma unroll
-  for (int n = 0; n < kHead / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = {sums.out[n][0], sums.out[n][1]};
-}
-
-// What the run had before this split, if it is not the first, and the split; kept for the next one where a cut run's beginning goes.
-DEVICE void fold_split(const Worker& w, int64_t at, bool first, Sums& sums) {
-  if (!first) {
-    const int query = least(w.g(), w.group - 1);
-    const float* from = w.p.parts + (at * w.group + query) * kHead + 2 * w.t();
-    const float2 known = load_fresh(reinterpret_cast<const float2*>(w.p.part_stats + (at * w.group + query) * 2));
-    Sums before;
-    before.most = known.x, before.total = known.y;
-#pragma unroll
-    for (int n = 0; n < kHead / 8; ++n) {
-      const float2 pair = load_fresh(reinterpret_cast<const float2*>(from + 8 * n));
-      before.out[n][0] = pair.x, before.out[n][1] = pair.y;
-    }
-    fold(before, sums);
-    sums = before;
-  }
-  sync_warp();  // all have read the statistics
-  store(w, w.p.parts, w.p.part_stats, at, sums);
-  sync_warp();
-}
 
 // Eight columns of a query, in every thread of the four warps.
 struct Piece {
   float most, total, out[8];
 };
 
-// Everything the warp that leads stored is there for whoever counts up last; true, in all: that is this worker, and all counts are there.
+// Everything the warp that leads stored, or all warps before a barrier, is there for whoever counts up last; true, in all: that is this worker, and all counts are there.
 DEVICE bool last_to_arrive(Worker& w, int counter, int by, int all) {
   bool& told = w.s.last[w.folds++ % 2];  // read before it is written again: there is a barrier between
   sync_warp();
@@ -357,20 +251,6 @@ DEVICE void store(const Worker& w, float* to, float* stats, int64_t at, const Pi
   own[0] = {piece.out[0], piece.out[1], piece.out[2], piece.out[3]}, own[1] = {piece.out[4], piece.out[5], piece.out[6], piece.out[7]};
 }
 
-DEVICE uint16_t* out_of(const Worker& w, const Segment& s, int query) {
-  const Params& p = w.p;
-  const int token = p.tokens == nullptr ? s.row : p.tokens[s.row];
-  return p.out + (int64_t(token) * p.heads + s.head * w.group + query) * kHead;
-}
-
-DEVICE void write_out(const Worker& w, const Segment& s, const Sums& sums) {
-  if (!w.leads() || w.g() >= w.group) return;
-  const float share = 1.f / sums.total;
-  uint32_t* to = reinterpret_cast<uint32_t*>(out_of(w, s, w.g()));
-#pragma unroll
-  for (int n = 0; n < kHead / 8; ++n) to[4 * n + w.t()] = narrow(sums.out[n][0] * share, sums.out[n][1] * share);
-}
-
 DEVICE void write_out(const Worker& w, const Segment& s, const Piece& piece) {
   const int query = w.thread() / 16, column = w.thread() % 16 * 8;
   if (query >= w.group) return;
@@ -385,13 +265,13 @@ DEVICE void write_out(const Worker& w, const Segment& s, const Piece& piece) {
 
 // A run is done: the row, if it is its only one or the last to arrive. Kept: Sums or Piece.
 template <typename Kept>
-DEVICE void finish_run(Worker& w, const Segment& s, const Run& run, const Kept& kept) {
+DEVICE void finish_run(Worker& w, const Segment& s, const Run& run, Kept& kept) {
   const Params& p = w.p;
   if (run.runs == 1) return write_out(w, s, kept);
   const int segment = s.row * p.kv_heads + s.head;
   const int64_t base = int64_t(segment) * p.most_runs;
   store(w, p.runs, p.run_stats, base + run.number, kept);
-  if constexpr (sizeof(Kept) == sizeof(Piece)) w.sync();  // all warps stored
+  if (kAllHold || std::is_same<Kept, Piece>::value) w.sync();  // all warps stored
   if (!last_to_arrive(w, kMaxWorkers + segment, 1, run.runs)) return;
   write_out(w, s, fold_stored(w.group, w.thread(), p.runs, p.run_stats, base, 1, run.runs));
 }
@@ -414,15 +294,17 @@ DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int
     attend_tiles(w, feed, s.length - split * s.split * kTile, s.length - end * kTile, sums);
     if (!begins)
       store(w, p.parts, p.part_stats, base + split - run.first, sums);
-    else if (apart && w.leads())
+    else if (apart && (kAllHold || w.leads()))
       fold_split(w, base, split == first, sums);
   }
   if (begins && last == run.last) return finish_run(w, s, run, sums);
   if (begins) store(w, p.parts, p.part_stats, base, sums);
+  if (kAllHold) w.sync();
   if (!last_to_arrive(w, owner, last - first, run.last - run.first)) return;
   // How far the one that begins the run came: where the next worker begins.
   const int next = snapped(w.s.deal, s, boundary(w.s.deal, owner + 1)), done = (next - at) / s.split;
-  finish_run(w, s, run, fold_stored(w.group, w.thread(), p.parts, p.part_stats, base, done, run.last - run.first));
+  Piece whole = fold_stored(w.group, w.thread(), p.parts, p.part_stats, base, done, run.last - run.first);
+  finish_run(w, s, run, whole);
 }
 
 // ---- the whole ----

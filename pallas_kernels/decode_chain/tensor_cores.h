@@ -146,6 +146,20 @@ DEVICE void await_products() {
 }
 template <int COUNT>
 DEVICE void hold(float (&)[COUNT]) {}
+// Lane l's word of matrix i: of those whose rows lanes 8i .. 8i + 7 point to.
+inline void matrices_of_warp(uint32_t (&words)[4], const void* row, bool across) {
+  WarpState& warp = my_warp();
+  const int lane = machine->current->lane, g = lane / 4, t = lane % 4;
+  warp.shuffled[lane] = reinterpret_cast<uint64_t>(row);
+  sync_warp();
+  for (int i = 0; i < 4; ++i) {
+    auto at = [&](int r, int c) { return reinterpret_cast<const uint16_t*>(warp.shuffled[8 * i + r])[c]; };
+    words[i] = across ? at(2 * t, g) | uint32_t(at(2 * t + 1, g)) << 16 : at(g, 2 * t) | uint32_t(at(g, 2 * t + 1)) << 16;
+  }
+  sync_warp();
+}
+DEVICE void load_matrices(uint32_t (&words)[4], const void* row) { matrices_of_warp(words, row, false); }
+DEVICE void load_matrices_across(uint32_t (&words)[4], const void* row) { matrices_of_warp(words, row, true); }
 DEVICE int opaque(int value) { return value; }
 
 #else
@@ -251,6 +265,21 @@ DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int LEFT>
 DEVICE void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Four matrices of 8 x 8 from shared memory, each eight rows of 16 bytes; lane l points to row l % 8 of matrix l / 8, and gets of each
+// row l / 4 the columns l % 4 * 2 and the next, or across, of column l / 4 those rows.
+DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void load_matrices_across(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // A number of which the compiler knows nothing: what is made of it is made where it is wanted, and not kept through all layers.

@@ -47,6 +47,7 @@ struct Meeting {  // a barrier of `size` fibers
 
 struct WarpState {
   Meeting meeting;
+  uint64_t asleep = 0;  // until that round: others may be far ahead of it
   float value[kWarpLanes];
   int word[kWarpLanes];
   uint64_t shuffled[kWarpLanes];  // of any type, by its bytes
@@ -432,8 +433,9 @@ inline std::string run_grids(std::vector<Grid>& grids, unsigned seed) {
   m.random.seed(seed);
   size_t begun = 0;
   std::vector<Grid*> running;
-  for (int quiet = 0; quiet < 64 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
-    m.moved = !m.copies.empty();
+  uint64_t round = 0;
+  for (int quiet = 0; quiet < 512 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
+    m.moved = !m.copies.empty(), ++round;
     for (size_t i = 0; i < running.size();)
       if (running[i]->done())
         running[i]->fibers.clear(), running.erase(running.begin() + i), m.moved = true;
@@ -449,10 +451,14 @@ inline std::string run_grids(std::vector<Grid>& grids, unsigned seed) {
     for (size_t i = m.copies.size(); i-- > 0;)
       if (m.random() % 4 == 0 && i < m.copies.size()) land(m, i);
     for (Grid* grid : running) {
+      if (m.random() % 4 == 0) {
+        BlockState& block = grid->blocks[m.random() % grid->blocks.size()];
+        block.warps[m.random() % block.warps.size()].asleep = round + m.random() % 48;
+      }
       const size_t start = m.random() % grid->fibers.size();
       for (size_t i = 0; i < grid->fibers.size(); ++i) {
         Fiber& fiber = grid->fibers[(start + i) % grid->fibers.size()];
-        if (fiber.done || m.random() % 4 == 0) continue;  // a warp may be late: others do not wait for it unasked
+        if (fiber.done || m.random() % 4 == 0 || fiber.block->warps[fiber.warp].asleep > round) continue;  // others do not wait unasked
         if (fiber.come && !fiber.come(fiber.awaited)) continue;
         give_turn(m, fiber);
         grid->left -= fiber.done;
