@@ -38,10 +38,7 @@ PREDICTED = {"32x8192": 4.2, "128x1024": 4.0, "32x1024": 3.4, "8x1024": 1.5, "1x
 HEADS = {"256x1088": 4.0, "128x1088": 3.8, "32x1088": 3.3, "8x1088": 1.3}  # with new keys and values; predictions
 VARIANTS: dict[str, Variant] = {
     "ours": (),
-    "3 copies on their way": ("-DJAXLLM_FLIGHT=3",),
-    "6 copies on their way": ("-DJAXLLM_FLIGHT=6",),
-    "lines of 256 bytes": ("-DJAXLLM_PROMOTION=CU_TENSOR_MAP_L2_PROMOTION_L2_256B",),
-    "cut for 3 percent": ("-DJAXLLM_EVEN=63",),
+    "by warps": ("-DJAXLLM_MMA",),  # ADR 0049
 }
 SPLITS: dict[str, Variant] = {f"split {keys}": (f"-DJAXLLM_SPLIT={keys}",) for keys in (128, 256)}
 CHECKED = (
@@ -216,14 +213,15 @@ def bits(array: Any) -> np.ndarray:
 
 def check() -> None:
     """Hostile shapes against the reference; the same bits again, alone, and in the kernel's other calls."""
-    kernel()  # built and registered before threads ask for it
-    with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(_prepared, spec) for spec in CHECKED]
-    for spec, ready in zip(CHECKED, waiting, strict=True):
-        try:
-            _check(spec, *ready.result())
-        except Exception:
-            say(what="check", spec=spec.name, failed=traceback.format_exc()[-1200:])
+    built_all(VARIANTS)  # and registered before threads ask for them
+    for way, flags in VARIANTS.items():
+        with ThreadPoolExecutor(16) as pool:
+            waiting = [pool.submit(_prepared, spec, flags) for spec in CHECKED]
+        for spec, ready in zip(CHECKED, waiting, strict=True):
+            try:
+                _check(way, spec, *ready.result())
+            except Exception:
+                say(what="check", kernel=way, spec=spec.name, failed=traceback.format_exc()[-1200:])
 
 
 def _alone(spec: DecodeAttentionSpec, arguments: tuple[Any, ...], row: int) -> tuple[Any, ...]:
@@ -236,15 +234,15 @@ def _alone(spec: DecodeAttentionSpec, arguments: tuple[Any, ...], row: int) -> t
     return own, *pools, table[part], lengths[part]
 
 
-def _prepared(spec: DecodeAttentionSpec) -> tuple[Any, ...]:
+def _prepared(spec: DecodeAttentionSpec, flags: Variant) -> tuple[Any, ...]:
     """The arguments; compiled for them, most of a check's time: the reference, the kernel, also for one row."""
     arguments, scale = jax.tree.map(jnp.asarray, spec.inputs()), spec.paged.scale
-    ours = jax.jit(functools.partial(cuda.decode_heads, scale=scale, kernel=kernel()))
+    ours = jax.jit(functools.partial(cuda.decode_heads, scale=scale, kernel=kernel(flags)))
     expects = jax.jit(functools.partial(reference, scale=scale)).lower(*arguments).compile()
     return arguments, expects, ours.lower(*arguments).compile(), ours.lower(*_alone(spec, arguments, 0)).compile()
 
 
-def _check(spec: DecodeAttentionSpec, arguments: Any, expects: Attend, ours: Attend, of_one: Attend) -> None:
+def _check(way: str, spec: DecodeAttentionSpec, arguments: Any, expects: Attend, ours: Attend, of_one: Attend) -> None:
     lengths = arguments[-1]
     want, got = expects(*arguments), ours(*arguments)
     live = np.flatnonzero(np.asarray(lengths))
@@ -258,6 +256,7 @@ def _check(spec: DecodeAttentionSpec, arguments: Any, expects: Attend, ours: Att
     row = dict(zeros=zeros, pages_right=near, repeats_equal=again, alone_equal=alone)
     say(
         what="check",
+        kernel=way,
         spec=spec.name,
         error=error,
         **row,

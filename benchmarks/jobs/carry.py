@@ -1,0 +1,89 @@
+"""What a run on the GPU machine takes along, made here: wheels that it lacks, and our CUDA libraries built.
+
+In: a virtual environment with jaxllm (this Python) and nvcc, on the PATH or in `--cuda` (the folder nvidia/cu13 of a
+venv with jax[cuda13]). Out: `.whl/`; `build/k/kernels.tar.xz`, each library under the name that `compiled.built` looks
+for; `build/k/launches`, benchmarks/launches.cu. `device.sh` puts them where they belong.
+
+    python -m benchmarks.jobs.carry --cuda /tmp/gv/lib/python3.12/site-packages/nvidia/cu13
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from jaxllm.graph.libraries import LIBRARIES
+from pallas_kernels import compiled
+from pallas_kernels.compiled import NVCC, built
+from pallas_kernels.decode_attention import cuda as decode_attention
+from pallas_kernels.decode_layers import launched
+
+LACKING = (
+    "annotated-types",
+    "httptools",
+    "llguidance",
+    "msgspec",
+    "orjson",
+    "pydantic",
+    "pydantic-core",
+    "pyzmq",
+    "starlette",
+    "typing-inspection",
+    "uvicorn",
+)
+WHEELS, KERNELS = Path(".whl"), Path("build/k")
+
+
+def main() -> None:
+    """Both, and what became of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cuda", type=Path, help="a folder with bin/nvcc, include and lib")
+    parser.add_argument(
+        "--also", default="", help="nvcc flags of one more build of what has attention, such as -DJAXLLM_MMA"
+    )
+    options = parser.parse_args()
+    if options.cuda:
+        os.environ["PATH"] = f"{options.cuda / 'bin'}:{os.environ['PATH']}"
+        os.environ["NVCC_APPEND_FLAGS"] = f"-I{options.cuda / 'include'} -L{options.cuda / 'lib'}"
+    wheels()
+    libraries(tuple(options.also.split()))
+
+
+def wheels() -> None:
+    """Those of this environment's versions."""
+    wanted = [f"{name}=={version(name)}" for name in LACKING]
+    line = [sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", "--no-deps", "-d", str(WHEELS)]
+    subprocess.run([*line, *wanted], check=True)
+    print(f"{len(wanted)} wheels in {WHEELS}")
+
+
+def libraries(also: tuple[str, ...]) -> None:
+    """All that a single GPU may call, one at a time: nvcc compiles the kernels of a file side by side."""
+    compiled.CACHE = folder = KERNELS / "kernels"
+    shutil.rmtree(folder, ignore_errors=True)
+    for each in LIBRARIES.values():
+        each.library()
+    for module in (decode_attention, launched) if also else ():
+        built(module.SOURCE, module.INCLUDES, (*NVCC, *also))
+    paths = sorted(folder.glob("*.so"))
+    include = f"-I{jax.ffi.include_dir()}"
+    for name, flags in {"launches": (), **({"launches_also": also} if also else {})}.items():
+        line = [NVCC[0], "-O3", "-std=c++17", NVCC[3], NVCC[4], "-cudart", "static", include, *flags]
+        subprocess.run([*line, "-o", str(KERNELS / name), "benchmarks/launches.cu"], check=True)
+    with tarfile.open(KERNELS / "kernels.tar.xz", "w:xz") as archive:
+        for path in paths:
+            for each in (path, path.with_name(f"{path.name}.sha256")):
+                archive.add(each, each.name)
+    print(f"{len(paths)} libraries, {(KERNELS / 'kernels.tar.xz').stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
