@@ -25,15 +25,20 @@ std::string launch_splits(Stream stream, const Product& p, int splits, bool earl
 }
 template <int WIDTH>
 std::string launch_ended(Stream stream, const Product& p, const Cut& cut, int groups, bool early) {
-  if (groups == 1) return launch_splits<WIDTH, 1, kRows>(stream, p, cut.splits, early);
-  if (cut.shared == kRows) return launch_splits<WIDTH, 2, kRows>(stream, p, cut.splits, early);
-  return launch_splits<WIDTH, 2, kWeights>(stream, p, cut.splits, early);
+  if (cut.shared == kWeights) return launch_splits<WIDTH, 2, kWeights>(stream, p, cut.splits, early);
+  if constexpr (WIDTH < 128) {  // of x that is shared, narrow tiles of many blocks ask the second-level cache for less
+    if (groups == 1) return launch_splits<WIDTH, 1, kRows>(stream, p, cut.splits, early);
+    if (groups == 2) return launch_splits<WIDTH, 2, kRows>(stream, p, cut.splits, early);
+    return launch_splits<WIDTH, 3, kRows>(stream, p, cut.splits, early);
+  }
+  return "no such tile";
 }
 template <int WIDTH>
 std::string launch_gated(Stream stream, const Product& p, const Cut& cut, int groups, bool early) {
+  if (cut.shared == kWeights) return launch_product<WIDTH, 2, kWeights, 1, kGated>(stream, p, early);
   if (groups == 1) return launch_product<WIDTH, 1, kRows, 1, kGated>(stream, p, early);
-  if (cut.shared == kRows) return launch_product<WIDTH, 2, kRows, 1, kGated>(stream, p, early);
-  return launch_product<WIDTH, 2, kWeights, 1, kGated>(stream, p, early);
+  if (groups == 2) return launch_product<WIDTH, 2, kRows, 1, kGated>(stream, p, early);
+  return launch_product<WIDTH, 3, kRows, 1, kGated>(stream, p, early);
 }
 
 // The widths that cuda.py chooses from.
@@ -98,7 +103,7 @@ struct Chain {  // what all its launches share
   void multiply(int stage, Product& p, Kind kind, const uint16_t* x, const uint16_t* weight, int N, int K, const Product* normed, bool early) {
     const int64_t* of = cuts + stage * kOfCut;
     const Cut cut = {int(of[0]), int(of[1]), int(of[2]), int(of[3]), int(of[4])};
-    const int groups = M <= 64 ? 1 : 2;
+    const int groups = cut.shared == kWeights ? 2 : (M + 63) / 64;
     p.eps = eps;
     if (normed != nullptr) p.squares = normed->out_squares, p.parts = (normed->out_parts + 3) / 4 * 4;
     if (fault.empty()) fault = describe(p, x, weight, M, N, K, cut, groups, kind, 8);

@@ -31,12 +31,15 @@ TARGET = "jaxllm_decode_chain"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
 library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
 MOST_ROWS, DEPTH, WIDEST = 256, 64, 8192
-GROUP, TILE = 64, 128  # rows that a warpgroup multiplies; of a tile, where there are so many
-WIDTHS = {False: (64, 96, 128), True: (64, 128, 224)}  # of tiles, by gated: what launch.h knows
-SHARED = ("weights", "rows")  # what two neighbouring blocks have in common
-MOST_PADDING = (
-    1.35  # of rows to whole tiles; beyond that XLA's products are faster: benchmarks/results/launched_layers_h200
-)
+GROUP, TILE = 64, 128  # rows that a warpgroup multiplies; of one of two tiles
+ONE_TILE = 192  # up to so many rows are one tile, of three warpgroups at most
+SHARED = ("weights", "rows")  # what neighbouring blocks have in common
+WIDTHS = {  # of tiles, by that and by gated: what chain.h knows
+    ("rows", False): (64, 96),
+    ("weights", False): (64, 96, 128),
+    ("rows", True): (64, 128, 224),
+    ("weights", True): (64, 128, 224),
+}
 SPLITS, FEWEST_BLOCKS = (1, 2, 4), 4  # into which a depth is cut; blocks of depth that are worth a part
 CLUSTERS = (2, 4, 8)  # blocks: more are not portable
 Room = tuple[int, ...]  # how many clusters of each of these sizes a device runs at one time
@@ -54,9 +57,8 @@ class Cut(NamedTuple):
 @functools.cache
 def cut_for(rows: int, columns: int, depth: int, gated: bool, room: Room) -> Cut:
     """The cut for which the second-level cache, which x comes from again and again, has the least to give."""
-    tile = GROUP if rows <= GROUP else TILE
-    down, count = -(-rows // tile), depth // DEPTH  # so that rows of a step do not depend on a few more
-    shared = "weights" if down == 2 else "rows"
+    tile = -(-rows // GROUP) * GROUP if rows <= ONE_TILE else TILE  # a row's bits do not depend on a few more
+    shared, count = "rows" if rows <= ONE_TILE else "weights", depth // DEPTH
 
     def bytes_of_one(cut: Cut) -> tuple[float, int]:
         across, size = -(-columns // (cut.width // 2 if gated else cut.width)), cut.splits * cut.sharers
@@ -67,7 +69,7 @@ def cut_for(rows: int, columns: int, depth: int, gated: bool, room: Room) -> Cut
 
     splits = [n for n in SPLITS if n == 1 or (not gated and count >= n * FEWEST_BLOCKS)]
     sharers = (2,) if shared == "weights" else (2, 4)
-    cuts = [Cut(width, n, several, shared) for width in WIDTHS[gated] for n in splits for several in sharers]
+    cuts = [Cut(width, n, several, shared) for width in WIDTHS[shared, gated] for n in splits for several in sharers]
     return min((cut for cut in cuts if at_once(cut.splits * cut.sharers, room)), key=bytes_of_one)
 
 
@@ -112,8 +114,6 @@ def refuse_sizes(rows: int, sizes: dict[str, int]) -> None:
     """The same for rows and for widths, of which "D" is that of the residual stream."""
     if rows > MOST_ROWS:
         raise NotImplementedError(f"at most {MOST_ROWS} rows, got {rows}")
-    if TILE < rows < MOST_ROWS / MOST_PADDING:
-        raise NotImplementedError(f"XLA's products of {rows} rows are as fast as ours of {MOST_ROWS}")
     if sizes["D"] > WIDEST:
         raise NotImplementedError(f"a residual stream of at most {WIDEST} numbers, got {sizes['D']}")
     for name, size in sizes.items():

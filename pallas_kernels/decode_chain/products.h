@@ -1,6 +1,6 @@
 // out[m][n] = sum over k of x[m][k] * w[n][k] for many rows of x, by tiles: of decode_chain.cu and gated_matmul.cu.
 //
-// A tile is 64 or 128 rows of x by WIDTH of w. Each warpgroup multiplies 64 rows, by itself: while one ends its tile the other goes
+// A tile is 64, 128 or 192 rows of x by WIDTH of w. Each warpgroup multiplies 64 rows, by itself: while one ends its tile the other goes
 // on, up to as many blocks of 64 of k as shared memory holds. One thread asks for blocks, across the ends of tiles. Neighbouring
 // blocks of the grid are a cluster: side by side along x, and each loads its part of w for all of them, or along w, and each loads
 // its part of x. The depth may be cut into splits, by blocks of one cluster, each of which then ends some columns of the tile with
@@ -44,7 +44,9 @@ struct Product {
 template <int WIDTH, int GROUPS, int SPLITS>
 struct Shape {
   static constexpr int kTileRows = 64 * GROUPS, kRowBytes = kTileRows * kDepth * 2, kComputing = 128 * GROUPS;
-  static constexpr int kThreads = kComputing + 32;  // the last warp copies
+  // The last warp copies. Three warpgroups want registers of it that are taken by fours of warps.
+  static constexpr bool kMoves = GROUPS == 3;
+  static constexpr int kThreads = kComputing + (kMoves ? 128 : 32);
   static constexpr int kEights = WIDTH / SPLITS / 8;  // groups of eight columns that a block ends
   static constexpr int kRoomBytes = (SPLITS - 1) * kEights * kComputing * 16;  // what others put there
   static constexpr int kSlotBytes = kRowBytes + WIDTH * kDepth * 2;
@@ -318,7 +320,14 @@ DEVICE void compute_tiles(const Product& p, char* slots, typename Shape<WIDTH, G
       const char* w = slots + turn.slot * S::kSlotBytes + S::kRowBytes;
       begin_products();
 #pragma unroll
-      for (int k = 0; k < kDepth; k += 16) multiply_wide<WIDTH>(sums, x + k * 2, w + k * 2, i + k > 0);
+      for (int k = 0; k < kDepth; k += 16) {
+        if constexpr (S::kMoves && WIDTH > 128) {  // an instruction has fewer registers than the launch
+          multiply_wide<WIDTH / 2>(reinterpret_cast<float(&)[WIDTH / 4]>(sums[0]), x + k * 2, w + k * 2, i + k > 0);
+          multiply_wide<WIDTH / 2>(reinterpret_cast<float(&)[WIDTH / 4]>(sums[WIDTH / 4]), x + k * 2, w + (WIDTH / 2 * kDepth + k) * 2, i + k > 0);
+        } else {
+          multiply_wide<WIDTH>(sums, x + k * 2, w + k * 2, i + k > 0);
+        }
+      }
       end_products();
       await_products<1>();
       if (i > 0) release();
@@ -347,10 +356,13 @@ DEVICE void multiply_all(const Product& p, char* slots, int block, int thread) {
   }
   allow_launch_behind();
   meet_cluster();  // barriers are there before others count on them
-  if (thread < S::kComputing)
+  if (thread < S::kComputing) {
+    if (S::kMoves) take_registers<160>();
     compute_tiles<WIDTH, GROUPS, SHARED, SPLITS, KIND>(p, slots, ring, me, thread);
-  else if (thread == S::kComputing)
-    copy_blocks<WIDTH, GROUPS, SHARED, SPLITS, KIND>(p, slots, ring, me);
+  } else {
+    if (S::kMoves) give_registers<32>();
+    if (thread == S::kComputing) copy_blocks<WIDTH, GROUPS, SHARED, SPLITS, KIND>(p, slots, ring, me);
+  }
   meet_cluster();  // nobody leaves while another copies to it
 }
 

@@ -30,6 +30,7 @@ DEVICE uint32_t exchanged(uint32_t value, int mask) { return __shfl_xor_sync(~0u
 #define JAXLLM_P96 JAXLLM_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define JAXLLM_P112 JAXLLM_P96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define JAXLLM_P128 JAXLLM_P112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define JAXLLM_P56 JAXLLM_P48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define JAXLLM_R64 JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R32(32)
 #define JAXLLM_MULTIPLY_WIDE(N, places, a_at, b_at, adds_at, registers)                                              \
   template <>                                                                                                        \
@@ -46,6 +47,7 @@ template <int N>
 DEVICE void multiply_wide(float (&d)[N / 2], const void* a, const void* b, bool adds);
 JAXLLM_MULTIPLY_WIDE(64, JAXLLM_P32, "32", "33", "34", JAXLLM_R32(0))
 JAXLLM_MULTIPLY_WIDE(96, JAXLLM_P48, "48", "49", "50", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R16(32))
+JAXLLM_MULTIPLY_WIDE(112, JAXLLM_P56, "56", "57", "58", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R16(32) JAXLLM_COMMA JAXLLM_R8(48))
 JAXLLM_MULTIPLY_WIDE(128, JAXLLM_P64, "64", "65", "66", JAXLLM_R64)
 JAXLLM_MULTIPLY_WIDE(192, JAXLLM_P96, "96", "97", "98", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64))
 JAXLLM_MULTIPLY_WIDE(224, JAXLLM_P112, "112", "113", "114", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64) JAXLLM_COMMA JAXLLM_R16(96))

@@ -77,14 +77,21 @@ DEALT = ChainSpec("dealt", T=70, D=192, O=1024, F=512, Q=320, biases=True)
 @pytest.mark.parametrize("shared", cuda.SHARED)
 @pytest.mark.parametrize("sharers", [2, 4])
 @pytest.mark.parametrize("splits", cuda.SPLITS)
-@pytest.mark.parametrize("width", cuda.WIDTHS[False])
+@pytest.mark.parametrize("width", cuda.WIDTHS["weights", False])
 def test_however_a_product_is_dealt_out(monkeypatch, width, splits, sharers, shared):
-    if splits * sharers > max(cuda.CLUSTERS) or (shared == "weights" and sharers > 2):
+    several = sharers > 2 if shared == "weights" else width == 128
+    if splits * sharers > max(cuda.CLUSTERS) or several:
         pytest.skip("no such cluster")
-    spec = replace(DEALT, T=130 if shared == "weights" else 70 if splits == 2 else 7, O=256 * splits)
+    rows = {1: 130, 2: 70, 4: 7}  # tiles of 192, 128 and 64
+    spec = replace(DEALT, T=200 if shared == "weights" else rows[splits], O=256 * splits)
 
     def cut(rows, columns, depth, gated, room):
-        return cuda.Cut(64 if gated else width, 1 if gated or depth < 256 * splits else splits, sharers, shared)
+        return cuda.Cut(
+            (224 if splits == 1 else 64) if gated else width,
+            1 if gated or depth < 256 * splits else splits,
+            sharers,
+            shared,
+        )
 
     monkeypatch.setattr(cuda, "cut_for", cut)
     monkeypatch.setattr(cuda, "refuse_sizes", lambda *_: None)
@@ -98,6 +105,7 @@ def test_however_a_product_is_dealt_out(monkeypatch, width, splits, sharers, sha
         (33, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),  # 8B: all but 4 multiprocessors
         (128, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),
         (128, (66, 32, 15), "rows", [(64, 2, 2), (224, 1, 4), (64, 2, 2), (96, 2, 2)]),
+        (160, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),
         (256, (66, 33, 16), "weights", [(128, 2, 2), (224, 1, 2), (128, 2, 2), (128, 4, 2)]),
     ],
 )
@@ -120,7 +128,6 @@ def test_wrong_shapes_raise_an_error_that_names_them():
     ("sizes", "reason"),
     [
         ({"T": 257}, "at most 256 rows"),
-        ({"T": 160}, "products of 160 rows are as fast as ours of 256"),
         ({"D": 8256}, "at most 8192 numbers"),
         ({"Q": 96}, "Q = 96 is no multiple of 64"),
     ],
