@@ -76,6 +76,7 @@ int main() {
   using Cuts = std::vector<int64_t>;
   const Cuts eights = {64, 2, 4, 1, 16, 224, 1, 4, 1, 32, 64, 2, 4, 1, 16, 96, 2, 4, 1, 16};
   const Cuts pairs = {64, 2, 4, 1, 16, 224, 1, 2, 1, 66, 64, 2, 4, 1, 16, 96, 2, 4, 1, 16};
+  const Cuts sooner = {64, 2, 2, 1, 32, 224, 1, 4, 1, 32, 64, 2, 4, 1, 16, 96, 2, 4, 1, 16};  // o begins while attention ends
   const Cuts fours = {64, 2, 2, 1, 32, 224, 1, 2, 1, 66, 64, 2, 2, 1, 32, 96, 2, 2, 1, 32};
   const Cuts whole = {64, 1, 2, 0, 66, 224, 1, 2, 0, 66, 64, 1, 2, 0, 66, 96, 1, 2, 0, 66};
   const Cuts halves = {128, 2, 2, 0, 32, 224, 1, 2, 0, 66, 128, 2, 2, 0, 32, 96, 1, 2, 0, 66};
@@ -84,7 +85,7 @@ int main() {
     B.M = M;
     B.chains = false, B.attends = true, B.run("attention", 0);
     B.chains = true;
-    const std::vector<std::pair<const char*, Cuts>> few = {{"clusters of eight", eights}, {"of eight, gate and up of two", pairs}, {"of four", fours}};
+    const std::vector<std::pair<const char*, Cuts>> few = {{"clusters of eight", eights}, {"of eight, gate and up of two", pairs}, {"of four", fours}, {"o of four", sooner}};
     const std::vector<std::pair<const char*, Cuts>> many = {{"no splits", whole}, {"two splits", halves}, {"two and four", quarters}};
     for (const auto& [name, cuts] : M > 192 ? many : few) {
       B.cuts = cuts;
