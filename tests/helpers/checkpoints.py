@@ -1,4 +1,4 @@
-"""Copies of the bundled model with something changed, by the bytes of its one safetensors file."""
+"""Copies of a bundled model with something changed, by the bytes of its one safetensors file."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ from jaxllm.config import BUNDLED_MODEL, bundled_model_dir
 WEIGHTS = "model.safetensors"
 
 
-def copy_of_bundled(folder, *, without=()):
+def copy_of_bundled(folder, *, name=BUNDLED_MODEL, without=()):
     """A model directory of its own; `without`: names of files left out."""
-    shutil.copytree(bundled_model_dir(BUNDLED_MODEL), folder, ignore=lambda *_: set(without))
+    shutil.copytree(bundled_model_dir(name), folder, ignore=lambda *_: set(without))
     return folder
 
 

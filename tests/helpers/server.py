@@ -21,7 +21,7 @@ import httpx
 import uvloop
 from helpers.byte_model import build_engine, byte_tokenizer
 
-from jaxllm.config import BUNDLED_MODEL, model_directory
+from jaxllm.config import model_directory
 from jaxllm.engine.process.fleet import FleetLink
 from jaxllm.engine.process.links import ProcessLink, ThreadLink
 from jaxllm.tokenizer import Tokenizer
@@ -33,7 +33,8 @@ from serve.run import bind, make_server
 from serve.settings import FrontSettings, hash_key
 
 ADMIN = "admin-key"
-REAL = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_pages": 256, "max_model_len": 512}  # few executables
+DRAFT = "first-light-draft"  # the smaller of the bundled models: a third of the layers to compile, faster steps
+REAL = {"model": DRAFT, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_pages": 256, "max_model_len": 512}
 HEAD = {"authorization": f"Bearer {ADMIN}"}
 
 
@@ -42,7 +43,7 @@ def settings(**changes):
 
 
 class Server:
-    """`bundled`: settings of the real engine, which then runs the bundled model in a process of its own, or in several.
+    """`bundled`: settings of the real engine, which then runs a bundled model in a process of its own, or in several.
     `fleet`: so many engines without a device, each in a process."""
 
     def __init__(
@@ -62,7 +63,7 @@ class Server:
         self.settings = front_settings or settings()
         if bundled is not None:
             overrides = {**REAL, **bundled}
-            model = model_directory(overrides.get("model", BUNDLED_MODEL))
+            model = model_directory(overrides["model"])
             tokenizer = tokenizer or Tokenizer.from_directory(model)
             self.link = link_of(self.settings, {"config_file": None, "overrides": overrides}, in_process=False)
         elif process or fleet:

@@ -1,4 +1,4 @@
-"""What an operator does to a running server, over real HTTP with the bundled model: sleep, other weights, traces.
+"""What an operator does to a running server, over real HTTP with a bundled model: sleep, other weights, traces.
 
 Nothing of it may be compiled, lose a page, or disturb who is not concerned.
 """
@@ -9,24 +9,25 @@ from pathlib import Path
 
 import pytest
 from helpers.checkpoints import copy_of_bundled, drop, negate
-from helpers.server import HEAD, Server, settings
+from helpers.server import DRAFT, HEAD, Server, settings
 
-from jaxllm.config import BUNDLED_MODEL, bundled_model_dir
+from jaxllm.config import bundled_model_dir
 
 PROMPT = "def add(a, b):"
+ONE_OF_EACH = {"max_num_seqs": 2, "decode_buckets": [2], "token_buckets": [64]}  # nothing here is done by bucket
 
 
 @pytest.fixture(scope="module")
 def server():
-    with Server(settings(model_names=("first-light",)), bundled={}) as running:
+    with Server(settings(model_names=(DRAFT,)), bundled=ONE_OF_EACH) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """The bundled model with one layer's output turned around."""
-    folder = copy_of_bundled(tmp_path_factory.mktemp("other") / "model")
-    negate(folder, "model.layers.5.mlp.down_proj.weight")
+    """The served model with one layer's output turned around."""
+    folder = copy_of_bundled(tmp_path_factory.mktemp("other") / "model", name=DRAFT)
+    negate(folder, "model.layers.2.mlp.down_proj.weight")
     return folder
 
 
@@ -106,7 +107,7 @@ def test_new_weights_answer_and_say_so_and_the_old_ones_come_back(server, other)
     assert admin(server, "/wake_up")[0] == 200
     server.wait_ready()
     assert said(server) == second
-    home = str(bundled_model_dir(BUNDLED_MODEL))
+    home = str(bundled_model_dir(DRAFT))
     assert admin(server, "/update_weights", {"path": home, "version": version}) == (200, {"weights_version": version})
     assert said(server) == (first, version)
 
@@ -114,7 +115,7 @@ def test_new_weights_answer_and_say_so_and_the_old_ones_come_back(server, other)
 def test_pages_of_old_weights_are_never_found(server, other):
     prompt = "a prompt that fills more than one page, so that it would be found again " * 2
     fresh = server.complete(prompt, max_tokens=20).json()["choices"][0]["text"]
-    home = str(bundled_model_dir(BUNDLED_MODEL))
+    home = str(bundled_model_dir(DRAFT))
     admin(server, "/update_weights", {"path": str(other)})
     assert server.complete(prompt).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     admin(server, "/update_weights", {"path": home})
@@ -142,14 +143,14 @@ def test_a_request_sees_one_set_of_weights_only(server, other):
         thread.join(20)
     assert found["before"] == {old}
     assert found["after"] in ({"new"}, {old})
-    admin(server, "/update_weights", {"path": str(bundled_model_dir(BUNDLED_MODEL)), "version": old})
+    admin(server, "/update_weights", {"path": str(bundled_model_dir(DRAFT)), "version": old})
 
 
 def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(server, other, tmp_path):
     before = said(server)
     status, body = admin(server, "/update_weights", {"path": str(tmp_path)})
     assert (status, body["error"]["code"]) == (400, "invalid_request")
-    folder = copy_of_bundled(tmp_path / "cut")
+    folder = copy_of_bundled(tmp_path / "cut", name=DRAFT)
     drop(folder, "model.norm.weight")
     status, body = admin(server, "/update_weights", {"path": str(folder)})
     assert status == 400

@@ -1,6 +1,6 @@
 """faults.md section 3 over real HTTP: what a client can send. Each case is followed by check A and its canaries.
 
-The engine is the real one in a process of its own, with the bundled model: a stream that is disturbed says something
+The engine is the real one in a process of its own, with a bundled model: a stream that is disturbed says something
 else.
 """
 

@@ -1,4 +1,4 @@
-"""faults.md section 3, cases 34, 37, 40, 45, 53, 54, 59, bundled model: what runs out, stops or jumps around a server.
+"""faults.md section 3, cases 34, 37, 40, 45, 53, 54, 59, a bundled model: what runs out, stops or jumps.
 
 Each is followed by check A and by canaries that must say what they say alone.
 """
@@ -15,7 +15,7 @@ import time
 import httpx
 import pytest
 from helpers.served import ADMIN, SMALL, Served
-from helpers.server import HEAD, Server, settings
+from helpers.server import DRAFT, HEAD, Server, settings
 
 pytestmark = pytest.mark.faults  # nearly every test starts a server of its own
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -151,7 +151,7 @@ def test_34_a_thousand_idle_and_a_thousand_streaming_connections(solo, descripto
 
 
 def test_34_a_server_that_runs_out_of_descriptors_survives_it(solo):
-    with Served(*SMALL) as server:
+    with Served(DRAFT, *SMALL) as server:
         used = len(os.listdir(f"/proc/{server.pid}/fd"))
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (used + 20, used + 20))
         port = int(server.url.rpartition(":")[2])
@@ -178,7 +178,7 @@ def test_34_a_server_that_runs_out_of_descriptors_survives_it(solo):
 
 
 def test_53_a_full_disk_behind_the_log_drops_lines_and_serves_on(solo):
-    with open("/dev/full", "w") as full, Served(*SMALL, "--log-level", "debug", stderr=full) as server:
+    with open("/dev/full", "w") as full, Served(DRAFT, *SMALL, "--log-level", "debug", stderr=full) as server:
         asked = {"prompt": PROMPTS[0], "temperature": 0, "not a field": 1, **SONG}
         for _ in range(3):
             answer = httpx.post(server.url + "/v1/completions", json=asked, timeout=30, trust_env=False)
@@ -212,7 +212,7 @@ def test_59_what_clients_send_makes_one_line_each_in_the_log(tmp_path):
     path = tmp_path / "log"
     with (
         open(path, "w") as file,
-        Served(*SMALL, "--log-level", "debug", stderr=file) as server,
+        Served(DRAFT, *SMALL, "--log-level", "debug", stderr=file) as server,
         httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http,
     ):
         http.post("/v1/completions", json={"prompt": "a", "model": ugly})

@@ -214,7 +214,7 @@ def comes_back_with_the_others_weights(server, path, bodies, before):
 @pytest.mark.mesh
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"pp": 2}, {"dp": 2, "pp": 2, "tp": 2}], ids=["dp2", "pp2", "dp2 pp2 tp2"])
 def test_the_bundled_model_on_replicas_and_lanes(mesh):
-    with Server(settings(model_names=("first-light",)), bundled={**SMALL, **mesh}) as server:
+    with Server(settings(model_names=("first-light",)), bundled={**SMALL, "model": BUNDLED_MODEL, **mesh}) as server:
         serves_as_one(server, GOLDEN[:8])
         for level in (1, 2):
             sleeps_and_says_the_same(server, level)
