@@ -66,7 +66,7 @@ def test_40_41_a_sick_row_ends_alone(solo, kind, code):
         assert healthy == [True] * 5
         server.check_a()
         assert server.info()["engine"]["stats"]["finished_error"] == 1
-        assert [server.streamed_text(text, max_tokens=40) for text in TEXTS] == solo
+        assert [text_of(events) for events in run_all(server, TEXTS)] == solo
 
 
 def test_40_a_sick_row_before_the_first_token_is_a_500():
@@ -94,7 +94,7 @@ def test_42_a_failed_step_ends_what_is_in_flight_once_and_the_engine_goes_on(sol
         assert errors_of(streams) == ["engine_error"] * 6
         assert all(sum("error" in event for event in events if event != "[DONE]") == 1 for events in streams)
         server.check_a()
-        assert [server.streamed_text(text, max_tokens=40) for text in TEXTS] == solo
+        assert [text_of(events) for events in run_all(server, TEXTS)] == solo
         assert server.info()["engine"]["restarts"] == 0
 
 
@@ -131,7 +131,7 @@ def test_44_a_killed_engine_ends_every_stream_with_an_error_and_comes_back(solo)
         streams = run_all(server, TEXTS)
         assert errors_of(streams) == ["engine_died"] * 6
         server.wait_ready()
-        assert [server.streamed_text(text, max_tokens=40) for text in TEXTS[:2]] == solo[:2]
+        assert [text_of(events) for events in run_all(server, TEXTS[:2])] == solo[:2]
         server.check_a()
 
 
@@ -175,7 +175,7 @@ def test_39_a_request_that_can_never_fit_is_refused_at_once():
 
 def test_35_a_full_queue_says_when_to_come_again():
     with Server(settings(max_queue=2), max_num_seqs=1, step_s=0.05) as server:
-        streams = [threading.Thread(target=server.complete, kwargs={"max_tokens": 30}) for _ in range(3)]
+        streams = [threading.Thread(target=server.complete, kwargs={"max_tokens": 12}) for _ in range(3)]
         for thread in streams:
             thread.start()
         server.until(lambda: server.front.admission.slots == 3)
@@ -189,7 +189,7 @@ def test_35_a_full_queue_says_when_to_come_again():
 
 def test_35_who_waits_too_long_in_the_queue_is_told():
     with Server(settings(queue_timeout_s=0.2), max_num_seqs=1, step_s=0.02) as server:
-        long = threading.Thread(target=server.complete, kwargs={"max_tokens": 100})
+        long = threading.Thread(target=server.complete, kwargs={"max_tokens": 40})
         long.start()
         server.until(lambda: server.front.admission.slots == 1)
         time.sleep(0.1)
