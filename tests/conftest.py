@@ -50,9 +50,11 @@ def tokenizers_by_kind(vocabulary_directories):
 
 @pytest.fixture(scope="module")
 def children_compile_in_haste():
-    """Processes that a module starts make machine code without LLVM's costly passes: where no bits are promised."""
+    """Processes that a module starts make machine code without LLVM's costly passes and by the older emitters: where
+    no bits are promised. Their starts are longer than what they serve."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("XLA_FLAGS", f"{FLAGS} {QUICK}".strip())
         yield
 
 
