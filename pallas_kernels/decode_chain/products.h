@@ -212,16 +212,16 @@ struct Beside {
   uint32_t bias[EIGHTS], norm[EIGHTS], residual[2][EIGHTS];
 
   DEVICE void load(const Product& p, int row, int column) {
+    auto two = [](const uint16_t* from, int64_t at, bool there) {
+      return from != nullptr && there ? load_fresh(reinterpret_cast<const uint32_t*>(from + at)) : 0;
+    };
 #pragma unroll
     for (int i = 0; i < EIGHTS; ++i) {
       const int at = column + i * 8;
-      auto two = [&](const uint16_t* from, bool there) {
-        return from != nullptr && there ? load_fresh(reinterpret_cast<const uint32_t*>(from)) : 0;
-      };
-      bias[i] = two(p.bias + at, p.bias != nullptr && at < p.N), norm[i] = two(p.norm + at, p.norm != nullptr && at < p.N);
+      bias[i] = two(p.bias, at, at < p.N), norm[i] = two(p.norm, at, at < p.N);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        residual[half][i] = two(p.residual + int64_t(row + half * 8) * p.N + at, p.residual != nullptr && row + half * 8 < p.M && at < p.N);
+        residual[half][i] = two(p.residual, int64_t(row + half * 8) * p.N + at, row + half * 8 < p.M && at < p.N);
     }
   }
 };
