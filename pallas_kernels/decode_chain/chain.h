@@ -83,12 +83,14 @@ struct Chain {  // what all its launches share
   int M, D, O, F, Q;
   float eps;
   Work w;
-  std::string fault;
+  Peers peers = {};
+  std::string fault = "";
 
   // Of a layer whose residual stream is x. `early`: not what begins a recording.
   void record(const Weights& layer, const uint16_t* mixed, const uint16_t* x, uint16_t* out, uint16_t* qkv, bool early) {
     Product o = {}, gate_up = {}, down = {}, next = {};
     o.bias = layer.o_bias, o.residual = x, o.norm = layer.norm, o.out = w.x, o.normed = w.normed, o.out_squares = w.squares[0];
+    o.peers = down.peers = peers, down.turn = 1;  // an exchange is not in the way of the one before
     multiply(0, o, kEnded, mixed, layer.o, D, O, nullptr, early);
     gate_up.out = w.hidden;
     multiply(1, gate_up, kGated, w.normed, layer.gate_up, F, D, &o, true);

@@ -17,10 +17,10 @@ std::string play(Stream stream, Grid grid, unsigned seed) {
   if (stream != nullptr) return stream->push_back(std::move(grid)), "";
   std::vector<Grid> grids;
   grids.push_back(std::move(grid));
-  return run_grids(grids, seed);
+  return run_streams({&grids}, seed);
 }
 std::string play_recorded(Stream stream, unsigned seed) {
-  const std::string fault = run_grids(*stream, seed);
+  const std::string fault = run_streams({stream}, seed);
   stream->clear();
   return fault;
 }
@@ -63,10 +63,15 @@ constexpr bool kOverlap = false;
 constexpr bool kOverlap = true;
 #endif
 
-// `early`: the launch may begin before the one ahead of it has ended. `cluster`: blocks of one.
+// `early`: the launch may begin before the one ahead of it has ended. `cluster`: blocks of one. No blocks: the kernel is loaded only.
 template <typename Kernel, typename Arguments>
 std::string launch_kernel(Kernel kernel, dim3 blocks, int threads, int bytes, Stream stream, bool early, const Arguments& arguments,
                           int cluster = 1) {
+  if (blocks.x == 0) {
+    cudaFuncAttributes found;
+    const cudaError_t error = cudaFuncGetAttributes(&found, kernel);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = bytes, config.stream = stream, config.attrs = attributes;

@@ -37,6 +37,8 @@ struct Product {
   // Of kEnded, each may be null.
   const uint16_t *bias, *residual, *norm;  // [N], [M, N]: added to the product in bf16, [N]
   uint16_t* normed;                        // [M, N]: out * norm, if there is one
+  Peers peers;                             // who have other parts of the sums, and which of the two halves of their memory
+  int turn;
   float* out_squares;                      // [M, out_parts, up to a multiple of four]: of `out`, if there is a norm
   int out_parts;
 };
@@ -70,6 +72,7 @@ DEVICE Member member_of(const Product& p, int block) {
 
 struct Tile {
   int row, column, first, count;  // blocks of depth
+  int number;                     // of what one block ends, among all
 };
 
 // Calls use(tile) for what a block has to do, in order; all its warps go through the same. Runs of row tiles one after the
@@ -82,11 +85,11 @@ DEVICE void each_tile(const Product& p, const Member& me, Use use) {
   for (int unit = me.cluster; unit < all; unit += clusters) {
     const int run = unit / (p.run * p.column_tiles), inside = unit - run * p.run * p.column_tiles, first = run * p.run;
     const int rows = p.row_tiles - first < p.run ? p.row_tiles - first : p.run;
-    const int row = first + inside % rows, column = inside / rows;
+    const int row = first + inside % rows, column = inside / rows, number = (unit * SPLITS + me.split) * p.sharers + me.sharer;
     if (SHARED == kWeights)
-      use(Tile{row * p.sharers + me.sharer, column, from, count});
+      use(Tile{row * p.sharers + me.sharer, column, from, count, number});
     else
-      use(Tile{row, column * p.sharers + me.sharer, from, count});
+      use(Tile{row, column * p.sharers + me.sharer, from, count, number});
   }
 }
 
@@ -226,8 +229,48 @@ struct Beside {
   }
 };
 
+DEVICE float4 plus(const float4& a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 DEVICE float low(uint32_t pair) { return wide(uint16_t(pair)); }
 DEVICE float high(uint32_t pair) { return wide(uint16_t(pair >> 16)); }
+
+// Adds what the other devices have of these sums, and sends them its own. What is looked for says itself that it is there; zeros are put
+// back for the next time.
+template <int EIGHTS, int COMPUTING>
+SELDOM void add_peers(const Product& p, int number, int all, int thread, float4 (&own)[EIGHTS]) {
+  constexpr int kBatch = 4;  // asked for together
+  const Peers& peers = p.peers;
+  auto way = [&](int device, int source, int i) {
+    return peers.sums[device] + p.turn * peers.half + ((int64_t(source) * all + number) * EIGHTS + i) * COMPUTING + thread;
+  };
+#pragma unroll 1
+  for (int next = 1; next < peers.ranks; ++next)
+#pragma unroll
+    for (int i = 0; i < EIGHTS; ++i) put_sums(way((peers.rank + next) % peers.ranks, peers.rank, i), own[i]);
+#pragma unroll
+  for (int first = 0; first < EIGHTS; first += kBatch) {
+    float4 totals[kBatch];
+#pragma unroll 1
+    for (int source = 0; source < peers.ranks; ++source) {
+      float4 parts[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (first + i < EIGHTS) parts[i] = source == peers.rank ? own[first + i] : look(way(peers.rank, source, first + i));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i >= EIGHTS) continue;
+        if (source != peers.rank) {
+          float4* at = way(peers.rank, source, first + i);
+          await_sums(at, parts[i]);
+          *at = float4{0.f, 0.f, 0.f, 0.f};
+        }
+        totals[i] = source ? plus(totals[i], parts[i]) : parts[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (first + i < EIGHTS) own[first + i] = totals[i];
+  }
+}
 
 // A tile's part of this block, with what the other splits put here, to memory.
 template <int WIDTH, int GROUPS, int SPLITS>
@@ -250,7 +293,27 @@ DEVICE void end_tile(const Product& p, const Tile& tile, const Member& me, int r
       else
         put_at(room + ((me.split - (me.split > split)) * S::kEights + i) * S::kComputing + thread, v, put, split * p.sharers + me.sharer);
     }
-  if (SPLITS > 1) wait_for_peers(put, 0);
+  if (SPLITS > 1) {
+    wait_for_peers(put, 0);
+#pragma unroll
+    for (int i = 0; i < S::kEights; ++i) {
+      float4 sum;
+#pragma unroll
+      for (int split = 0; split < SPLITS; ++split) {
+        const float4 v = split == me.split ? own[i] : room[((split - (split > me.split)) * S::kEights + i) * S::kComputing + thread];
+        sum = split ? plus(sum, v) : v;
+      }
+      own[i] = sum;
+    }
+  }
+  if (p.peers.ranks > 1) {
+    float4 sent[S::kEights];  // a call takes them from memory
+#pragma unroll
+    for (int i = 0; i < S::kEights; ++i) sent[i] = own[i];
+    add_peers<S::kEights, S::kComputing>(p, tile.number, p.row_tiles * p.column_tiles * p.sharers * SPLITS, thread, sent);
+#pragma unroll
+    for (int i = 0; i < S::kEights; ++i) own[i] = sent[i];
+  }
   float squares[2] = {};
 #pragma unroll
   for (int eights = 0; eights < S::kEights; eights += 4) {
@@ -258,13 +321,7 @@ DEVICE void end_tile(const Product& p, const Tile& tile, const Member& me, int r
 #pragma unroll
     for (int i = eights; i < eights + 4; ++i) {
       if (i >= S::kEights) continue;
-      float4 sum = own[i];
-#pragma unroll
-      for (int split = 0; split < SPLITS; ++split) {
-        if (SPLITS == 1) continue;
-        const float4 v = split == me.split ? own[i] : room[((split - (split > me.split)) * S::kEights + i) * S::kComputing + thread];
-        sum = split ? float4{sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w} : v;
-      }
+      const float4& sum = own[i];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t pair = narrow((half ? sum.z : sum.x) + low(beside.bias[i]), (half ? sum.w : sum.y) + high(beside.bias[i]));
@@ -416,6 +473,8 @@ std::string describe(Product& p, const void* x, const void* w, int M, int N, int
   p.row_tiles = cut.shared == kRows ? row_tiles : of_cluster(row_tiles);
   p.column_tiles = cut.shared == kWeights ? column_tiles : of_cluster(column_tiles);
   p.out_parts = p.column_tiles * (cut.shared == kRows ? cut.sharers : 1) * cut.splits;
+  const int64_t exchanged = int64_t(p.row_tiles) * p.column_tiles * cut.sharers * tile_rows * cut.width * 4;  // bytes
+  if (p.peers.ranks > 1 && p.peers.ranks * exchanged > p.peers.half * int64_t(sizeof(float4))) return "the peers' memory is too small";
   p.run = run < p.row_tiles ? run : p.row_tiles;
   const int units = p.row_tiles * p.column_tiles;
   p.blocks = (cut.splits > 1 || units < cut.clusters ? units : cut.clusters) * size;  // of a cluster with splits each ends one tile

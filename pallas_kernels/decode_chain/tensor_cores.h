@@ -8,6 +8,16 @@ namespace {
 constexpr int kDepth = 64;         // of a block: 128 bytes of a row, the widest the copy engine turns about
 constexpr int kBlockThreads = 384; // two computing warpgroups; warps for weights, rows, scales and signals
 
+constexpr int kMostRanks = 8;
+
+// Devices that hold shares of the same layers (tensor parallelism): o and down give each a part of the sums, and every thread
+// sends its own to the threads in its place on the others. Sums run in rank order, so all have the same bits.
+struct Peers {
+  float4* sums[kMostRanks];  // of each device: two halves, for o and for down, of which every source has a part
+  int64_t half;
+  int rank, ranks;           // ranks 0 or 1: nobody
+};
+
 // A ring's next slot, and the phase of its barrier.
 template <int SLOTS>
 struct Slot {

@@ -51,7 +51,8 @@ def launched_layers(
     loaded = launched.load(built(launched.SOURCE, launched.INCLUDES, (*GXX, "-DJAXLLM_EMULATED")))
     target = f"{launched.TARGET}_emulated"
     launched.register(loaded, target, "cpu")
-    return launched.decode_layers(x, layers, pages, *rows, **options, kernel=launched.Kernel(target, loaded, PROGRAMS))
+    kernel = launched.Kernel(target, loaded, PROGRAMS, lambda device: device)
+    return launched.decode_layers(x, layers, pages, *rows, **options, kernel=kernel)
 
 
 @once

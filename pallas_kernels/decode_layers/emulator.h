@@ -99,6 +99,7 @@ struct Grid {  // a launch
   std::vector<void*> shared;  // memory of each block, where somebody asks for another's or for its beginning
   bool early = false;         // may begin when all blocks of the one ahead allow it
   int per_device = 1 << 30;   // programs: a grid may be those of several devices, one after the other
+  int device = 0;             // of the first
   int cluster = 2;            // programs, where the kernel has clusters
   std::shared_ptr<void> kept; // what `body` and `shared` point to
   Grid* ahead = nullptr;
@@ -158,7 +159,7 @@ inline T* of_peer(T* mine, int peer) {
   const int own = machine->current->program, other = own / grid.cluster * grid.cluster + peer;
   return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(grid.shared[other]) - static_cast<char*>(grid.shared[own])));
 }
-inline int here() { return machine->current->program / machine->current->grid->per_device; }  // which device
+inline int here() { return machine->current->grid->device + machine->current->program / machine->current->grid->per_device; }  // which device
 inline WarpState& my_warp() { return machine->current->block->warps[machine->current->warp]; }
 
 inline float as_float(uint32_t bits) {
@@ -425,13 +426,13 @@ inline void begin(Grid& grid) {
   }
 }
 
-// Runs body(program, thread) of all grids, each when the one ahead of it has ended or, an early one, as soon as that allows it. What
-// went wrong, or nothing.
-inline std::string run_grids(std::vector<Grid>& grids, unsigned seed) {
+// Runs body(program, thread) of all grids, those of a stream one after the other: each when the one ahead of it has ended or, an early
+// one, as soon as that allows it. What went wrong, or nothing.
+inline std::string run_streams(const std::vector<std::vector<Grid>*>& streams, unsigned seed) {
   Machine m;
   machine = &m;
   m.random.seed(seed);
-  size_t begun = 0;
+  std::vector<size_t> begun(streams.size());
   std::vector<Grid*> running;
   uint64_t round = 0;
   for (int quiet = 0; quiet < 512 && m.fault.empty(); quiet = m.moved ? 0 : quiet + 1) {
@@ -441,12 +442,13 @@ inline std::string run_grids(std::vector<Grid>& grids, unsigned seed) {
         running[i]->fibers.clear(), running.erase(running.begin() + i), m.moved = true;
       else
         ++i;
-    for (; begun < grids.size(); ++begun, m.moved = true) {
-      Grid& next = grids[begun];
-      next.ahead = begun ? &grids[begun - 1] : nullptr;
-      if (next.ahead != nullptr && !next.ahead->done() && !(next.early && next.ahead->allows())) break;
-      begin(next), running.push_back(&next);
-    }
+    for (size_t stream = 0; stream < streams.size(); ++stream)
+      for (size_t& at = begun[stream]; at < streams[stream]->size(); ++at, m.moved = true) {
+        Grid& next = (*streams[stream])[at];
+        next.ahead = at ? &next - 1 : nullptr;
+        if (next.ahead != nullptr && !next.ahead->done() && !(next.early && next.ahead->allows())) break;
+        begin(next), running.push_back(&next);
+      }
     if (running.empty()) break;
     for (size_t i = m.copies.size(); i-- > 0;)
       if (m.random() % 4 == 0 && i < m.copies.size()) land(m, i);
@@ -477,7 +479,7 @@ inline std::string run_grid(int programs, int threads, int computing, unsigned s
   grid.programs = programs, grid.threads = threads, grid.computing = computing, grid.body = std::move(body), grid.per_device = per_device;
   grid.cluster = cluster;
   if (shared != nullptr) grid.shared.assign(shared, shared + programs);
-  return run_grids(grids, seed);
+  return run_streams({&grids}, seed);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 
 #include "../decode_attention/kernel.h"
 #include "../decode_chain/chain.h"
-#include "xla/ffi/api/ffi.h"
+#include "groups.h"
 
 namespace {
 
@@ -50,8 +50,11 @@ Room lay_out(Params& a, const Sizes& z, char* base) {
   return room;
 }
 
-std::string run_layers(Stream stream, const Sizes& z, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> cuts, int64_t has,
-                       float eps, float scale) {
+constexpr int kMostRows = 256, kMostOfTiles = 512;  // rows of tiles; columns that tiles have beyond the last
+int64_t bytes_of_sums(int64_t D, int64_t ranks) { return 2 * ranks * kMostRows * (D + kMostOfTiles) * 4; }
+
+std::string run_layers(Stream stream, const Sizes& z, const Peers& peers, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                       ffi::Span<const int64_t> cuts, int64_t has, float eps, float scale) {
   size_t at = 0;
   int64_t pages = 0;
   auto next = [&]() -> void* {
@@ -66,7 +69,7 @@ std::string run_layers(Stream stream, const Sizes& z, ffi::RemainingArgs args, f
   if (z.blocks * kWorkers > kMaxWorkers || z.rows * z.kv_heads > kMaxSegments) return "too many workers or rows";
   Chain chain = {stream, cuts.begin(), int(z.rows), int(z.D), int(z.heads) * kHead, int(z.F), int(z.heads + 2 * z.kv_heads) * kHead, eps};
   char* base = static_cast<char*>(result(1));
-  chain.w = lay_out(z.rows, z.D, z.F, base);
+  chain.w = lay_out(z.rows, z.D, z.F, base), chain.peers = peers;
   Call a{};
   const Room room = lay_out(a, z, base);
   a.eps = eps, a.scale = scale * kLog2e;
@@ -97,36 +100,71 @@ std::string run_layers(Stream stream, const Sizes& z, ffi::RemainingArgs args, f
 }
 
 #define JAXLLM_BINDING                                                                                                   \
-  .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("cuts")                                                  \
+  .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("cuts").Attr<ffi::Span<const int64_t>>("groups")          \
       .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("blocks").Attr<int64_t>("D").Attr<int64_t>("F")     \
       .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                  \
       .Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
 #define JAXLLM_ARGUMENTS                                                                                                 \
-  ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> cuts, int64_t num_layers, int64_t rows,       \
+  ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> cuts, ffi::Span<const int64_t> numbers,          \
+      int64_t num_layers, int64_t rows,                                                                                    \
       int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads, int64_t page_size, int64_t width,             \
       int64_t has, float eps, float scale
 #define JAXLLM_VALUES                                                                                                    \
-  {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, args, rets, cuts, has, eps, scale
+  {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, peers, args, rets, cuts, has, eps, scale
 
 #ifdef JAXLLM_EMULATED
-ffi::Error launched_impl(JAXLLM_ARGUMENTS) {
+ffi::Error launched_impl(int32_t device, JAXLLM_ARGUMENTS) {
   for (int i : {0, 1}) {  // NaN, as memory may hold
     const auto buffer = *rets.get<ffi::AnyBuffer>(i);
     std::memset(buffer->untyped_data(), 0xff, buffer->size_bytes());
   }
+  std::string fault;
+  Peers peers = {};
+  Group* group = find_peers(peers, numbers, device, fault);
   std::vector<Grid> recorded;
-  std::string fault = run_layers(&recorded, JAXLLM_VALUES);
-  if (fault.empty()) fault = play_recorded(&recorded, unsigned(rows));
+  if (fault.empty()) fault = run_layers(&recorded, JAXLLM_VALUES);
+  for (Grid& grid : recorded) grid.device = peers.rank;
+  using Streams = std::vector<std::vector<Grid>*>;
+  if (!fault.empty()) return failure(fault);
+  if (group == nullptr) {
+    fault = alone([&] { return run_streams({&recorded}, unsigned(rows)); });
+  } else {
+    fault = together(*group, peers, &recorded, [&](const std::vector<const void*>& all) {
+      Streams streams;
+      for (const void* each : all) streams.push_back(static_cast<std::vector<Grid>*>(const_cast<void*>(each)));
+      const std::string found = run_streams(streams, unsigned(rows));
+      for (const void* sums : group->sums)
+        for (int64_t i = 0; i < group->bytes; ++i)
+          if (found.empty() && static_cast<const char*>(sums)[i]) return std::string("sums that nobody took");
+      return found;
+    });
+  }
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
-XLA_FFI_DEFINE_HANDLER(launched_handler, launched_impl, ffi::Ffi::Bind() JAXLLM_BINDING);
+XLA_FFI_DEFINE_HANDLER(launched_handler, launched_impl, ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>() JAXLLM_BINDING);
 #else
 ffi::Error launched_impl(cudaStream_t stream, JAXLLM_ARGUMENTS) {
-  const std::string fault = run_layers(stream, JAXLLM_VALUES);
+  int device = -1;
+  if (cudaGetDevice(&device) != cudaSuccess) return failure("no current device");
+  std::string fault;
+  Peers peers = {};
+  find_peers(peers, numbers, device, fault);
+  if (fault.empty()) fault = run_layers(stream, JAXLLM_VALUES);
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }
 XLA_FFI_DEFINE_HANDLER(launched_handler, launched_impl, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>() JAXLLM_BINDING,
                        {ffi::Traits::kCmdBufferCompatible});
+
+cudaError_t load_kernels() {
+  cudaFuncAttributes attributes;
+  for (Kind kind : {kEnded, kGated})
+    for (int width : {64, 96, 128, 224})
+      for (int splits : {1, 2, 4})
+        for (int groups : {1, 2, 3})
+          for (int shared : {kWeights, kRows}) launch(nullptr, Product{}, kind, {width, splits, 2, shared, 0}, groups, false);  // those there are
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, decode_attention);
+  return error == cudaSuccess ? cudaGetLastError() : error;
+}
 #endif
 
 }  // namespace
@@ -136,4 +174,10 @@ extern "C" int64_t jaxllm_launched_layers_work(int64_t rows, int64_t blocks, int
                                                int64_t page_size, int64_t width) {
   Params a{};
   return lay_out(a, {0, rows, blocks, D, F, heads, kv_heads, page_size, width}, nullptr).bytes;
+}
+// Bytes that a device of `ranks` needs for what the others send it, and the number of the group of these devices, in rank
+// order; -1 and a reason in `why` when it cannot be made.
+extern "C" int64_t jaxllm_launched_layers_sums(int64_t D, int64_t ranks) { return bytes_of_sums(D, ranks); }
+extern "C" int jaxllm_launched_layers_group(const int* devices, int count, int64_t bytes, char* why, int why_bytes) {
+  return number_of_group({devices, devices + count}, bytes, why, why_bytes);
 }

@@ -8,7 +8,7 @@ why, and why these are launches and no Pallas kernel.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,20 +16,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.all_reduce import cuda as all_reduce
 from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_attention import cuda as attention
 from pallas_kernels.decode_chain import cuda as chain
 from pallas_kernels.decode_chain.reference import rms_norm
 from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages
-from pallas_kernels.decode_layers.wide import first_qkv, operands_of, optional_of, product
+from pallas_kernels.decode_layers.wide import first_qkv, numbers_of, operands_of, optional_of, product, refuse_groups
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "launched.cu"
-INCLUDES = (*attention.INCLUDES, *chain.INCLUDES)
+INCLUDES = (HERE / "groups.h", *attention.INCLUDES, *chain.INCLUDES, *all_reduce.INCLUDES)
 TARGET = "jaxllm_launched_layers"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)
-library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
+library, register = _HANDLER.library, _HANDLER.register
 HEAD = 128
+
+
+def load(path: Path) -> ctypes.CDLL:
+    return _typed(_HANDLER.load(path))
+
+
+def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    loaded.jaxllm_launched_layers_sums.restype = ctypes.c_int64
+    return loaded
 
 
 class Kernel(NamedTuple):
@@ -38,6 +48,7 @@ class Kernel(NamedTuple):
     target: str
     library: ctypes.CDLL
     blocks: int
+    ordinal: Callable[[int], int] = all_reduce.ordinal  # of a device, by its id
 
 
 def decode_layers(
@@ -58,7 +69,9 @@ def decode_layers(
     """See api.decode_layers."""
     refuse(x, layers, pages, head, scale, groups)
     kernel, rows = kernel or ours(), (page_table, kv_lens, cosines, sines)
-    x, written = call(kernel, x, first_qkv(x, layers[0], eps), layers, pages, *rows, eps=eps, scale=scale)
+    x, written = call(
+        kernel, x, first_qkv(x, layers[0], eps), layers, pages, *rows, eps=eps, scale=scale, groups=groups
+    )
     return (x if head is None else product(rms_norm(x, head.norm, eps), head.table)), written
 
 
@@ -71,8 +84,7 @@ def refuse(
     groups: tuple[tuple[int, ...], ...] = (),
 ) -> None:
     """NotImplementedError for what the kernels do not do."""
-    if groups:
-        raise NotImplementedError("layers that devices share")
+    refuse_groups(groups, head)
     matrices = [each for layer in layers for each in layer.matrices] + ([] if head is None else [head.table])
     if any(isinstance(each, Few) for each in matrices):
         raise NotImplementedError("quantised weights")
@@ -95,6 +107,7 @@ def call(
     *rows: jax.Array,
     eps: float,
     scale: float,
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[jax.Array, list[Pages]]:
     """The FFI call, with the library's word on how much memory it works in."""
     (B, D), first, (_, K, page_size, _) = x.shape, layers[0], pages[0][0].shape
@@ -109,12 +122,23 @@ def call(
     sizes |= dict(num_layers=len(layers), has=optional_of(first))
     attributes = {name: np.int64(value) for name, value in sizes.items()}
     run = jax.ffi.ffi_call(kernel.target, results, input_output_aliases=aliases)
-    out, _, *written = run(*operands, cuts=cuts, **attributes, eps=np.float32(eps), scale=np.float32(scale))
+    numbers = _numbers(kernel, groups, D)
+    out, _, *written = run(
+        *operands, cuts=cuts, groups=numbers, **attributes, eps=np.float32(eps), scale=np.float32(scale)
+    )
     return out, list(zip(written[::2], written[1::2], strict=True))
+
+
+def _numbers(kernel: Kernel, groups: tuple[tuple[int, ...], ...], D: int) -> np.ndarray:
+    """The library's numbers of groups of devices in rank order; memory for any number of rows is taken once."""
+    if not groups:
+        return np.zeros(0, np.int64)
+    size = kernel.library.jaxllm_launched_layers_sums(*map(ctypes.c_int64, (D, len(groups[0]))))
+    return numbers_of(kernel.library.jaxllm_launched_layers_group, kernel.ordinal, groups, size)
 
 
 def ours() -> Kernel:
     """The kernels for the present device, built on first use."""
-    loaded = library()
+    loaded = _typed(library())
     register(loaded)
     return Kernel(TARGET, loaded, getattr(jax.devices()[0], "core_count", 132) // 2 * 2)

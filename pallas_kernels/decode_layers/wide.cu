@@ -30,21 +30,13 @@
 
 namespace {
 
-constexpr int kMostLayers = 37, kMostRanks = 8, kAttention = 4;  // the latter: its signal, behind the stages'
+constexpr int kMostLayers = 37, kAttention = 4;  // the latter: its signal, behind the stages'
 constexpr int kMostRows = 128, kStages = 4, kMostTiles = 512;
 constexpr int kMostWeightSlots = 12, kMostRowSlots = 12;
 constexpr int kSharedBytes = 227 * 1024, kMostBlocks = 160;
 // A block begins with 65,536 / 384 registers a thread, in eights; asking for more in all than these waits for ever.
 constexpr int kComputingRegisters = 208, kOtherRegisters = 88;
 static_assert(2 * kComputingRegisters + kOtherRegisters <= 3 * (65536 / kBlockThreads / 8 * 8));
-
-// Devices that hold shares of the same layers (tensor parallelism): o and down give each a part of the sums, and every thread
-// sends its own to the threads in its place on the others, as splits do. Sums run in rank order, so all have the same bits.
-struct Peers {
-  float4* sums[kMostRanks];  // of each device: two halves of [ranks, tiles * groups, computing threads], for o and for down
-  int64_t half;
-  int rank, ranks;           // ranks 1: nobody
-};
 
 struct Stage {  // o, gate and up, down, the next layer's qkv: what is alike in all layers
   TileMap x;

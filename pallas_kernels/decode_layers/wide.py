@@ -25,7 +25,7 @@ from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages, Wei
 HERE = Path(__file__).parent
 SOURCE = HERE / "wide.cu"
 INCLUDES = (
-    *(HERE / name for name in ("ends.h", "wide_ends.h", "wide_launch.h")),
+    *(HERE / name for name in ("ends.h", "wide_ends.h", "wide_launch.h", "groups.h")),
     *attention.INCLUDES,
     *all_reduce.INCLUDES,
 )
@@ -105,12 +105,7 @@ def refuse(
     groups: tuple[tuple[int, ...], ...] = (),
 ) -> None:
     """NotImplementedError for what the kernel does not do."""
-    if groups and jax.process_count() > 1:
-        raise NotImplementedError("devices of several processes: their memory is not mapped here")
-    if groups and len(groups[0]) > MOST_RANKS:
-        raise NotImplementedError(f"{len(groups[0])} devices share layers, at most {MOST_RANKS}")
-    if groups and head is not None:
-        raise NotImplementedError("a head that devices share is not the kernel's")
+    refuse_groups(groups, head)
     (B, D), first, (_, K, page_size, H) = x.shape, layers[0], pages[0][0].shape
     NH, F = first.o.shape[1], first.down.shape[1]
     if B > MOST_ROWS:
@@ -135,6 +130,16 @@ def refuse(
     for name, size in (("D", D), ("N * H", NH), ("F", F)):
         if size % DEPTH:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
+
+
+def refuse_groups(groups: tuple[tuple[int, ...], ...], head: Head | None) -> None:
+    """The same for devices that share layers."""
+    if groups and jax.process_count() > 1:
+        raise NotImplementedError("devices of several processes: their memory is not mapped here")
+    if groups and len(groups[0]) > MOST_RANKS:
+        raise NotImplementedError(f"{len(groups[0])} devices share layers, at most {MOST_RANKS}")
+    if groups and head is not None:
+        raise NotImplementedError("a head that devices share is not the kernel's")
 
 
 def call(
@@ -197,16 +202,23 @@ def _numbers(kernel: Kernel, groups: tuple[tuple[int, ...], ...], D: int) -> np.
     if not groups:
         return np.zeros(0, np.int64)
     size = kernel.library.jaxllm_wide_layers_sums(*map(ctypes.c_int64, (MOST_ROWS, D, len(groups[0]))))
-    return np.array([_number(kernel, group, size) for group in groups], np.int64)
+    return numbers_of(kernel.library.jaxllm_wide_layers_group, kernel.ordinal, groups, size)
 
 
-def _number(kernel: Kernel, devices: tuple[int, ...], size: int) -> int:
-    ordinals = [kernel.ordinal(device) for device in devices]
-    given, why = (ctypes.c_int * len(ordinals))(*ordinals), ctypes.create_string_buffer(256)
-    number = kernel.library.jaxllm_wide_layers_group(given, len(ordinals), ctypes.c_int64(size), why, len(why))
-    if number < 0:
-        raise NotImplementedError(f"devices {list(devices)} cannot share memory: {why.value.decode()}")
-    return number
+def numbers_of(
+    make: Callable[..., int], ordinal: Callable[[int], int], groups: tuple[tuple[int, ...], ...], size: int
+) -> np.ndarray:
+    """A library's numbers of groups of devices, which `make` gives, with so many bytes of memory on each."""
+
+    def number(devices: tuple[int, ...]) -> int:
+        ordinals = [ordinal(device) for device in devices]
+        given, why = (ctypes.c_int * len(ordinals))(*ordinals), ctypes.create_string_buffer(256)
+        found = make(given, len(ordinals), ctypes.c_int64(size), why, len(why))
+        if found < 0:
+            raise NotImplementedError(f"devices {list(devices)} cannot share memory: {why.value.decode()}")
+        return found
+
+    return np.array([number(group) for group in groups], np.int64)
 
 
 def ours() -> Kernel:

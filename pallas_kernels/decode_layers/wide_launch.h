@@ -1,15 +1,7 @@
 // The call through XLA's FFI: buffers to Steps, one launch. Included by wide.cu.
 #pragma once
-#include <condition_variable>
-#include <cstdio>
-#include <cstdlib>
-#include <mutex>
-
 #include "../decode_chain/maps.h"
-#ifndef JAXLLM_EMULATED
-#include "../all_reduce/peers.h"
-#endif
-#include "xla/ffi/api/ffi.h"
+#include "groups.h"
 
 namespace {
 
@@ -18,23 +10,6 @@ namespace ffi = xla::ffi;
 enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4 };  // which optional weights a layer has, in the order in which they come
 
 ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "wide layers: " + what); }
-
-// Devices of one process that hold shares of the same layers, in rank order, and the memory in which they send each other sums.
-struct Group {
-  std::vector<int> devices;
-  int64_t bytes;
-  std::vector<void*> sums;
-#ifdef JAXLLM_EMULATED
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::vector<const Steps*> here;  // by rank: who waits for the others
-  int rounds = 0, arrived = 0;
-  std::string fault;
-#endif
-};
-
-std::mutex groups_mutex;
-std::vector<Group*> groups;  // never freed: executables refer to them by number
 
 #ifdef JAXLLM_EMULATED
 
@@ -59,30 +34,14 @@ std::string play(const std::vector<const Steps*>& devices) {
   return fault;
 }
 
-std::mutex playing;  // there is one machine
-
 template <int T>
 std::string launch(Stream, const Steps& p, Group* group) {
-  if (group == nullptr) {
-    std::lock_guard<std::mutex> lock(playing);
-    return play<T>({&p});
-  }
-  std::unique_lock<std::mutex> lock(group->mutex);
-  group->here.resize(group->devices.size());
-  group->here[p.peers.rank] = &p;
-  if (++group->arrived == p.peers.ranks) {
-    std::lock_guard<std::mutex> own(playing);
-    group->fault = play<T>(group->here), group->arrived = 0, ++group->rounds;
-    group->changed.notify_all();
-  } else {
-    group->changed.wait(lock, [group, round = group->rounds] { return group->rounds != round; });
-  }
-  return group->fault;
-}
-
-std::string make(Group& group) {
-  for (size_t i = 0; i < group.devices.size(); ++i) group.sums.push_back(std::calloc(1, group.bytes));
-  return "";
+  if (group == nullptr) return alone([&] { return play<T>({&p}); });
+  return together(*group, p.peers, &p, [](const std::vector<const void*>& all) {
+    std::vector<const Steps*> devices;
+    for (const void* each : all) devices.push_back(static_cast<const Steps*>(each));
+    return play<T>(devices);
+  });
 }
 
 #else
@@ -105,7 +64,6 @@ std::string launch(Stream stream, const Steps& p, Group*) {
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-// What may be left loaded lazily would be loaded while a peer waits: every kernel is loaded now.
 template <int... T>
 cudaError_t load() {
   cudaFuncAttributes attributes;
@@ -113,12 +71,7 @@ cudaError_t load() {
   ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, wide_layers<T>) : error), ...);
   return error;
 }
-
-std::string make(Group& group) {
-  cudaError_t error = take_among_peers(group.devices, group.bytes, group.sums);
-  if (error == cudaSuccess) error = on_each(group.devices, [] { return load<16, 32, 64, 96, kMostRows>(); });
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
-}
+cudaError_t load_kernels() { return load<16, 32, 64, 96, kMostRows>(); }
 
 #endif
 
@@ -142,23 +95,6 @@ std::string launch(Stream stream, const Steps& p, Group* group) {
 int64_t bytes_of_sums(int64_t M, int64_t D, int64_t ranks) {
   const int64_t tiles = (D + 2 * kWide - 1) / (2 * kWide) * 2, threads = padded(int(M)) / 8 * kComputing;
   return 2 * ranks * tiles * threads * int64_t(sizeof(float4));
-}
-
-// The group that this device is of, and its rank there; null: it has all of the layers.
-Group* find_peers(Steps& p, ffi::Span<const int64_t> numbers, int device, std::string& fault) {
-  p.peers.ranks = 1;
-  for (int64_t number : numbers) {
-    Group& group = *groups[number];
-    for (size_t rank = 0; rank < group.devices.size(); ++rank) {
-      if (group.devices[rank] != device) continue;
-      p.peers.rank = int(rank), p.peers.ranks = int(group.devices.size());
-      p.peers.half = group.bytes / 2 / int64_t(sizeof(float4));
-      for (size_t r = 0; r < group.sums.size(); ++r) p.peers.sums[r] = static_cast<float4*>(group.sums[r]);
-      return &group;
-    }
-  }
-  if (numbers.size() > 0) fault = "device " + std::to_string(device) + " is in none of the groups";
-  return nullptr;
 }
 
 int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -279,7 +215,7 @@ ffi::Error run_wide(Stream stream, int device, ffi::RemainingArgs args, ffi::Rem
   }
 #endif
   std::string fault = fill(*p, {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, args, rets, splits, has);
-  Group* group = find_peers(*p, numbers, device, fault);
+  Group* group = find_peers(p->peers, numbers, device, fault);
   if (group != nullptr && group->bytes < bytes_of_sums(rows, D, p->peers.ranks)) fault = "the peers' memory is too small";
   if (fault.empty()) fault = launch(stream, *p, group);
   return fault.empty() ? ffi::Error::Success() : failure(fault);
@@ -322,19 +258,7 @@ extern "C" int64_t jaxllm_wide_layers_work(int64_t num_layers, int64_t rows, int
 // order; -1 and a reason in `why` when it cannot be made.
 extern "C" int64_t jaxllm_wide_layers_sums(int64_t rows, int64_t D, int64_t ranks) { return bytes_of_sums(rows, D, ranks); }
 extern "C" int jaxllm_wide_layers_group(const int* devices, int count, int64_t bytes, char* why, int why_bytes) {
-  std::lock_guard<std::mutex> lock(groups_mutex);
-  const std::vector<int> wanted(devices, devices + count);
-  for (size_t number = 0; number < groups.size(); ++number)
-    if (groups[number]->devices == wanted && groups[number]->bytes >= bytes) return int(number);
-  auto* group = new Group;
-  group->devices = wanted, group->bytes = bytes;
-  const std::string fault = count > kMostRanks ? "too many devices" : make(*group);
-  if (!fault.empty()) {
-    snprintf(why, why_bytes, "%s", fault.c_str());
-    return -1;
-  }
-  groups.push_back(group);
-  return int(groups.size()) - 1;
+  return number_of_group({devices, devices + count}, bytes, why, why_bytes);
 }
 #ifdef JAXLLM_TIMELINE
 extern "C" int jaxllm_wide_layers_timeline(unsigned long long* times, int* counts) {

@@ -142,9 +142,13 @@ def test_a_machine_too_small_for_the_residual_stream_is_refused():
 
 
 @cpu_only
-@pytest.mark.parametrize("most", [1, wide.MOST_LAYERS], ids=["launch_a_layer", "one_launch"])
+@pytest.mark.parametrize(
+    ("name", "most", "F"),
+    [("wide_emulated", 1, 128), ("wide_emulated", wide.MOST_LAYERS, 128), ("launched_emulated", 1, 512)],
+    ids=["launch_a_layer", "one_launch", "launches_that_overlap"],
+)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.kernels)])
-def test_devices_that_share_layers_hold_the_same_bits_step_after_step(ranks, most, monkeypatch):
+def test_devices_that_share_layers_hold_the_same_bits_step_after_step(ranks, name, most, F, monkeypatch):
     monkeypatch.setattr(wide, "MOST_LAYERS", most)
     spec = LayersSpec(
         "shared",
@@ -152,7 +156,7 @@ def test_devices_that_share_layers_hold_the_same_bits_step_after_step(ranks, mos
         L=3,
         N=2 * ranks,
         K=ranks,
-        F=128 * ranks,
+        F=F * ranks,
         qkv_bias=True,
         o_bias=True,
         qk_norm=True,
@@ -161,7 +165,7 @@ def test_devices_that_share_layers_hold_the_same_bits_step_after_step(ranks, mos
     expected, written = run("reference", spec, given)
     x, layers, pages, *rows = spec.arguments(given)
     options = {"eps": EPS, "scale": spec.H**-0.5, "groups": (tuple(range(ranks)),)}
-    op = functools.partial(decode_layers, **options, implementation="wide_emulated")
+    op = functools.partial(decode_layers, **options, implementation=name)
     step = spec.shared_by(op, jax.make_mesh((ranks,), ("t",), axis_types=(AxisType.Auto,)), layers[0])
     layers = spec.dealt(layers, ranks)
     for _ in range(3):  # lines hold what an earlier step sent
