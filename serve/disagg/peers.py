@@ -135,6 +135,10 @@ class PrefillPeers:
         prompt = self._prompts[key] = _Prompt(key, sequence.request, first_page, time.monotonic())
         self._waiting.append(prompt)
 
+    @property
+    def moving(self) -> bool:
+        return False  # their pages are theirs to let go
+
     def cancel(self, key: Key) -> None:
         prompt = self._prompts.pop(key, None)
         if prompt is None:

@@ -102,6 +102,7 @@ class DisaggregatedEngine:
     put: Put
     num_groups: int  # of layers: blocks a page comes in
     _handoffs: dict[Key, _Handoff] = field(default_factory=dict)
+    _fault: Exception | None = None  # of the prefill side, in a turn in which the decode side had something to tell
 
     @property
     def scheduler(self) -> Sides:
@@ -161,12 +162,26 @@ class DisaggregatedEngine:
     # ---- steps ----
 
     def step(self) -> list[TokenOutput]:
-        """One turn of both sides. The decode side is waited for, the prefill side only when nothing decodes."""
+        """One turn of both sides. The decode side is waited for, the prefill side only when nothing decodes.
+
+        Raises what either side raises. What the decode side has told by then is returned first: a sequence may have
+        ended with it, and nobody would hear of that.
+        """
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
         outputs = self.decode.step()
         self._take_back()
         for sequence in schedule_of(self.decode).arriving:
             self._begin(sequence)
-        return outputs + self._receive(self.prefill.turn(wait=self.decode.resting))
+        try:
+            items = self.prefill.turn(wait=self.decode.resting)
+        except Exception as error:
+            if not outputs:
+                raise
+            self._fault = error
+            return outputs
+        return outputs + self._receive(items)
 
     def drain(self) -> list[TokenOutput]:
         """Account for the decode step in flight and launch none; what has been computed of prompts waits."""
@@ -174,7 +189,7 @@ class DisaggregatedEngine:
 
     @property
     def has_work(self) -> bool:
-        return self.decode.has_work
+        return self.decode.has_work or self.prefill.moving or self._fault is not None
 
     def check(self, others: Collection[int] = ()) -> None:
         self.decode.scheduler.check(others)

@@ -90,6 +90,11 @@ class Prefills(Protocol):
         """Goes on with everything; `wait`: there is nothing else to do until an item comes."""
         ...
 
+    @property
+    def moving(self) -> bool:
+        """Pages here are held for blocks that are under way, though nobody may want them any more."""
+        ...
+
     def stats(self) -> dict[str, float]: ...
 
     def forget_cached(self) -> None:

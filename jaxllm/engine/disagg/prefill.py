@@ -122,6 +122,10 @@ class PrefillSide:
         return found
 
     @property
+    def moving(self) -> bool:
+        return bool(self._wanted or self._batch)
+
+    @property
     def _launching(self) -> bool:
         """What a step is made of must stay as it is."""
         return self.feeder is not None and self.feeder.launching

@@ -210,6 +210,39 @@ def test_a_prefill_side_that_fails_twice_in_a_row_is_not_kept_up(feeds):
     whole(engine)
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_what_a_turn_has_to_tell_is_told_though_the_prefill_side_fails_in_it(ahead):
+    engine = two_sides(chance=1.0)
+    ending = engine.add(request("d", 9, max_tokens=12))[0]
+    outputs = []
+    while ending.num_output < 12 - ahead:
+        outputs += engine.step()
+    failing = engine.add(request("f", 9))
+    engine.prefill._failed_in_a_row, engine.prefill.runner.broken = 1, 1
+    while engine._fault is None:
+        outputs += engine.step()
+    assert heard(outputs, ending) == ending.output_token_ids
+    assert engine.has_work
+    with pytest.raises(Broken):
+        engine.step()
+    recover(engine, [ending, *failing])
+    run(engine)
+    whole(engine)
+
+
+def test_pages_under_way_of_a_prompt_that_nobody_wants_any_more_are_work():
+    engine = two_sides(limit=1, chance=0.0)
+    engine.add(request("a", 30))
+    while not engine.prefill._batch:
+        engine.step()
+    engine.abort("a")
+    assert engine.has_work
+    for block in engine.prefill._under_way:
+        block.pages.chance = 1.0
+    run(engine)
+    whole(engine)
+
+
 def breakable(engine):
     """The prefill side's runner, whoever feeds it."""
     side = engine.prefill
