@@ -62,16 +62,16 @@ def compile_step(shape: str, kind: str, size: int, *, parts: bool) -> None:
     graphdef, params = abstract(config)
     graph = steps.Graph(graphdef, config, PAGE_SIZE, PAGES, parts=parts)
     decode = kind == "decode"
-    step = StepShape(size, size if decode else MOST_ROWS, WIDTH, decode)
+    step = StepShape(size, size if decode else MOST_ROWS, decode)
     pages = jax.ShapeDtypeStruct((PAGES, config.num_kv_heads, PAGE_SIZE, config.head_dim), jnp.bfloat16)
     logits = jax.ShapeDtypeStruct((step.rows, config.vocab_size), jnp.float32)
-    integers = (jax.ShapeDtypeStruct((count,), jnp.int32) for count in (MOST_ROWS + 1, step.packed_size))
-    last_tokens, packed = integers
-    arguments: Any = params, [(pages, pages)] * config.num_layers, last_tokens, logits, packed
+    sizes = (MOST_ROWS + 1, WIDTH), (MOST_ROWS + 1,), (step.packed_size,)
+    table, last_tokens, packed = (jax.ShapeDtypeStruct(size, jnp.int32) for size in sizes)
+    arguments: Any = params, [(pages, pages)] * config.num_layers, table, last_tokens, logits, packed
     arguments = jax.tree.map(functools.partial(gate.placed, gate.sharding()), arguments)
     function = functools.partial(steps.step, graph, step)
     with abstract_h200():
-        jax.jit(function, donate_argnums=(1, 2, 3), keep_unused=True).lower(*arguments).compile()
+        jax.jit(function, donate_argnums=(1, 2, 3, 4), keep_unused=True).lower(*arguments).compile()
 
 
 def kernels(dump: Path) -> list[str]:

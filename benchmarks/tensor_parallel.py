@@ -184,8 +184,9 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
     compiled = time.perf_counter() - start
     for batch in batches:
         shape_ = ladder.decode(batch)
-        page_table = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
-        packed = pack(shape_, [5] * batch, [1] * batch, [CONTEXT] * batch, list(range(batch)), page_table, max(batches))
+        rows, lines = list(range(batch)), np.arange((max(batches) + 1) * width, dtype=np.int32)
+        packed = pack(shape_, [5] * batch, [1] * batch, [CONTEXT] * batch, rows, rows, [], max(batches))
+        page_table = jax.device_put(lines.reshape(-1, width) % pages, counts.sharding)
         last = jax.device_put(np.zeros(max(batches) + 1, np.int32), counts.sharding)
         logits = jnp.zeros((batch, model.vocab_size), jnp.float32, device=home.sharding("logits"))
         run = table[shape_]
@@ -194,8 +195,8 @@ def step(n: int, shape: str, batches: tuple[int, ...], way: str, layers: int | N
         for _ in range(4):
             start = time.perf_counter()
             for _ in range(30):
-                done = run(params, kv, last, logits, packed)
-                kv, last, logits = done.kv, done.last_tokens, done.logits
+                done = run(params, kv, page_table, last, logits, packed)
+                kv, page_table, last, logits = done.kv, done.page_table, done.last_tokens, done.logits
             dispatch = min(dispatch, (time.perf_counter() - start) / 30)
             jax.block_until_ready(logits)
             best = min(best, (time.perf_counter() - start) / 30)

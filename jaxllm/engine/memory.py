@@ -50,10 +50,12 @@ class MemoryPlan:
 
 
 def kept_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """The logits that the steps of each decode bucket keep, the rows' counts, and room for small arrays."""
+    """The logits that the steps of each decode bucket keep, the rows' counts and pages, and room for small arrays."""
     rows = sum(config.compile.decode_buckets)
     counts = (config.scheduler.max_num_seqs + 1) * model.vocab_size * np.dtype(np.uint16).itemsize
-    return rows * model.vocab_size * np.dtype(np.float32).itemsize + counts + apart.BYTES
+    width = -(-config.model.max_model_len // config.cache.page_size)
+    table = (config.scheduler.max_num_seqs + 1) * width * np.dtype(np.int32).itemsize
+    return rows * model.vocab_size * np.dtype(np.float32).itemsize + counts + table + apart.BYTES
 
 
 def estimate_workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:

@@ -4,9 +4,10 @@
 the one before it is collected: sampled tokens pass from one to the next on the device. Where a row's token mask follows
 from a token that is not known yet, `launch` leaves the sampling to `choose`.
 
-Owns the parameters, the KV pages and the per-row state; picks the bucket, packs the inputs, calls the compiled step
-and reads the answers back. With several shards (attention data) one step computes the rows of all, each on its own
-pages; what there is of each row lies shard after shard. Knows nothing of policy, queues, stop conditions or text.
+Owns the parameters, the KV pages and the per-row state, of which the page table is part; picks the bucket, packs the
+inputs, calls the compiled step and reads the answers back. With several shards (attention data) one step computes the
+rows of all, each on its own pages; what there is of each row lies shard after shard. Knows nothing of policy, queues,
+stop conditions or text.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Launched:
 class Runner:
     params: Any
     kv: KVCache | list[KVCache]  # a list of them: of each pipeline stage
+    page_table: Any  # i32[S+1, W] a shard: each row's pages; a list of them likewise
     counts: jax.Array  # u16[S+1, V] a shard; row S takes the writes of padding rows
     executables: Executables
     ladder: Ladder
@@ -108,8 +110,7 @@ class Runner:
     _masks: dict[int, TokenMask | None] = field(default_factory=dict)  # by place: row of all shards
     _keys: dict[int, tuple[int, int]] = field(default_factory=dict)  # by place
     _neutral: dict[int, tuple[Any, Any, Any, Any]] = field(default_factory=dict)  # by bucket
-    _page_table: np.ndarray = field(init=False)  # i32[places, W]: each running sequence's pages
-    _num_pages: np.ndarray = field(init=False)  # how many of a row's are right
+    _num_pages: list[int] = field(init=False)  # by place: how many of the row's pages its line of the table has
     _compiles_when_ready: int = 0
 
     def __post_init__(self) -> None:
@@ -118,8 +119,7 @@ class Runner:
         for bucket in self.ladder.decode_rows:
             shape = bucket * self.shards, self.vocab_size
             self._logits[bucket] = zeros(shape, jnp.float32, self.logits_sharding)
-        self._page_table = np.zeros((rows, self.ladder.width), np.int32)
-        self._num_pages = np.zeros(rows, np.int64)
+        self._num_pages = [0] * rows
 
     @property
     def scratch(self) -> int:
@@ -130,6 +130,13 @@ class Runner:
 
     def launch(self, plan: StepPlan | ShardedPlan) -> Launched:
         """Put one step on the device. Raises only for faults of the whole step; a sick row carries its own error."""
+        try:
+            return self._launch(plan)
+        except Exception:
+            self._num_pages = [0] * len(self._num_pages)  # what it was to bring may not have come
+            raise
+
+    def _launch(self, plan: StepPlan | ShardedPlan) -> Launched:
         self.steps += 1
         for shard, part in enumerate(plan.parts):
             for sequence in part.admitted:
@@ -208,10 +215,9 @@ class Runner:
         On the first shard.
         """
         shape = self.ladder.mixed(len(token_ids))
-        table = np.zeros((1, shape.width), np.int32)
-        table[0, : len(pages)] = pages
         length, scratch = len(token_ids), self.scratch
-        packed = pack(shape, token_ids, [length], [start + length], [scratch], table, scratch)
+        self._set_pages(scratch, pages)
+        packed = pack(shape, token_ids, [length], [start + length], [scratch], [scratch], [], scratch)
         idle = self._pack(shape, [[]] * self.shards)[packed.size :]
         hidden = self._step(shape, np.concatenate([packed, idle])).hidden
         return np.asarray(jax.device_get(hidden)[:length], np.float32)
@@ -230,6 +236,7 @@ class Runner:
             for mode in MODES:
                 self._several(shape, mode, self._pack(shape, [[]]), [])
         self._set_counts(self.scratch, [], in_prompt=True, fresh=True)
+        self._set_pages(self.scratch, [])
         jax.block_until_ready((self.kv, self.counts))
 
     def all_compiled(self) -> None:
@@ -238,9 +245,10 @@ class Runner:
 
     def _step(self, shape: StepShape, packed: np.ndarray) -> Stepped:
         inputs = self._put(packed)
-        state = self.kv, self.last_tokens, self._logits[shape.rows]
+        state = self.kv, self.page_table, self.last_tokens, self._logits[shape.rows]
         stepped: Stepped = self.executables.step(shape)(self.params, *state, inputs)
-        self.kv, self.last_tokens, self._logits[shape.rows] = stepped.kv, stepped.last_tokens, stepped.logits
+        self.kv, self.page_table, self.last_tokens = stepped.kv, stepped.page_table, stepped.last_tokens
+        self._logits[shape.rows] = stepped.logits
         self.load = stepped.load
         return stepped
 
@@ -250,8 +258,9 @@ class Runner:
         """The tokens of each of the ladder's decode steps, on their way."""
         sampler = () if mode is SampleMode.GREEDY else (self.counts, *self._asked(shape.rows, rows))
         call = self.executables.multi_step(self.ladder.decode_steps, shape, mode)
-        done: MultiStepped = call(self.params, self.kv, self.last_tokens, self._put(packed), *sampler)
-        self.kv, self.last_tokens = done.kv, done.last_tokens
+        state = self.kv, self.page_table, self.last_tokens
+        done: MultiStepped = call(self.params, *state, self._put(packed), *sampler)
+        self.kv, self.page_table, self.last_tokens = done.kv, done.page_table, done.last_tokens
         self.counts = self.counts if done.counts is None else done.counts
         return done.token_ids
 
@@ -272,6 +281,7 @@ class Runner:
     def _pack_shard(self, shape: StepShape, part: SequenceOf[tuple[int, ScheduledRow]]) -> np.ndarray:
         token_ids: list[int] = []
         scratch = self.scratch
+        news = self._news(shape, part)
         for place, row in part:
             known = row.sequence.tokens[row.start : row.start + row.count]
             token_ids += known
@@ -283,19 +293,37 @@ class Runner:
             [row.count for _, row in part],
             [row.start + row.count for _, row in part],
             [place % (scratch + 1) if row.sample else scratch for place, row in part],
-            self._page_table[[place for place, _ in part]],
+            [place % (scratch + 1) for place, _ in part],
+            news,
             scratch,
         )
 
-    def _place(self, shard: int, sequence: Sequence) -> int:
-        """The sequence's row among those of all shards, whose page table is made to hold its pages."""
-        assert sequence.row is not None
-        place = shard * (self.scratch + 1) + sequence.row
-        have, pages = self._num_pages[place], sequence.pages
-        if have < len(pages):
-            self._page_table[place, have : len(pages)] = pages[have:]
+    def _news(self, shape: StepShape, part: SequenceOf[tuple[int, ScheduledRow]]) -> list[tuple[int, int]]:
+        """What the page table lacks of these rows' pages. More than the step takes along goes ahead of it by rows."""
+        news: list[tuple[int, int]] = []
+        for place, row in part:
+            have, pages = self._num_pages[place], row.sequence.pages
+            if have >= len(pages):
+                continue
             self._num_pages[place] = len(pages)
-        return place
+            if len(news) + len(pages) - have > shape.new_pages:
+                self._set_pages(place, pages)
+            else:
+                begin = place % (self.scratch + 1) * self.ladder.width
+                news += [(begin + number, pages[number]) for number in range(have, len(pages))]
+        return news
+
+    def _set_pages(self, place: int, pages: SequenceOf[int]) -> None:
+        """A row's whole line of the page table; other shards write theirs of the scratch row."""
+        shard, row = divmod(place, self.scratch + 1)
+        rows, lines = np.full(self.shards, self.scratch, np.int32), np.zeros((self.shards, self.ladder.width), np.int32)
+        rows[shard], lines[shard, : len(pages)] = row, pages
+        self.page_table = self.executables.set_pages(self.page_table, rows, lines.reshape(-1))
+
+    def _place(self, shard: int, sequence: Sequence) -> int:
+        """The sequence's row among those of all shards."""
+        assert sequence.row is not None
+        return shard * (self.scratch + 1) + sequence.row
 
     # ---- per-row state ----
 

@@ -328,8 +328,11 @@ def _runners(
             shapes = [home.kv_shapes(spec) for home, spec in zip(homes, specs)]
             kv = [allocate(own) if home.here else own for home, own in zip(homes, shapes)]
             counts = zeros(_counts_shape(config, final), jnp.uint16, final.sharding("rows"))
+            lines = counts.shape[0], ladder.width
+            tables = [zeros(lines, jnp.int32, home.whole) for home in homes[:-1]]
+            tables.append(zeros(lines, jnp.int32, final.sharding("rows")))
         logits = final.sharding("logits")
-        own = (params[0], kv[0]) if len(homes) == 1 else (params, kv)
+        own = (params[0], kv[0], tables[0]) if len(homes) == 1 else (params, kv, tables)
         shards = config.mesh.attention_shards
         runner = Runner(*own, counts, executables, ladder, final.model.vocab_size, logits, shards=shards)
         with _timed(report, "warm-up"):

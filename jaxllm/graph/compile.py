@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxllm.core import MAX_LOGIT_BIAS
 from jaxllm.graph import experts, multi_step, steps
-from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape
+from jaxllm.graph.inputs import SAMPLE_COLUMNS, StepShape, set_pages
 from jaxllm.graph.multi_step import MultiStepped
 from jaxllm.graph.steps import Graph, SampleMode, Stepped
 from jaxllm.graph.traces import Job, Key, Traces
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 COUNTS_CHUNK = 512  # tokens a set_counts call takes
 # The roles on a mesh of what executables take and give: names of PartitionSpecs in the places of arrays.
 ROWS, LOGITS, KV, WHOLE = cast("tuple[Any, Any, Any, Any]", ("rows", "logits", "kv", "whole"))
-STEP_TAKES, STEP_GIVES = ("params", KV, ROWS, LOGITS, ROWS), Stepped(ROWS, KV, ROWS, LOGITS, ROWS, WHOLE)
+STEP_TAKES, STEP_GIVES = ("params", KV, ROWS, ROWS, LOGITS, ROWS), Stepped(ROWS, KV, ROWS, ROWS, LOGITS, ROWS, WHOLE)
 SAMPLE_TAKES, SAMPLE_GIVES = (ROWS, ROWS, LOGITS, *[ROWS] * 4), (ROWS, ROWS, ROWS)
 FEW_ROWS, MULTI_STEP_ROWS = (
     8,
@@ -67,7 +67,7 @@ class Ladder:
 
     decode_rows: tuple[int, ...]  # ascending; the last is max_num_seqs
     mixed_tokens: tuple[int, ...]  # ascending; the last is the token budget
-    width: int  # pages a row
+    width: int  # W, most pages of a row
     one_shape: bool = False  # every step takes the one mixed shape, decodes too: bits then depend on no bucket
     decode_steps: int = 1  # in one dispatch, while nothing changes between them
 
@@ -77,11 +77,11 @@ class Ladder:
 
     def decode(self, rows: int) -> StepShape:
         bucket = next(b for b in self.decode_rows if b >= rows)
-        return StepShape(bucket, bucket, self.width, decode=True)
+        return StepShape(bucket, bucket, decode=True)
 
     def mixed(self, tokens: int) -> StepShape:
         bucket = next(t for t in self.mixed_tokens if t >= tokens)
-        return StepShape(bucket, self.decode_rows[-1], self.width, decode=False)
+        return StepShape(bucket, self.decode_rows[-1], decode=False)
 
     def multi_step(self, rows: int) -> StepShape:
         return next(shape for shape in self.multi_steps() if shape.rows >= rows)
@@ -149,6 +149,10 @@ class Executables:
         return self.table["move_experts",]
 
     @property
+    def set_pages(self) -> Any:
+        return self.table["set_pages",]
+
+    @property
     def set_counts(self) -> jax.stages.Compiled:
         return self.table["set_counts",]
 
@@ -161,13 +165,20 @@ def stage_jobs(number: int, graph: Graph, ladder: Ladder, params: Any, kv: Any, 
     """A pipeline stage before the last."""
     params, kv = _abstract(params), _abstract(kv)
     spread = (lambda function, takes, gives: function) if graph.placement is None else graph.placement.wrap
+
+    def integers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=last_tokens.sharding)
+
+    table = integers(last_tokens.shape[0], ladder.width)
     for shape in ladder.shapes():
         carry, role = (last_tokens, "whole") if number == 0 else residual(graph, shape, params)
-        gives = (residual(graph, shape, params)[1], "kv")
-        function = spread(functools.partial(steps.pass_on, graph, shape), ("params", "kv", role, "whole"), gives)
-        packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=last_tokens.sharding)
+        takes, gives = ("params", "kv", "whole", role, "whole"), (residual(graph, shape, params)[1], "kv", "whole")
+        function = spread(functools.partial(steps.pass_on, graph, shape), takes, gives)
         carry = jax.ShapeDtypeStruct(carry.shape, carry.dtype, sharding=carry.sharding)
-        yield Job(("stage", number, shape), function, (params, kv, carry, packed), donated=(1,))
+        arguments = params, kv, table, carry, integers(shape.packed_size)
+        yield Job(("stage", number, shape), function, arguments, donated=(1, 2))
+    function = spread(set_pages, ("whole",) * 3, "whole")
+    yield Job(("set_pages", number), function, (table, integers(1), integers(ladder.width)), donated=(0,))
 
 
 def residual(graph: Graph, shape: StepShape, params: Any) -> tuple[jax.ShapeDtypeStruct, str]:
@@ -197,13 +208,15 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
         return jax.ShapeDtypeStruct((rows * graph.shards, vocab), jnp.float32, sharding=graph.logits_sharding(sharding))
 
     last_tokens = jax.ShapeDtypeStruct((counts.shape[0],), jnp.int32, sharding=sharding)
+    table = jax.ShapeDtypeStruct((counts.shape[0], ladder.width), jnp.int32, sharding=sharding)
     # The longest to compile first; steps of few rows wait for the library that takes longest to build.
     for shape in sorted(ladder.shapes(), key=lambda shape: shape.tokens, reverse=True):
         more, roles = ((), ()) if not stage else tuple((part,) for part in residual(graph, shape, params))
         function = spread(functools.partial(steps.step, graph, shape), (*STEP_TAKES, *roles), STEP_GIVES)
         packed = spec(jnp.int32, shape.packed_size)
         key = ("stage", stage, shape) if stage else ("step", shape)
-        yield Job(key, function, (params, kv, last_tokens, logits(shape.rows), packed, *more), donated=(1, 2, 3))
+        arguments = params, kv, table, last_tokens, logits(shape.rows), packed, *more
+        yield Job(key, function, arguments, donated=(1, 2, 3, 4))
 
     def asked(rows: int) -> tuple[Any, ...]:
         bias = spec(jnp.int32, rows, MAX_LOGIT_BIAS), spec(jnp.float32, rows, MAX_LOGIT_BIAS)
@@ -216,11 +229,11 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
     for shape, mode in itertools.product(ladder.multi_steps(), drawing(multi_step.MODES)):
         sampler = () if mode is SampleMode.GREEDY else (counts, *asked(shape.rows))
         function = functools.partial(multi_step.multi_step, graph, shape, ladder.decode_steps, mode)
-        takes = ("params", KV, ROWS, ROWS, *[ROWS] * len(sampler))
-        gives = MultiStepped(ROWS, KV, ROWS, ROWS if sampler else None)
-        args = params, kv, last_tokens, spec(jnp.int32, shape.packed_size), *sampler
+        takes = ("params", KV, ROWS, ROWS, ROWS, *[ROWS] * len(sampler))
+        gives = MultiStepped(ROWS, KV, ROWS, ROWS, ROWS if sampler else None)
+        args = params, kv, table, last_tokens, spec(jnp.int32, shape.packed_size), *sampler
         key = "multi_step", ladder.decode_steps, shape, mode
-        yield Job(key, spread(function, takes, gives), args, donated=(1, 2, 4) if sampler else (1, 2))
+        yield Job(key, spread(function, takes, gives), args, donated=(1, 2, 3, 5) if sampler else (1, 2, 3))
     for rows in ladder.decode_rows:
         args = counts, last_tokens, logits(rows), *asked(rows)
         for mode in drawing(steps.SAMPLER_MODES):
@@ -233,6 +246,8 @@ def jobs_of(graph: Graph, ladder: Ladder, params: Any, kv: Any, counts: Any, sta
     one, flag = spec(jnp.int32, 1), spec(jnp.bool_, 1)
     args = counts, one, spec(jnp.int32, COUNTS_CHUNK), one, flag, flag
     yield Job(("set_counts",), spread(steps.set_counts, (ROWS,) * 6, ROWS), args, donated=(0,))
+    key = ("set_pages", stage) if stage else ("set_pages",)
+    yield Job(key, spread(set_pages, (ROWS,) * 3, ROWS), (table, one, spec(jnp.int32, ladder.width)), donated=(0,))
     if graph.placement is not None and graph.placement.config.balances:
         yield Job(("move_experts",), *experts.move(graph.placement, params))
 

@@ -1,7 +1,8 @@
 """The whole contract between the runner and the step graphs: what one step reads, packed into one int32 array.
 
 In: plain integers from a StepPlan. Out: StepInputs on the device, with everything derivable (positions, slots,
-rows of tokens) derived there instead of sent. Knows nothing of sequences, policies or models.
+rows of tokens) derived there instead of sent. The page table stays on the device from step to step: a step brings the
+entries that are new. Knows nothing of sequences, policies or models.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+TOKENS_A_PAGE = 16  # at least, in the rule of how many new pages a step brings
+NOWHERE = np.iinfo(np.int32).max  # a place past every page table: dropped
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -22,7 +26,6 @@ class StepShape:
 
     tokens: int  # T
     rows: int  # R
-    width: int  # W, pages a row
     decode: bool
 
     def __post_init__(self) -> None:
@@ -30,8 +33,13 @@ class StepShape:
             raise ValueError(f"a decode step has one token a row, not {self.tokens} tokens in {self.rows} rows")
 
     @property
+    def new_pages(self) -> int:
+        """How many entries of the page table a step may bring: what its tokens fill, and a page begun in each row."""
+        return self.rows if self.decode else self.rows + self.tokens // TOKENS_A_PAGE
+
+    @property
     def packed_size(self) -> int:
-        return self.tokens + 2 * self.rows + self.rows * self.width + (0 if self.decode else self.rows + 1)
+        return self.tokens + 3 * self.rows + 2 * self.new_pages + (0 if self.decode else self.rows + 1)
 
 
 @jax.tree_util.register_dataclass
@@ -60,12 +68,15 @@ def pack(
     query_lens: Sequence[int],
     kv_lens: Sequence[int],
     state_rows: Sequence[int],
-    page_table: np.ndarray,
+    table_rows: Sequence[int],
+    new_pages: Sequence[tuple[int, int]],
     scratch_row: int,
 ) -> np.ndarray:
-    """One int32 array holding a step: flat token ids, and per row its key count, state row, pages and query count.
+    """One int32 array holding a step: flat token ids; per row its key count, state row, row of the page table and query
+    count; and what is new in the page table.
 
-    A token id -1 - r stands for the token that state row r sampled last. `page_table` is [rows, W].
+    A token id -1 - r stands for the token that state row r sampled last. `new_pages` has pairs of a place in the table,
+    row * W + number of the page in its sequence, and the page.
     """
     rows = len(kv_lens)
     packed = np.zeros(shape.packed_size, np.int32)
@@ -73,37 +84,49 @@ def pack(
     at = shape.tokens
     packed[at : at + rows] = kv_lens
     at += shape.rows
-    packed[at : at + rows] = state_rows
-    packed[at + rows : at + shape.rows] = scratch_row
-    at += shape.rows
-    packed[at : at + rows * shape.width] = page_table.reshape(-1)
+    for column in (state_rows, table_rows):
+        packed[at : at + rows] = column
+        packed[at + rows : at + shape.rows] = scratch_row
+        at += shape.rows
+    news = packed[at : at + 2 * shape.new_pages].reshape(-1, 2)
+    news[len(new_pages) :, 0] = NOWHERE
+    if new_pages:
+        news[: len(new_pages)] = new_pages
     if not shape.decode:
-        starts = packed[at + shape.rows * shape.width :]
+        starts = packed[at + 2 * shape.new_pages :]
         np.cumsum(query_lens, out=starts[1 : rows + 1])
         starts[rows + 1 :] = starts[rows]
     return packed
 
 
 def unpack(
-    shape: StepShape, packed: Int[Array, " n"], last_tokens: Int[Array, " S1"], *, page_size: int, num_pages: int
-) -> StepInputs:
-    """The inverse of `pack`, in the trace: slices, then tokens, positions, rows and slots by arithmetic.
+    shape: StepShape,
+    packed: Int[Array, " n"],
+    last_tokens: Int[Array, " S1"],
+    page_table: Int[Array, "S1 W"],
+    *,
+    page_size: int,
+    num_pages: int,
+) -> tuple[StepInputs, Int[Array, "S1 W"]]:
+    """The inverse of `pack`, in the trace: slices, then tokens, positions, rows and slots by arithmetic; and the page
+    table of all rows with the step's new entries, in place.
 
     Kernels read lengths and table as arrays of their own: XLA draws a slice that a custom call of ours reads into a
     fusion around the call, and that stands outside the step's CUDA graph.
     """
     at = shape.tokens
-    token_ids, kv_lens = packed[:at], packed[at : at + shape.rows]
+    token_ids, columns = packed[:at], packed[at : at + 3 * shape.rows].reshape(3, shape.rows)
     token_ids = jnp.where(token_ids < 0, last_tokens[jnp.maximum(-1 - token_ids, 0)], token_ids)
-    at += shape.rows
-    state_rows = packed[at : at + shape.rows]
-    at += shape.rows
-    table = packed[at : at + shape.rows * shape.width].reshape(shape.rows, shape.width)
+    at += 3 * shape.rows
+    news = packed[at : at + 2 * shape.new_pages].reshape(-1, 2)
+    every = page_table.reshape(-1).at[news[:, 0]].set(news[:, 1], mode="drop").reshape(page_table.shape)
+    table = every.at[columns[2]].get(mode="promise_in_bounds")
     size = {"page_size": page_size, "num_pages": num_pages}
-    kv_lens, table = jax.lax.optimization_barrier((kv_lens, table))
+    kv_lens, table = jax.lax.optimization_barrier((columns[0], table))
+    state_rows = columns[1]
     if shape.decode:
-        return one_a_row(token_ids, kv_lens, state_rows, table, **size)
-    starts = packed[at + shape.rows * shape.width :]
+        return one_a_row(token_ids, kv_lens, state_rows, table, **size), every
+    starts = packed[at + 2 * shape.new_pages :]
     token = jnp.arange(shape.tokens, dtype=jnp.int32)
     live = token < starts[-1]
     # The row whose range holds the token: how many ranges end at or before it. Not by bisection, whose loop would stand
@@ -112,7 +135,12 @@ def unpack(
     row = jnp.minimum(row, shape.rows - 1)
     positions = jnp.where(live, kv_lens[row] - starts[row + 1] + token, 0)
     slots = _slots(table, row, positions, live, **size)
-    return StepInputs(token_ids, row, positions, slots, kv_lens, state_rows, table, starts)
+    return StepInputs(token_ids, row, positions, slots, kv_lens, state_rows, table, starts), every
+
+
+def set_pages(page_table: Int[Array, "S1 W"], row: Int[Array, " one"], pages: Int[Array, " W"]) -> Int[Array, "S1 W"]:
+    """A whole row of the table at one time: more than a step brings, as when a prefix is found."""
+    return jax.lax.dynamic_update_slice(page_table, pages[None], (row[0], jnp.zeros((), row.dtype)))
 
 
 def one_a_row(

@@ -27,6 +27,7 @@ Carry = tuple[Array, Array, KVCache, Array | None]  # tokens, lengths, pages, co
 class MultiStepped(NamedTuple):
     token_ids: Int[Array, "steps R"]  # -1: the row's logits held NaN or infinity
     kv: KVCache
+    page_table: Int[Array, "S1 W"]
     last_tokens: Int[Array, " S1"]
     counts: UInt[Array, "S1 V"] | None  # None where nothing is counted: greedy
 
@@ -38,6 +39,7 @@ def multi_step(
     mode: SampleMode,
     params: Params,
     kv: KVCache,
+    page_table: Int[Array, "S1 W"],
     last_tokens: Int[Array, " S1"],
     packed: Int[Array, " n"],
     counts: UInt[Array, "S1 V"] | None = None,
@@ -45,7 +47,7 @@ def multi_step(
 ) -> MultiStepped:
     """`asked`: a sampler's packed rows, biases and masks, as of the first step."""
     size = {"page_size": graph.page_size, "num_pages": graph.num_pages}
-    first = unpack(shape, packed, last_tokens, **size)
+    first, table = unpack(shape, packed, last_tokens, page_table, **size)
     live = (first.kv_lens > 0).astype(jnp.int32)
     exchange = graph.exchange()
 
@@ -65,4 +67,4 @@ def multi_step(
     (tokens, _, kv, counts), told = jax.lax.scan(one, begin, length=steps)
     # Away from the loop's own memory: what the loop writes then has one address for ever, as CUDA graphs want it.
     told = jnp.maximum(told, -1)
-    return MultiStepped(told, kv, last_tokens.at[first.state_rows].set(tokens), counts)
+    return MultiStepped(told, kv, table, last_tokens.at[first.state_rows].set(tokens), counts)

@@ -91,7 +91,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class StagedStep:
-    """`steps.step` of one shape over all stages: the same arguments, with parameters and pages a list each."""
+    """`steps.step` of one shape over all stages: the same arguments; of parameters, pages and tables a list each."""
 
     stages: tuple[Any, ...]  # compiled; None: another process's
     hops: tuple[Copy | Hop, ...]  # into each stage
@@ -99,23 +99,36 @@ class StagedStep:
     hidden: Any  # stands for the hidden states where the last stage is not
 
     def __call__(
-        self, params: Sequence[Params], kv: Sequence[Any], last_tokens: Any, logits: Any, packed: Any
+        self,
+        params: Sequence[Params],
+        kv: Sequence[Any],
+        tables: Sequence[Any],
+        last_tokens: Any,
+        logits: Any,
+        packed: Any,
     ) -> Stepped:
-        new_kv = []
+        new_kv, new_tables = [], []
         *before, last = self.stages
         carry = last_tokens if last is not None else None
-        for stage, hop, whole, own, pages in zip(before, self.hops, self.wholes, params, kv):
+        for stage, hop, whole, own, pages, table in zip(before, self.hops, self.wholes, params, kv, tables):
             carry = hop(carry)
             if stage is not None:
-                inputs = jax.device_put(packed, whole) if whole.is_fully_addressable else packed
-                carry, pages = stage(own, pages, carry, inputs)
+                carry, pages, table = stage(own, pages, table, carry, _onto(whole, packed))
             new_kv.append(pages)
+            new_tables.append(table)
         x = self.hops[-1](carry)
         if last is None:
             nothing: Any = None
-            return Stepped(nothing, [*new_kv, kv[-1]], last_tokens, logits, self.hidden)
-        stepped: Stepped = last(params[-1], kv[-1], last_tokens, logits, packed, x)
-        return stepped._replace(kv=[*new_kv, stepped.kv])
+            every: Any = [*new_tables, tables[-1]]
+            return Stepped(nothing, [*new_kv, kv[-1]], every, last_tokens, logits, self.hidden)
+        stepped: Stepped = last(params[-1], kv[-1], tables[-1], last_tokens, logits, packed, x)
+        every = [*new_tables, stepped.page_table]
+        return stepped._replace(kv=[*new_kv, stepped.kv], page_table=every)
+
+
+def _onto(whole: jax.sharding.Sharding, given: Any) -> Any:
+    """What a stage is given, on its devices; where some are another process's, the call itself brings it there."""
+    return jax.device_put(given, whole) if whole.is_fully_addressable else given
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,20 @@ class OfLastStage:
 
     def __call__(self, params: Sequence[Params], *arguments: Any) -> Any:
         return self.compiled(params[-1], *arguments)
+
+
+@dataclass(frozen=True)
+class OfEveryStage:
+    """A function of each stage's own array, and of what all of them are given; None: another process's stage."""
+
+    compiled: tuple[Any, ...]
+    wholes: tuple[jax.sharding.Sharding, ...]
+
+    def __call__(self, arrays: Sequence[Any], *given: Any) -> list[Any]:
+        return [
+            array if compiled is None else compiled(array, *_onto(whole, given))
+            for compiled, whole, array in zip(self.compiled, self.wholes, arrays)
+        ]
 
 
 @dataclass(frozen=True)
@@ -171,6 +198,8 @@ def compile_stages(
             executables.table |= {job.key: Elsewhere(str(job.key[0])) for job in jobs}
     for shape in ladder.shapes():
         executables.table["step", shape] = _staged(executables, graphs, params, homes, tokens_on(0), shape)
+    setters = [executables.table["set_pages", number] if home.here else None for number, home in enumerate(homes)]
+    executables.table["set_pages",] = OfEveryStage(tuple(setters), tuple(wholes))
     for tokens in ladder.mixed_tokens:
         key = "prompt_logprobs", tokens
         executables.table[key] = OfLastStage(executables.table[key])

@@ -206,6 +206,7 @@ class Stepped(NamedTuple):
 
     token_ids: Int[Array, " R"]  # greedy; -1: the row's logits held NaN or infinity
     kv: KVCache
+    page_table: Int[Array, "S1 W"]
     last_tokens: Int[Array, " S1"]
     logits: Float[Array, "R V"]  # of each row's last token
     hidden: Float[Array, "T D"] | None  # of every token; None after a decode step
@@ -217,6 +218,7 @@ def step(
     shape: StepShape,
     params: Params,
     kv: KVCache,
+    page_table: Int[Array, "S1 W"],
     last_tokens: Int[Array, " S1"],
     logits: Float[Array, "R V"],
     packed: Int[Array, " n"],
@@ -228,12 +230,14 @@ def step(
     pipeline stage before passed on; without it this is the whole model.
     """
     del logits
-    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
+    size = {"page_size": graph.page_size, "num_pages": graph.num_pages}
+    inputs, table = unpack(shape, packed, last_tokens, page_table, **size)
     logits, kv, hidden, chosen = forward(graph, shape, params, kv, inputs, x)
     tokens, bad = graph.exchange().greedy(logits)
     last_tokens = last_tokens.at[inputs.state_rows].set(tokens)
     load = expert_load(graph, shape, inputs, chosen)
-    return Stepped(jnp.where(bad, -1, tokens), kv, last_tokens, logits, None if shape.decode else hidden, load)
+    hidden = None if shape.decode else hidden
+    return Stepped(jnp.where(bad, -1, tokens), kv, table, last_tokens, logits, hidden, load)
 
 
 def forward(
@@ -284,18 +288,20 @@ def pass_on(
     shape: StepShape,
     params: Params,
     kv: KVCache,
+    page_table: Int[Array, "S1 W"],
     carry: Int[Array, " S1"] | Float[Array, "T D"],
     packed: Int[Array, " n"],
-) -> tuple[Float[Array, "T D"], KVCache]:
+) -> tuple[Float[Array, "T D"], KVCache, Int[Array, "S1 W"]]:
     """A pipeline stage before the last: from the rows' last tokens, or the stage before, to the stage behind."""
     starts = jnp.issubdtype(carry.dtype, jnp.integer)
     last_tokens = carry if starts else jnp.zeros(1, jnp.int32)
-    inputs = unpack(shape, packed, last_tokens, page_size=graph.page_size, num_pages=graph.num_pages)
+    size = {"page_size": graph.page_size, "num_pages": graph.num_pages}
+    inputs, table = unpack(shape, packed, last_tokens, page_table, **size)
     kv, model, exchange = list(kv), graph.model(params), graph.exchange(shape)
     own, _, share = graph.dealt(shape)
     x = model.begin(own(inputs.token_ids), exchange) if starts else carry
     attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange, shape)
-    return model.through(x, own(inputs.positions), attend, onward, exchange), kv
+    return model.through(x, own(inputs.positions), attend, onward, exchange), kv, table
 
 
 def sample(

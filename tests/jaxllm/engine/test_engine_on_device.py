@@ -9,6 +9,7 @@ import pytest
 
 from jaxllm.config import load
 from jaxllm.core import FinishReason, RequestError, SamplingParams
+from jaxllm.engine.retry import ShrinkingRunner
 from jaxllm.engine.startup import start
 from jaxllm.graph.compile import compile_counter
 from pallas_kernels.dispatch import explain
@@ -155,6 +156,59 @@ def test_a_prefix_hit_gives_the_tokens_of_a_miss(build):
     assert [cached for _, _, cached in misses] == [0, 0]
     assert [cached for _, _, cached in hits] == [0, 40, 40]
     assert tokens(hits) == tokens([*misses, misses[0]])
+
+
+def run_and_watch_table(engine, requests):
+    """The pages of each sequence that runs are in the device's table, as far as a step may have read them."""
+    sequences = [engine.add(engine.make_request(ids, params))[0] for ids, params in requests]
+    runner, seen = getattr(engine.runner, "inner", engine.runner), set()
+    while engine.has_work:
+        engine.step()
+        table = np.asarray(runner.page_table)
+        for sequence in sequences:
+            if sequence.row is not None and sequence.num_computed:
+                have = -(-sequence.num_computed // SHAPE["page_size"])
+                assert table[sequence.row, :have].tolist() == sequence.pages[:have]
+                seen.add(sequence)
+    assert len(seen) == len(sequences)
+
+
+def test_the_table_on_the_device_has_every_rows_pages(build):
+    engine = build()
+    table, whole = engine.runner.executables.table, []
+    call = table["set_pages",]
+    table["set_pages",] = lambda *given: whole.append(given) or call(*given)
+    try:
+        run_and_watch_table(engine, [(prompt(60), greedy(30)), (prompt(4), greedy(30))])
+        assert not whole
+        shared = prompt(150)  # 19 pages, where a step of 64 tokens brings 12
+        short = [(prompt(n, 2), greedy(9)) for n in (5, 50)]
+        run_and_watch_table(engine, [*((shared + prompt(n, 1), greedy(30)) for n in (3, 20, 41)), *short])
+        assert len(whole) == 3
+    finally:
+        table["set_pages",] = call
+
+
+def test_what_a_refused_launch_was_to_bring_to_the_table_is_brought_again(build):
+    engine = build()
+    runner, pack, brought = engine.runner, engine.runner._pack, []
+
+    def refused(shape, parts):
+        before = list(runner._num_pages)
+        packed = pack(shape, parts)
+        if len(parts[0]) > 1 and runner._num_pages != before:
+            brought.append(shape)
+            if len(brought) % 2:
+                raise RuntimeError("RESOURCE_EXHAUSTED: nothing left")
+        return packed
+
+    runner._pack, engine.runner = refused, ShrinkingRunner(runner)
+    try:
+        run_and_watch_table(engine, [(prompt(n, 5), greedy(30)) for n in (30, 17, 60)])
+        assert engine.runner.retries >= 3
+    finally:
+        del runner._pack
+        engine.runner = runner
 
 
 def test_a_seed_gives_its_tokens_whatever_else_is_in_the_batch(build):

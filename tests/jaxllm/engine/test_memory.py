@@ -84,6 +84,7 @@ def test_the_table_shows_what_the_executables_asked_for():
     assert "(the executables need 3.00)" in str(made)
 
 
-def test_the_logits_every_bucket_keeps_and_room_for_small_arrays_are_counted():
-    made = config(max_num_seqs=64, decode_buckets=[16, 64])
-    assert kept_bytes(made, LLAMA_8B) == 80 * 128_256 * 4 + 65 * 128_256 * 2 + 6 * (2**21 - 2**8)
+def test_the_logits_every_bucket_keeps_the_rows_state_and_room_for_small_arrays_are_counted():
+    made = config(max_num_seqs=64, decode_buckets=[16, 64], page_size=16)
+    rows = 65 * (128_256 * 2 + 16_384 // 16 * 4)
+    assert kept_bytes(made, LLAMA_8B) == 80 * 128_256 * 4 + rows + 6 * (2**21 - 2**8)

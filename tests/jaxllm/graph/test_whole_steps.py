@@ -25,9 +25,10 @@ SIZES = dict(vocab_size=83, num_layers=2, d_model=64, num_heads=4, num_kv_heads=
 
 def stepped(config, params, *, whole):
     """Rows of 9, 1 and 20 tokens, and padding, over pages with something in them."""
-    shape = StepShape(ROWS, ROWS, 3, decode=True)
-    table = np.random.default_rng(0).permutation(PAGES)[:9].astype(np.int32).reshape(3, 3)
-    packed = jnp.asarray(pack(shape, [5, 80, -2], [1, 1, 1], [9, 1, 20], [0, 2, 1], table, scratch_row=3))
+    shape = StepShape(ROWS, ROWS, decode=True)
+    table = np.zeros((4, 3), np.int32)
+    table[:3] = np.random.default_rng(0).permutation(PAGES)[:9].reshape(3, 3)
+    packed = jnp.asarray(pack(shape, [5, 80, -2], [1, 1, 1], [9, 1, 20], [0, 2, 1], [0, 1, 2], [], scratch_row=3))
     held = (PAGES, config.num_kv_heads, PAGE, config.head_dim)
     keys = jax.random.split(jax.random.key(1), (config.num_layers, 2))
     kv = [tuple(jax.random.normal(key, held, jnp.float32) for key in pair) for pair in keys]
@@ -40,7 +41,8 @@ def stepped(config, params, *, whole):
         reference_attention=True,
     )
     run = jax.jit(functools.partial(step, graph, shape))
-    return run(params, kv, jnp.asarray([1, 7, 3, 0], jnp.int32), jnp.zeros((ROWS, config.vocab_size)), packed)
+    last_tokens, logits = jnp.asarray([1, 7, 3, 0], jnp.int32), jnp.zeros((ROWS, config.vocab_size))
+    return run(params, kv, jnp.asarray(table), last_tokens, logits, packed)
 
 
 def random_weights(config):
