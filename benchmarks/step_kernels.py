@@ -92,8 +92,9 @@ def main() -> int:
         gate.prepare(directory)
         compile_step(args.shape, args.kind, args.size, parts=args.parts)
         names = kernels(Path(directory))
-    at = [place for place, name in enumerate(names) if name.startswith("paged_decode")]
-    layer = names[at[1] : at[2]]  # from one attention to the next
+    calls = [place for place, name in enumerate(names) if name == "kCustomCall"]  # a layer's first is attention
+    each = len(calls) // LAYERS
+    layer = names[calls[each] : calls[2 * each]]  # from one attention to the next
     besides = len(names) - LAYERS * len(layer)
     print(f"{args.shape} {args.kind} {args.size}: {len(layer)} kernels a layer, {besides} besides")
     print("\n".join(f"  {name}" for name in layer))
