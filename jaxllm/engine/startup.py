@@ -404,6 +404,7 @@ def _compile(
                 chained,
                 whole,
                 "launched" if kernels == "launched" and homes[0].device.platform != "cpu" else None,
+                uniform=deterministic,
                 placement=home.placed(own),
             )
             for graphdef, home, own in zip(graphdefs, homes, params)

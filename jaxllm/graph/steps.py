@@ -43,7 +43,7 @@ from sharding.placement import Placement
 # Layers of one shape share one trace of these: an unrolled model is traced once a layer kind, not once a layer.
 _decode = jax.jit(decode_attention, static_argnames=("scale", "window", "implementation"))
 _narrow_decode = jax.jit(paged_attention_decode, static_argnames=("scale", "window", "implementation"))
-_ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "implementation"))
+_ragged = jax.jit(paged_attention, static_argnames=("scale", "window", "uniform", "implementation"))
 _turn_and_write = jax.jit(rope_page_write, static_argnames="implementation")
 _write = jax.jit(page_write)
 _separated = jax.jit(separated)
@@ -93,6 +93,7 @@ class Graph:
     chained: tuple[int, int] | None = None  # decode steps of so many rows, ends included: one kernel between attentions
     whole: tuple[tuple[int, int], ...] = ()  # of so many, in any of these: one op for all layers, if it takes the model
     whole_by: str | None = None  # that op's implementation, if not the first that accepts
+    uniform: bool = False  # bits of a token in a step with prompts do not depend on how many of its row come along
     parts: bool = False  # products of a few rows stay partial sums until a kernel adds them up: not yet measured
     # Where the model is spread; `graphdef` is then one shard's, `config` the whole's.
     placement: Placement | None = None
@@ -173,7 +174,7 @@ def paged_attend(graph: Graph, inputs: StepInputs, kv: KVCache, share: bool = Fa
             rows = inputs.page_table, inputs.kv_lens
             return _narrow_decode(q, *kv[layer], *rows, **how, implementation=decode, **scales)
         args = inputs.page_table, inputs.kv_lens, inputs.query_starts
-        return _ragged(q, *kv[layer], *args, **how, implementation=ragged, **scales)
+        return _ragged(q, *kv[layer], *args, **how, uniform=graph.uniform, implementation=ragged, **scales)
 
     return attend
 

@@ -74,6 +74,7 @@ def paged_attention(
     k_scale: jax.Array | None = None,  # f32[K], with float8_e4m3fn pages
     v_scale: jax.Array | None = None,
     return_lse: bool = False,
+    uniform: bool = False,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> Any:
@@ -85,6 +86,8 @@ def paged_attention(
     `soft_cap` c replaces each scaled score s by c * tanh(s / c). Scaled pages mean page * scale[kv head].
     A head's sink adds exp(sink) to the denominators of its softmax, and nothing to the sums above them. The log-sum-exp
     is the logarithm of the denominator, sink included; of a query that sees no key the lowest (-1e30).
+    `uniform`: a query's bits depend on its keys alone, not on how many queries come with it; rows of one query are
+    otherwise faster, and have the bits of paged_attention_decode.
     """
     _check("q[T, N, H]", q, k_pages, v_pages, page_table, kv_lens, scale, window, soft_cap)
     check_scales(k_pages, k_scale, v_scale)
@@ -96,6 +99,7 @@ def paged_attention(
         )
     run = dispatch("paged_attention", implementation=implementation, platform=platform)
     options = _options(q, scale, window, soft_cap, sinks, k_scale, v_scale, return_lse)
+    options |= {"uniform": True} if uniform else {}
     return run(q, k_pages, v_pages, page_table, kv_lens, query_starts, **options)
 
 

@@ -13,7 +13,8 @@ the array, of whose length the kernel knows nothing. Other tiles' queries come t
 moved to such places first, unless they lie there. Tiles that start elsewhere or end early store query by query: what
 follows is somebody else's.
 e4m3 pages pass through a fourth warpgroup, which makes them as wide as the queries in shared memory.
-Rows of one query go to the decode kernel, so that their bits are those of a decode step.
+Rows of one query go to the decode kernel, so that their bits are those of a decode step; unless `uniform` asks that a
+query's bits are those it has among others of its row.
 A row's bits do not depend on the batch: blocks lie at fixed key positions, and those a query cannot see change
 nothing. It does not know how pages are written.
 """
@@ -67,6 +68,7 @@ def paged_attention(
     k_scale: jax.Array | None = None,  # f32[K], with e4m3 pages
     v_scale: jax.Array | None = None,
     return_lse: bool = False,
+    uniform: bool = False,
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> Any:
@@ -85,8 +87,10 @@ def paged_attention(
         return_lse=return_lse,
         blocks=blocks,
         interpret=interpret,
-        fewest=2,
+        fewest=1 if uniform else 2,
     )
+    if uniform:
+        return found
     if interpret is not None:  # the interpreter's threads and other work of the CPU's small pool can starve each other
         found, q = lax.optimization_barrier((found, q))
     single = query_starts[1:] - query_starts[:-1] == 1

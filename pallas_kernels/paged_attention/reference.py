@@ -95,9 +95,10 @@ def paged_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     return_lse: bool = False,
+    uniform: bool = False,
     scores_at_once: int = SCORES_AT_ONCE,
 ) -> Any:
-    """Ragged rows; see api.paged_attention.
+    """Ragged rows; see api.paged_attention. All are computed alike, whatever `uniform` says.
 
     The flat queries are cut into tiles of one row each; groups of tiles attend together. The trip counts of both
     loops are data: tiles that do not exist and keys that no tile of the group sees cost nothing.

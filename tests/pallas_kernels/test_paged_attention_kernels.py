@@ -265,6 +265,26 @@ def test_a_ragged_row_has_the_same_bits_in_chunks_and_at_any_place_in_the_batch(
     assert apart.max() <= (0 if ON_GPU else 1)
 
 
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_query_has_the_same_bits_alone_as_among_others_of_its_row_where_that_is_asked_for(uniform):
+    spec = replace(RAGGED, rows=((5, 300), (1, 60)))
+    q, k, v, table, lengths, starts = spec.inputs()
+    ragged = mosaic_sm90.paged_attention if ON_GPU else interpreted.ragged
+    attend = jax.jit(functools.partial(ragged, uniform=uniform, **spec.options))
+    whole = bits(attend(q, k, v, table, lengths, starts))
+    alone = []
+    for number in range(5):
+        held = np.concatenate([q[number : number + 1], q[5:]])
+        each = np.array([300 - 4 + number, 60], np.int32)
+        alone.append(bits(attend(held, k, v, table, each, np.array([0, 1, 2], np.int32)))[0])
+    apart = np.abs(np.stack(alone).astype(np.int32) - whole[:5].astype(np.int32))
+    if uniform:
+        # The interpreter's products are the CPU's, whose last bit may depend on a row's place in its tile.
+        assert apart.max() <= (0 if ON_GPU else 1)
+    else:
+        assert apart.max() > (0 if ON_GPU else 1)
+
+
 @pytest.mark.parametrize("fewest", [1, 2])
 @pytest.mark.parametrize(("counts", "padding"), [((1, 0, 128, 129, 5), 0), ((300, 1, 1), 70), ((0, 0), 3), ((1,), 0)])
 def test_tiles_cover_every_query_of_long_enough_rows_and_the_padding_once_longest_first(counts, padding, fewest):

@@ -6,6 +6,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from helpers.same_bits import logprobs_of
 
 from jaxllm.config import load
 from jaxllm.core import FinishReason, RequestError, SamplingParams
@@ -319,24 +320,6 @@ def test_abort_frees_everything_and_the_others_go_on(build):
         engine.step()
     assert tuple(kept.output_token_ids) == alone[0]
     assert engine.scheduler.pool.num_held == 0
-
-
-def logprobs_of(engine, requests, order=None):
-    """Each request's tokens and the bits of their log-probabilities; `order`: in which they are added, one a step."""
-    made = [engine.make_request(ids, params) for ids, params in requests]
-    sequences, found = {}, {}
-    waiting = list(order if order is not None else range(len(made)))
-    while waiting or engine.has_work:
-        if waiting and (order is not None or not sequences):
-            for place in waiting if order is None else waiting[:1]:
-                sequences[engine.add(made[place])[0]] = place
-            waiting = [] if order is None else waiting[1:]
-        for output in engine.step():
-            if output.logprobs is not None:
-                found.setdefault(sequences[output.sequence], []).append(
-                    (output.token_id, np.float32(output.logprobs.logprob).tobytes())
-                )
-    return [found[place] for place in range(len(made))]
 
 
 def crowd():
