@@ -358,8 +358,9 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
 
 
 # Bytes that a function of a CUDA source may spill, where it is not next to none: numbers kept over calls and around
-# loops. The disassembly shows no load or store in decode_attention.cu's loops over tiles, and up to eight in wide.cu's.
-SOURCE_ALLOWANCES = {"decode_attention.cu": 160, "launched.cu": 160, "wide.cu": 480}
+# loops. The disassembly shows no load or store in the loops over tiles of decode_attention.cu and decode_chain.cu, and
+# up to eight in wide.cu's.
+SOURCE_ALLOWANCES = {"decode_attention.cu": 160, "decode_chain.cu": 96, "launched.cu": 160, "wide.cu": 480}
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,

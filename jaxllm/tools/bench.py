@@ -30,6 +30,7 @@ from jaxllm.tools.figures import RATE, Figure, median_figure
 from pallas_kernels.roofline import H200, Ceilings, ModelDims, decode_floor, prefill_floor, workload_floor
 
 SHORT_OUT, LONG_OUT = 64, 192
+OWN_TOKENS = 32  # of a prompt, behind a prefix that it shares
 PROMPT_IDS = (10, 10_000)  # from, below
 WORKLOAD_REQUESTS, WORKLOAD_TOKENS = 256, (100, 1024)
 CEILINGS = (H200,)
@@ -136,6 +137,29 @@ class Bench:
             notes["steps a dispatch"] = (self.metrics.steps - steps) / (self.metrics.dispatches - dispatches)
         floor = self.floors.decode_ms(batch, context)
         return median_figure("decode step", f"batch {batch}, context {context}", "ms", step, floor=floor, notes=notes)
+
+    def shared_prefix(self, lengths: Sequence[int]) -> Iterator[Figure]:
+        """Time to first token of a prompt whose prefix is new, and of another behind the same prefix.
+
+        BenchError where the second did not find it.
+        """
+        source, highest = random.Random(self.seed), self._vocabulary()
+        draw = lambda n: [source.randrange(min(PROMPT_IDS[0], highest - 1), highest) for _ in range(n)]  # noqa: E731
+        first = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1, detokenize=False)
+        for tokens in lengths:
+            pairs = []
+            for _ in range(self.repeats + 1):
+                prefix = draw(tokens)
+                own = [[*prefix, *draw(OWN_TOKENS)] for _ in range(2)]
+                pairs.append([self._timed([prompt], [first]) * 1e3 for prompt in own])
+                again = self.llm.generate([[*prefix, *draw(OWN_TOKENS)]], [first], use_tqdm=False)[0]
+                if again.num_cached_tokens < tokens // 2:
+                    raise BenchError(f"{again.num_cached_tokens} of {tokens} tokens were cached: is prefix_cache on?")
+            missed, hit = zip(*pairs[1:])
+            at = f"{tokens} tokens shared, {OWN_TOKENS} its own"
+            yield median_figure("first token, new prefix", at, "ms", missed)
+            notes = {"times shorter": statistics.median(missed) / statistics.median(hit)}
+            yield median_figure("first token, known prefix", at, "ms", hit, notes=notes)
 
     def throughput(self, requests: int = WORKLOAD_REQUESTS, tokens: tuple[int, int] = WORKLOAD_TOKENS) -> Figure:
         """All requests at once; output tokens per second."""

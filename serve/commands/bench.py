@@ -195,6 +195,23 @@ class Commands:
         subject = _subject(llm, repeats)
         write(_heard([subject.bench.throughput(requests, (shortest, most))]), out, label, subject)
 
+    def prefix(
+        self,
+        model: Model = None,
+        config: Config = None,
+        shared: Annotated[str, typer.Option(help="Tokens of the prefix.")] = "8192",
+        repeats: Repeats = 3,
+        settings: Settings = None,
+        out: Out = None,
+        label: Label = "",
+    ) -> None:
+        """Time to first token behind a prefix that is new, and behind one that another prompt has brought."""
+        lengths = numbers(shared)
+        wanted = dict(prefix_cache=True, max_model_len=longest(model, max(lengths, default=1) + 64))
+        llm = self.open_llm(model, config, with_defaults(model, config, settings, **wanted))
+        subject = _subject(llm, repeats)
+        write(_heard(subject.bench.shared_prefix(lengths)), out, label, subject)
+
     def startup(
         self,
         model: Model = None,
@@ -260,6 +277,7 @@ def add_commands(app: typer.Typer, open_llm: OpenLLM) -> None:
     )
     bench.command("latency")(commands.latency)
     bench.command("throughput")(commands.throughput)
+    bench.command("prefix")(commands.prefix)
     bench.command("startup")(commands.startup)
     bench.command("first-token", hidden=True)(commands.first_token)
     bench.command("serve")(bench_serve)

@@ -87,6 +87,20 @@ def test_throughput_of_a_small_workload(jaxllm, model, cache):
     assert " tok/s | " in printed
 
 
+def test_a_known_prefix_is_told_beside_a_new_one(jaxllm, model, cache):
+    code, printed, told = jaxllm("bench", "prefix", model, "--shared", "96", "--repeats", "2", *SMALL, "--set", cache)
+    assert code == 0
+    assert [line.split("|")[1:3] for line in printed.splitlines()[2:]] == [
+        [" first token, new prefix ", " 96 tokens shared, 32 its own "],
+        [" first token, known prefix ", " 96 tokens shared, 32 its own "],
+    ]
+    assert "times shorter" in printed.splitlines()[0]
+    off = ("--set", "prefix_cache=false")
+    code, _, told = jaxllm("bench", "prefix", model, "--shared", "96", "--repeats", "1", *SMALL, "--set", cache, *off)
+    assert code == 1
+    assert "0 of 96 tokens were cached: is prefix_cache on?" in told
+
+
 def test_start_up_is_told_by_phase_cold_and_warm(jaxllm, model):
     code, printed, _ = jaxllm("bench", "startup", model, *SMALL)
     assert code == 0

@@ -64,6 +64,26 @@ def test_a_decode_step_is_free_of_prefill(clock):
     assert (sampling.temperature, sampling.ignore_eos) == (0.0, True)
 
 
+def test_a_known_prefix_is_timed_behind_a_new_one(clock):
+    known, whole = set(), clock.generate
+
+    def generate(prompts, params, *, use_tqdm=True):
+        """What is cached costs nothing."""
+        prefix = tuple(prompts[0][:1000])
+        outputs = whole(prompts, params)
+        if prefix in known:
+            clock.now -= 1e-6 * 1000
+            outputs[0].num_cached_tokens = 1000
+        known.add(prefix)
+        return outputs
+
+    clock.generate = generate
+    new, again = Bench(clock, floors(CONFIG, ""), repeats=2).shared_prefix([1000])
+    assert (new.value, again.value) == pytest.approx((1.032, 0.032))
+    assert len(again.repeats) == 2
+    assert again.notes["times shorter"] == pytest.approx(1.032 / 0.032)
+
+
 def test_what_the_device_waited_for_the_host_is_told_a_step(clock):
     metrics = Metrics()
     whole = clock.generate
