@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a prompt waits for beside its kernels: the page table that stays (ADR 50), launches one by one, tokens that the step itself
 # writes to host memory. One H200, repository root, results under $OUT; carry .whl and build/k (python -m benchmarks.jobs.carry).
-# Nothing is kept between variants, so each compiles its few buckets: about 5 minutes.
+# Nothing is kept between variants, so each compiles its few buckets: about 6 minutes.
 set -uo pipefail
 OUT=${OUT:-build/prompt}
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
@@ -15,5 +15,9 @@ for variant in ${VARIANTS:-after one_by_one host_tokens prompt}; do
     --set decode_buckets=[1,32,256] --set token_buckets=[1024,8192] --set max_num_seqs=256 --set max_num_batched_tokens=8192 \
     --label "$COMMIT $variant" --out "$OUT/${SHAPE:-llama-3.1-8b}-$variant.json" 2>&1 | tail -n 9
 done
+echo "== a prefix of 8k, known"; date -u +%T
+timeout 100 python3 -W ignore -m serve.cli bench prefix "$model" --shared 8192 --set max_num_seqs=64 --set max_num_batched_tokens=8192 \
+  --label "$COMMIT" --out "$OUT/${SHAPE:-llama-3.1-8b}-prefix.json" 2>&1 | tail -n 6
+echo "predicted: 207 ms new, 8 known: 26x (bar 10x)"
 echo "predicted, a prompt of 1k of 8B: 23.9 before, after 22.7, one_by_one 22.1, host_tokens 22.3, prompt 21.7 (bar 22); decode the same"
 date -u +%T
