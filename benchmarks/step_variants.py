@@ -1,7 +1,7 @@
 """jaxllm's command line with the many small kernels of a step as they were, or as partial sums: for A/B runs.
 
 In: a variant, then a command line of jaxllm. Out: what that command prints. The two ways run the same model on the same
-weights; only who norms, rotates, writes, adds and samples differs.
+weights; only who norms, rotates, writes, adds and samples differs, or how a step is launched and read.
 
     python -m benchmarks.step_variants before bench latency MODEL --batch 1,32,256
     python -m benchmarks.step_variants after | parts | attention | norms | one_by_one | host_tokens | prompt ...

@@ -1,11 +1,6 @@
 #!/usr/bin/env bash
 # Deterministic mode on a GPU: the same bits, and what they cost? One H200, repository root, results under $OUT; carry .whl and build/k.
 # About 4 minutes.
-set -uo pipefail
-OUT=${OUT:-build/deterministic}
-COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
-mkdir -p "$OUT"
-exec > >(tee -a "$OUT/job.log") 2>&1
 . benchmarks/jobs/device.sh
 date -u +%T
 timeout 120 python3 -m pytest -m gpu -p no:cacheprovider -o addopts="--strict-markers" -q tests/gpu/test_deterministic_on_gpu.py 2>&1 | tail -n 20

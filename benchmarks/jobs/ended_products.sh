@@ -2,11 +2,6 @@
 # Products that end in their cluster (ADR 48) and attention by keys times queries (ADR 49): right, and faster? One H200, repository
 # root, results under $OUT; carry .whl and build/k (python -m benchmarks.jobs.carry --also=-DJAXLLM_MMA). PART picks stages
 # (launches,check,suite,time,few,engine); default all, about 9 minutes. A hang costs its stage: the first ones are the cheapest.
-set -uo pipefail
-OUT=${OUT:-build/ended_products}
-COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
-mkdir -p "$OUT"
-exec > >(tee -a "$OUT/job.log") 2>&1
 . benchmarks/jobs/device.sh
 part() { [ -z "${PART:-}" ] || [[ ",$PART," == *",$1,"* ]]; }
 stage() { echo "== $1 (at most $2 s)"; date -u +%T; }

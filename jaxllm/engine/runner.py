@@ -281,7 +281,7 @@ class Runner:
     def _pack_shard(self, shape: StepShape, part: SequenceOf[tuple[int, ScheduledRow]]) -> np.ndarray:
         token_ids: list[int] = []
         scratch = self.scratch
-        news = self._news(shape, part)
+        new_pages = self._new_pages(shape, part)
         for place, row in part:
             known = row.sequence.tokens[row.start : row.start + row.count]
             token_ids += known
@@ -294,24 +294,24 @@ class Runner:
             [row.start + row.count for _, row in part],
             [place % (scratch + 1) if row.sample else scratch for place, row in part],
             [place % (scratch + 1) for place, _ in part],
-            news,
+            new_pages,
             scratch,
         )
 
-    def _news(self, shape: StepShape, part: SequenceOf[tuple[int, ScheduledRow]]) -> list[tuple[int, int]]:
+    def _new_pages(self, shape: StepShape, part: SequenceOf[tuple[int, ScheduledRow]]) -> list[tuple[int, int]]:
         """What the page table lacks of these rows' pages. More than the step takes along goes ahead of it by rows."""
-        news: list[tuple[int, int]] = []
+        found: list[tuple[int, int]] = []
         for place, row in part:
             have, pages = self._num_pages[place], row.sequence.pages
             if have >= len(pages):
                 continue
             self._num_pages[place] = len(pages)
-            if len(news) + len(pages) - have > shape.new_pages:
+            if len(found) + len(pages) - have > shape.new_pages:
                 self._set_pages(place, pages)
             else:
                 begin = place % (self.scratch + 1) * self.ladder.width
-                news += [(begin + number, pages[number]) for number in range(have, len(pages))]
-        return news
+                found += [(begin + number, pages[number]) for number in range(have, len(pages))]
+        return found
 
     def _set_pages(self, place: int, pages: SequenceOf[int]) -> None:
         """A row's whole line of the page table; other shards write theirs of the scratch row."""

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,9 +111,7 @@ class Bench:
 
     def latency(self, batches: Sequence[int], contexts: Sequence[int], prefills: Sequence[int]) -> Iterator[Figure]:
         """Decode steps at every batch and context, then single prompts; each yielded as soon as it is known."""
-        source = random.Random(self.seed)
-        highest = self._vocabulary()
-        draw = lambda n: [source.randrange(min(PROMPT_IDS[0], highest - 1), highest) for _ in range(n)]  # noqa: E731
+        draw = self._draws()
         self._generate([draw(16)] * 2, [8] * 2)
         for context in contexts:
             for batch in batches:
@@ -143,18 +141,15 @@ class Bench:
 
         BenchError where the second did not find it.
         """
-        source, highest = random.Random(self.seed), self._vocabulary()
-        draw = lambda n: [source.randrange(min(PROMPT_IDS[0], highest - 1), highest) for _ in range(n)]  # noqa: E731
-        first = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1, detokenize=False)
+        draw = self._draws()
         for tokens in lengths:
             pairs = []
             for _ in range(self.repeats + 1):
                 prefix = draw(tokens)
-                own = [[*prefix, *draw(OWN_TOKENS)] for _ in range(2)]
-                pairs.append([self._timed([prompt], [first]) * 1e3 for prompt in own])
-                again = self.llm.generate([[*prefix, *draw(OWN_TOKENS)]], [first], use_tqdm=False)[0]
-                if again.num_cached_tokens < tokens // 2:
-                    raise BenchError(f"{again.num_cached_tokens} of {tokens} tokens were cached: is prefix_cache on?")
+                new, known = (self._first_token([*prefix, *draw(OWN_TOKENS)]) for _ in range(2))
+                if known[1] < tokens - tokens // 16:  # the last page may be its own
+                    raise BenchError(f"{known[1]} of {tokens} tokens were cached: is prefix_cache on?")
+                pairs.append((new[0] * 1e3, known[0] * 1e3))
             missed, hit = zip(*pairs[1:])
             at = f"{tokens} tokens shared, {OWN_TOKENS} its own"
             yield median_figure("first token, new prefix", at, "ms", missed)
@@ -174,21 +169,39 @@ class Bench:
         notes = {"exposed host, s": exposed} if exposed else {}
         return median_figure("throughput", at, RATE, rates, floor=floor, notes=notes)
 
+    def _draws(self) -> Callable[[int], list[int]]:
+        """Of so many token ids."""
+        source, highest = random.Random(self.seed), self._vocabulary()
+        return lambda n: [source.randrange(min(PROMPT_IDS[0], highest - 1), highest) for _ in range(n)]
+
     def _vocabulary(self) -> int:
         return min(PROMPT_IDS[1], self.floors.dims.V)
 
     def _generate(self, prompts: Sequence[Sequence[int]], outs: Sequence[int]) -> float:
-        greedy = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n, detokenize=False) for n in outs]
-        return self._timed(prompts, greedy)
+        return self._timed(prompts, [_greedy(n) for n in outs])
+
+    def _first_token(self, prompt: Sequence[int]) -> tuple[float, int]:
+        """Seconds, and how many of the prompt's tokens were cached."""
+        seconds, outputs = self._run([prompt], [_greedy(1)])
+        return seconds, outputs[0].num_cached_tokens
 
     def _timed(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> float:
+        return self._run(prompts, params)[0]
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> tuple[float, list[RequestOutput]]:
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         for output, wanted in zip(outputs, params, strict=True):
             if output.error is not None or len(output.outputs[0].token_ids) != wanted.max_tokens:
                 raise BenchError(f"request {output.request_id} ended early: {output.error or output.outputs[0]}")
-        return seconds
+        return seconds, outputs
+
+
+def _greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=tokens, detokenize=False)
 
 
 def workload(requests: int, tokens: tuple[int, int], highest: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:

@@ -12,6 +12,7 @@ from jaxllm.config import load
 from jaxllm.core import FinishReason, RequestError, SamplingParams
 from jaxllm.engine.retry import ShrinkingRunner
 from jaxllm.engine.startup import start
+from jaxllm.graph import steps
 from jaxllm.graph.compile import compile_counter
 from pallas_kernels.dispatch import explain
 
@@ -339,6 +340,18 @@ def test_in_deterministic_mode_logprobs_have_the_same_bits_whatever_the_batch_an
     tight = build(num_pages=26, **fixed)
     assert logprobs_of(tight, requests) == alone
     assert tight.scheduler.metrics.preemptions > 0
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_in_deterministic_mode_rows_of_one_query_are_asked_to_attend_as_others_do(
+    directory, monkeypatch, deterministic
+):
+    """On a CPU they do in either mode; on a GPU their bits would be those of another kernel."""
+    asked, ragged = set(), steps._ragged
+    monkeypatch.setattr(steps, "_ragged", lambda *arrays, **how: asked.add(how["uniform"]) or ragged(*arrays, **how))
+    buckets = dict(decode_buckets=(), token_buckets=()) if deterministic else {}
+    start(load(model=directory, cache_dir="", deterministic=deterministic, **SHAPE | buckets))
+    assert asked == {deterministic}
 
 
 def test_without_deterministic_mode_some_bits_follow_the_batch(build):

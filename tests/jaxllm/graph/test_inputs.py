@@ -7,11 +7,8 @@ import pytest
 
 from jaxllm.graph.inputs import SampleRow, StepShape, pack, pack_samples, set_pages, unpack, unpack_samples
 
-PAGE, PAGES, SCRATCH = 4, 32, 9
+PAGE, PAGES, SCRATCH, WIDTH = 4, 32, 9, 3
 LAST = jnp.arange(100, 110, dtype=jnp.int32)  # what each state row sampled last
-
-
-WIDTH = 3
 
 
 def table_of(**rows):

@@ -82,6 +82,20 @@ def test_a_known_prefix_is_timed_behind_a_new_one(clock):
     assert (new.value, again.value) == pytest.approx((1.032, 0.032))
     assert len(again.repeats) == 2
     assert again.notes["times shorter"] == pytest.approx(1.032 / 0.032)
+    assert [params.max_tokens for *_, params in clock.calls] == [1] * 6  # a warm-up and two repeats, of two prompts
+
+
+def test_half_a_known_prefix_is_an_error(clock):
+    whole = clock.generate
+
+    def generate(prompts, params, *, use_tqdm=True):
+        outputs = whole(prompts, params)
+        outputs[0].num_cached_tokens = 500
+        return outputs
+
+    clock.generate = generate
+    with pytest.raises(BenchError, match="500 of 1000 tokens were cached: is prefix_cache on"):
+        list(Bench(clock, floors(CONFIG, "")).shared_prefix([1000]))
 
 
 def test_what_the_device_waited_for_the_host_is_told_a_step(clock):
