@@ -38,7 +38,6 @@ PREDICTED = {"32x8192": 4.2, "128x1024": 4.0, "32x1024": 3.4, "8x1024": 1.5, "1x
 HEADS = {"256x1088": 4.0, "128x1088": 3.8, "32x1088": 3.3, "8x1088": 1.3}  # with new keys and values; predictions
 VARIANTS: dict[str, Variant] = {
     "ours": (),
-    "by warps": ("-DJAXLLM_MMA",),  # ADR 0049
 }
 SPLITS: dict[str, Variant] = {f"split {keys}": (f"-DJAXLLM_SPLIT={keys}",) for keys in (128, 256)}
 CHECKED = (

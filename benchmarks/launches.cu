@@ -26,16 +26,18 @@ struct Bench {
   int M; std::vector<int64_t> cuts; bool attends = true, chains = true;
   std::vector<uint16_t*> o, gu, dn, qkv, k, v; uint16_t *x, *norms, *out; char* work; int *table, *lens; float *cs; int pages;
   void record(cudaStream_t st, int rep) {
-    Sizes z = {S.L, M, 132, S.D, S.F, 32, 8, 16, 2048};
+    const int64_t sums = 8 * 6144;
+    Sizes z = {S.L, M, 132, S.D, S.F, 32, 8, 16, 2048, sums};
     Call a{}; const Room room = lay_out(a, z, work); a.eps = 1e-5f, a.scale = .088f * kLog2e;
-    a.qkv = room.qkv, a.table = table, a.lens = lens, a.cosines = cs, a.sines = cs, a.out = room.mixed;
-    Chain chain = {st, cuts.data(), M, S.D, S.O, S.F, S.Q, 1e-5f, lay_out(M, S.D, S.F, work)};
+    a.table = table, a.lens = lens, a.cosines = cs, a.sines = cs, a.out = room.mixed;
+    Chain chain = {st, cuts.data(), 132, M, S.D, S.O, S.F, S.Q, 1e-5f, lay_out(M, S.D, S.F, sums, work)};
+    a.qkv = chain.w.sums, a.addends = cuts.empty() ? 2 : chain.splits(kStages - 1);
     for (int r = 0; r < rep; ++r) for (int l = 0; l < S.L; ++l) {
       const bool first = r == 0 && l == 0;
       a.k_pages = k[l], a.v_pages = v[l]; GOOD(map_pages(a, pages));
       if (attends) GOOD(launch_attention(st, a, !first));
       if (!chains) continue;
-      chain.record({o[l], nullptr, norms, gu[l], dn[l], norms, qkv[l], nullptr}, room.mixed, x, out, room.qkv, !first || attends);
+      chain.record({o[l], nullptr, norms, gu[l], dn[l], norms, qkv[l], nullptr}, room.mixed, x, out, nullptr, !first || attends);
       GOOD(chain.fault);
     }
   }
@@ -71,27 +73,19 @@ int main() {
   lay(0);
   OK(cudaMalloc(&B.lens, most * 4)); OK(cudaMemcpy(B.lens, lens.data(), most * 4, cudaMemcpyHostToDevice));
   B.cs = reinterpret_cast<float*>(make(most * 64 * 2, 0)); OK(cudaDeviceSynchronize());
-  // Cuts of o, gate and up, down, qkv: width, splits, sharers, what they share, clusters at one time.
-  for (int size : {2, 4, 8}) printf("clusters of %d at one time: %d\n", size, int(clusters_at_once(size)));
+  // Cuts of o, gate and up, down, qkv: width, splits, what neighbours share (1: x).
   using Cuts = std::vector<int64_t>;
-  const Cuts eights = {64, 2, 4, 1, 16, 224, 1, 4, 1, 32, 64, 2, 4, 1, 16, 96, 2, 4, 1, 16};
-  const Cuts pairs = {64, 2, 4, 1, 16, 224, 1, 2, 1, 66, 64, 2, 4, 1, 16, 96, 2, 4, 1, 16};
-  const Cuts sooner = {64, 2, 2, 1, 32, 224, 1, 4, 1, 32, 64, 2, 4, 1, 16, 96, 2, 4, 1, 16};  // o begins while attention ends
-  const Cuts fours = {64, 2, 2, 1, 32, 224, 1, 2, 1, 66, 64, 2, 2, 1, 32, 96, 2, 2, 1, 32};
-  const Cuts whole = {64, 1, 2, 0, 66, 224, 1, 2, 0, 66, 64, 1, 2, 0, 66, 96, 1, 2, 0, 66};
-  const Cuts halves = {128, 2, 2, 0, 32, 224, 1, 2, 0, 66, 128, 2, 2, 0, 32, 96, 1, 2, 0, 66};
-  const Cuts quarters = {128, 2, 2, 0, 32, 224, 1, 2, 0, 66, 128, 2, 2, 0, 32, 128, 4, 2, 0, 16};
+  const std::vector<std::pair<const char*, Cuts>> few = {{"four splits", {128, 4, 1, 224, 1, 1, 128, 4, 1, 96, 2, 1}}, {"qkv whole", {128, 4, 1, 224, 1, 1, 128, 4, 1, 64, 1, 1}}},
+    many = {{"two splits", {128, 2, 0, 224, 1, 0, 128, 2, 0, 96, 1, 0}}, {"of two, qkv of four", {128, 2, 0, 224, 1, 0, 128, 2, 0, 128, 4, 0}}};
   for (int M : {32, 64, 128, 192, 256}) {
     B.M = M;
     B.chains = false, B.attends = true, B.run("attention", 0);
     B.chains = true;
-    const std::vector<std::pair<const char*, Cuts>> few = {{"clusters of eight", eights}, {"of eight, gate and up of two", pairs}, {"of four", fours}, {"o of four", sooner}};
-    const std::vector<std::pair<const char*, Cuts>> many = {{"no splits", whole}, {"two splits", halves}, {"two and four", quarters}};
     for (const auto& [name, cuts] : M > 192 ? many : few) {
       B.cuts = cuts;
       B.attends = false, B.run((std::string("chain, ") + name).c_str(), 0);
       B.attends = true, B.run((std::string("all, ") + name).c_str(), 0);
     }
-    if (M == 128) B.cuts = eights, B.run("all, longer", 1.5);
+    if (M == 128) B.cuts = few[0].second, B.run("all, longer", 1.5);
   }
 }

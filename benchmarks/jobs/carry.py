@@ -22,9 +22,7 @@ import jax
 
 from jaxllm.graph.libraries import LIBRARIES
 from pallas_kernels import compiled
-from pallas_kernels.compiled import NVCC, built
-from pallas_kernels.decode_attention import cuda as decode_attention
-from pallas_kernels.decode_layers import launched
+from pallas_kernels.compiled import NVCC
 
 LACKING = (
     "annotated-types",
@@ -46,15 +44,12 @@ def main() -> None:
     """Both, and what became of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cuda", type=Path, help="a folder with bin/nvcc, include and lib")
-    parser.add_argument(
-        "--also", default="", help="nvcc flags of one more build of what has attention, such as -DJAXLLM_MMA"
-    )
     options = parser.parse_args()
     if options.cuda:
         os.environ["PATH"] = f"{options.cuda / 'bin'}:{os.environ['PATH']}"
         os.environ["NVCC_APPEND_FLAGS"] = f"-I{options.cuda / 'include'} -L{options.cuda / 'lib'}"
     wheels()
-    libraries(tuple(options.also.split()))
+    libraries()
 
 
 def wheels() -> None:
@@ -65,24 +60,24 @@ def wheels() -> None:
     print(f"{len(wanted)} wheels in {WHEELS}")
 
 
-def libraries(also: tuple[str, ...]) -> None:
-    """All that a single GPU may call, one at a time: nvcc compiles the kernels of a file side by side."""
+def libraries() -> None:
+    """All that a single GPU may call, one at a time: nvcc compiles the kernels of a file side by side. What the last archive has is
+    not built again."""
     compiled.CACHE = folder = KERNELS / "kernels"
-    shutil.rmtree(folder, ignore_errors=True)
-    for each in LIBRARIES.values():
-        each.library()
-    for module in (decode_attention, launched) if also else ():
-        built(module.SOURCE, module.INCLUDES, (*NVCC, *also))
-    paths = sorted(folder.glob("*.so"))
+    packed = KERNELS / "kernels.tar.xz"
+    if packed.exists() and not folder.exists():
+        with tarfile.open(packed) as archive:
+            archive.extractall(folder, filter="data")
+    paths = [Path(each.library()._name) for each in LIBRARIES.values()]
     include = f"-I{jax.ffi.include_dir()}"
-    for name, flags in {"launches": (), **({"launches_also": also} if also else {})}.items():
-        line = [NVCC[0], "-O3", "-std=c++17", NVCC[3], NVCC[4], "-cudart", "static", include, *flags]
-        subprocess.run([*line, "-o", str(KERNELS / name), "benchmarks/launches.cu"], check=True)
-    with tarfile.open(KERNELS / "kernels.tar.xz", "w:xz") as archive:
+    line = [NVCC[0], "-O3", "-std=c++17", NVCC[3], NVCC[4], "-cudart", "static", include]
+    subprocess.run([*line, "-o", str(KERNELS / "launches"), "benchmarks/launches.cu"], check=True)
+    with tarfile.open(packed, "w:xz") as archive:
         for path in paths:
             for each in (path, path.with_name(f"{path.name}.sha256")):
                 archive.add(each, each.name)
-    print(f"{len(paths)} libraries, {(KERNELS / 'kernels.tar.xz').stat().st_size / 2**20:.1f} MiB")
+    shutil.rmtree(folder)  # the archive is what travels
+    print(f"{len(paths)} libraries, {packed.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 // Products of a tile by the tensor cores of a worker's four warps (mma, keys by queries): 16 keys' scores a warp, then 32 columns of
 // the output a warp, with what all four have made of the scores. An instruction has 16 x 8 places, of which a group of queries
-// fills up to all: the warpgroup's (by_warpgroup.h) have 64 x 64 for the same eight rows, and the card is at its power limit.
+// fills up to all; a warpgroup's would have 64 x 64 for the same eight rows, and the card is at its power limit (ADR 49).
 #pragma once
 
 namespace {
-
-constexpr bool kAllHold = true;  // sums: every warp does, of its columns
 
 // A lane has of queries 2t and 2t + 1 the columns 32 * warp + 16i + 8h + g.
 struct Sums {

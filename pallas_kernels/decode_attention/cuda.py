@@ -26,10 +26,7 @@ HERE = Path(__file__).parent
 SHARED, TENSOR_CORES = HERE.parent / "decode_layers", HERE.parent / "decode_chain"
 SOURCE = HERE / "decode_attention.cu"
 INCLUDES = (
-    *(
-        HERE / name
-        for name in ("call.h", "kernel.h", "dealing.h", "heads.h", "warpgroup.h", "by_warpgroup.h", "by_warps.h")
-    ),
+    *(HERE / name for name in ("call.h", "kernel.h", "dealing.h", "heads.h", "warpgroup.h", "by_warps.h")),
     *(SHARED / name for name in ("primitives.h", "emulator.h")),
     *(TENSOR_CORES / name for name in ("tensor_cores.h", "maps.h")),
 )

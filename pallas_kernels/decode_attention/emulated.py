@@ -17,8 +17,8 @@ PROGRAMS, SLOTS = 3, 5
 
 
 @once
-def machine(programs: int = PROGRAMS, slots: int = SLOTS, *more: str) -> cuda.Kernel:
-    flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_SLOTS={slots}", *more)
+def machine(programs: int = PROGRAMS, slots: int = SLOTS) -> cuda.Kernel:
+    flags = ("-DJAXLLM_EMULATED", f"-DJAXLLM_SLOTS={slots}")
     loaded, target = cuda.load(built(cuda.SOURCE, cuda.INCLUDES, (*GXX, *flags))), "_".join((cuda.TARGET, *flags[1:]))
     cuda.register(loaded, target, "cpu")
     return cuda.Kernel(target, loaded, programs)

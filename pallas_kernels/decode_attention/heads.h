@@ -3,16 +3,18 @@
 
 namespace {
 
-// One number of the projection's result, rounded to the model's dtype.
-DEVICE float projected(const Params& p, int row, int column) {
-  const int64_t wide_ = int64_t(p.heads + 2 * p.kv_heads) * kHead, at = row * wide_ + column;
-  if (p.addends == 0) return wide(static_cast<const uint16_t*>(p.qkv)[at]);
-  const float* sums = static_cast<const float*>(p.qkv);
-  float total = sums[at];
-#pragma unroll 1
-  for (int i = 1; i < p.addends; ++i) total += sums[i * p.rows * wide_ + at];
-  if (p.bias != nullptr) total += wide(p.bias[column]);
-  return wide(narrow(total));
+// Two numbers of the projection's result that stand side by side, rounded to the model's dtype.
+DEVICE float2 projected(const Params& p, int row, int column) {
+  const int64_t wide_ = int64_t(p.heads + 2 * p.kv_heads) * kHead;
+  const float* sums = static_cast<const float*>(p.qkv) + row * wide_ + column;
+  float2 total = load_fresh(reinterpret_cast<const float2*>(sums));
+#pragma unroll 4
+  for (int i = 1; i < p.addends; ++i) {
+    const float2 more = load_fresh(reinterpret_cast<const float2*>(sums + i * p.rows * wide_));
+    total.x += more.x, total.y += more.y;
+  }
+  if (p.bias != nullptr) total.x += wide(p.bias[column]), total.y += wide(p.bias[column + 1]);
+  return {wide(narrow(total.x)), wide(narrow(total.y))};
 }
 
 struct Head {  // a lane's columns of one: 2 lane and the next, and the two that they are turned with
@@ -31,11 +33,8 @@ struct Head {  // a lane's columns of one: 2 lane and the next, and the two that
       const uint32_t* pairs = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.qkv) + at);
       return set(load_fresh(pairs + lane), load_fresh(pairs + lane + 32));
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      first[i] = projected(p, row, head * kHead + 2 * lane + i);
-      second[i] = projected(p, row, head * kHead + 2 * lane + i + 64);
-    }
+    const float2 low = projected(p, row, head * kHead + 2 * lane), high = projected(p, row, head * kHead + 2 * lane + 64);
+    first[0] = low.x, first[1] = low.y, second[0] = high.x, second[1] = high.y;
   }
   DEVICE void store(uint16_t* to, int lane) const {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(to);

@@ -1,4 +1,4 @@
-// Attention as four warps do it: where tiles of 64 keys or values lie, their products (by_warpgroup.h, or by_warps.h), folds, results.
+// Attention as four warps do it: where tiles of 64 keys or values lie, their products (by_warps.h), folds, results.
 // Who includes it says where tiles and a segment's queries come from: a Feed that can take() the next tile and give it back, and
 // that begins and ends segments.
 #pragma once
@@ -186,11 +186,7 @@ DEVICE uint16_t* out_of(const Worker& w, const Segment& s, int query) {
 
 }  // namespace
 
-#ifdef JAXLLM_MMA
 #include "by_warps.h"
-#else
-#include "by_warpgroup.h"
-#endif
 
 namespace {
 
@@ -271,7 +267,7 @@ DEVICE void finish_run(Worker& w, const Segment& s, const Run& run, Kept& kept) 
   const int segment = s.row * p.kv_heads + s.head;
   const int64_t base = int64_t(segment) * p.most_runs;
   store(w, p.runs, p.run_stats, base + run.number, kept);
-  if (kAllHold || std::is_same<Kept, Piece>::value) w.sync();  // all warps stored
+  w.sync();  // all warps stored
   if (!last_to_arrive(w, kMaxWorkers + segment, 1, run.runs)) return;
   write_out(w, s, fold_stored(w.group, w.thread(), p.runs, p.run_stats, base, 1, run.runs));
 }
@@ -294,12 +290,12 @@ DEVICE void work_on(Worker& w, Feed& feed, const Segment& s, const Run& run, int
     attend_tiles(w, feed, s.length - split * s.split * kTile, s.length - end * kTile, sums);
     if (!begins)
       store(w, p.parts, p.part_stats, base + split - run.first, sums);
-    else if (apart && (kAllHold || w.leads()))
+    else if (apart)
       fold_split(w, base, split == first, sums);
   }
   if (begins && last == run.last) return finish_run(w, s, run, sums);
   if (begins) store(w, p.parts, p.part_stats, base, sums);
-  if (kAllHold) w.sync();
+  w.sync();
   if (!last_to_arrive(w, owner, last - first, run.last - run.first)) return;
   // How far the one that begins the run came: where the next worker begins.
   const int next = snapped(w.s.deal, s, boundary(w.s.deal, owner + 1)), done = (next - at) / s.split;

@@ -1,55 +1,195 @@
-// What lies between two attentions of a dense decoder for up to 256 rows, in four launches each of which begins before the one
-// ahead of it has ended (ADR 47): o, gate and up with SwiGLU, down, the next layer's qkv, by products.h.
+// What lies between two attentions of a dense decoder for up to 256 rows, in launches each of which begins before the one ahead
+// of it has ended (ADR 47): o, gate and up with SwiGLU, down, the next layer's qkv, by products.h; and behind o, down and qkv
+// settle(), which adds up what a product's depth was cut into and what other devices have of it, with bias, residual and the RMS norm
+// that follows. Not behind qkv where who attends adds up for itself.
 //
 // Weights depend on no launch, so a product's first blocks of them come while the launches ahead end: memory does not idle
 // where a step has many short kernels.
 #pragma once
+#include <algorithm>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "products.h"
 
 namespace {
 
-constexpr int kStages = 4, kOfCut = 5;  // numbers of a stage's cut
-constexpr int kLeastPart = 16;          // columns that leave a sum of squares
+constexpr int kStages = 4, kOfCut = 3;  // numbers of a stage's cut: width, splits, shared
+constexpr int kSettling = 256;  // threads of a row
+constexpr int kPartFours = 2;   // pieces of four numbers that a thread has of a row's part, where there is no norm
 
-template <int WIDTH, int GROUPS, int SHARED>
-std::string launch_splits(Stream stream, const Product& p, int splits, bool early) {
-  switch (splits) {
-    case 1: return launch_product<WIDTH, GROUPS, SHARED, 1, kEnded>(stream, p, early);
-    case 2: return launch_product<WIDTH, GROUPS, SHARED, 2, kEnded>(stream, p, early);
-    case 4: return launch_product<WIDTH, GROUPS, SHARED, 4, kEnded>(stream, p, early);
-  }
-  return "no product in " + std::to_string(splits) + " splits";
+struct Settle {
+  const float* sums;         // [splits, M, N]
+  const uint16_t *bias;      // [N] or null
+  const uint16_t *residual;  // [M, N] or null: added to what the product gives in bf16
+  const uint16_t *norm;      // [N] or null: also write `normed`
+  uint16_t *out, *normed;    // [M, N]
+  Peers peers;               // who have other parts of the sums, and which of the two halves of their memory
+  int turn;
+  int M, N, splits, parts;  // of a row: one if there is a norm
+  float eps;
+};
+
+DEVICE float4 wide_four(const uint2& v) {
+  return {wide(uint16_t(v.x)), wide(uint16_t(v.x >> 16)), wide(uint16_t(v.y)), wide(uint16_t(v.y >> 16))};
 }
-template <int WIDTH>
-std::string launch_ended(Stream stream, const Product& p, const Cut& cut, int groups, bool early) {
-  if (cut.shared == kWeights) return launch_splits<WIDTH, 2, kWeights>(stream, p, cut.splits, early);
-  if constexpr (WIDTH < 128) {  // of x that is shared, narrow tiles of many blocks ask the second-level cache for less
-    if (groups == 1) return launch_splits<WIDTH, 1, kRows>(stream, p, cut.splits, early);
-    if (groups == 2) return launch_splits<WIDTH, 2, kRows>(stream, p, cut.splits, early);
-    return launch_splits<WIDTH, 3, kRows>(stream, p, cut.splits, early);
-  }
-  return "no such tile";
+DEVICE uint2 narrow_four(const float4& v) { return {narrow(v.x, v.y), narrow(v.z, v.w)}; }
+DEVICE float4 plus(const float4& a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+DEVICE float square(const float4& v) { return times(v.x, v.x) + times(v.y, v.y) + (times(v.z, v.z) + times(v.w, v.w)); }
+
+// Of a block's threads, the same for all.
+DEVICE float sum_of_block(float value, float* room, int thread) {
+  for (int mask = 16; mask; mask /= 2) value += shuffle_xor(value, mask);
+  if (thread % 32 == 0) room[thread / 32] = value;
+  sync_all();
+  float sum = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kSettling / 32; ++warp) sum += room[warp];
+  return sum;
 }
-template <int WIDTH>
-std::string launch_gated(Stream stream, const Product& p, const Cut& cut, int groups, bool early) {
-  if (cut.shared == kWeights) return launch_product<WIDTH, 2, kWeights, 1, kGated>(stream, p, early);
-  if (groups == 1) return launch_product<WIDTH, 1, kRows, 1, kGated>(stream, p, early);
-  if (groups == 2) return launch_product<WIDTH, 2, kRows, 1, kGated>(stream, p, early);
-  return launch_product<WIDTH, 3, kRows, 1, kGated>(stream, p, early);
+
+// Adds what the other devices have of these sums, and sends them its own; `at`: of a piece of four, among all of the rows. What is looked for
+// says itself that it is there; zeros are put back for the next time.
+template <int FOURS, typename Each>
+DEVICE void add_peers(const Settle& p, float4 (&sums)[FOURS], int64_t at, const Each& each) {
+  const Peers& peers = p.peers;
+  auto way = [&](int device, int source, int four) {
+    return peers.sums[device] + p.turn * peers.half + int64_t(source) * p.M * (p.N / 4) + at + four;
+  };
+#pragma unroll 1
+  for (int next = 1; next < peers.ranks; ++next)
+    each([&](int i, int four) { put_sums(way((peers.rank + next) % peers.ranks, peers.rank, four), sums[i]); });
+  float4 totals[FOURS];
+#pragma unroll 1
+  for (int source = 0; source < peers.ranks; ++source) {
+    float4 parts[FOURS];
+    each([&](int i, int four) { parts[i] = source == peers.rank ? sums[i] : look(way(peers.rank, source, four)); });
+    each([&](int i, int four) {
+      if (source != peers.rank) {
+        float4* from = way(peers.rank, source, four);
+        await_sums(from, parts[i]);
+        *from = float4{0.f, 0.f, 0.f, 0.f};
+      }
+      totals[i] = source ? plus(totals[i], parts[i]) : parts[i];
+    });
+  }
+  each([&](int i, int) { sums[i] = totals[i]; });
+}
+
+// A row or a part of it, of so many pieces of four numbers for a thread.
+template <int FOURS, bool PEERS>
+DEVICE void settle(const Settle& p, int block, float* room, int thread) {
+  allow_launch_behind();
+  const int64_t at = int64_t(block / p.parts) * p.N;
+  const int first = block % p.parts * (FOURS * kSettling) + thread;
+  const uint2* norms = reinterpret_cast<const uint2*>(p.norm);
+  uint2 weights[FOURS], added[FOURS];
+  float4 sums[FOURS];
+  auto each = [&](auto use) {
+#pragma unroll
+    for (int i = 0; i < FOURS; ++i) {
+      const int four = first + i * kSettling;
+      if (four * 4 < p.N) use(i, four);
+    }
+  };
+  if (norms != nullptr) each([&](int i, int four) { weights[i] = norms[four]; });
+  await_launch_before();
+  if (p.residual != nullptr) each([&](int i, int four) { added[i] = load_fresh(reinterpret_cast<const uint2*>(p.residual + at) + four); });
+  const float4* from = reinterpret_cast<const float4*>(p.sums + at);
+  each([&](int i, int four) { sums[i] = load_fresh(from + four); });
+#pragma unroll 2
+  for (int split = 1; split < p.splits; ++split) {
+    from += int64_t(p.M) * p.N / 4;
+    each([&](int i, int four) { sums[i] = plus(sums[i], load_fresh(from + four)); });
+  }
+  if (PEERS) add_peers(p, sums, at / 4, each);
+  float squares = 0.f;
+  each([&](int i, int four) {
+    float4& sum = sums[i];
+    if (p.bias != nullptr) sum = plus(sum, wide_four(reinterpret_cast<const uint2*>(p.bias)[four]));
+    if (p.residual != nullptr) sum = plus(wide_four(narrow_four(sum)), wide_four(added[i]));
+    const uint2 out = narrow_four(sum);
+    reinterpret_cast<uint2*>(p.out + at)[four] = out;
+    sum = wide_four(out);
+    squares += square(sum);
+  });
+  if (norms == nullptr) return;
+  const float scale = reciprocal_root(divided(sum_of_block(squares, room, thread), float(p.N)) + p.eps);
+  each([&](int i, int four) {
+    const float4 weight = wide_four(weights[i]);
+    float4& sum = sums[i];
+    sum = {times(times(sum.x, scale), weight.x), times(times(sum.y, scale), weight.y), times(times(sum.z, scale), weight.z),
+           times(times(sum.w, scale), weight.w)};
+    reinterpret_cast<uint2*>(p.normed + at)[four] = narrow_four(sum);
+  });
+}
+
+#ifdef JAXLLM_EMULATED
+
+template <int FOURS, bool PEERS>
+std::string launch_settle(Stream stream, const Settle& p) {
+  const int blocks = p.M * p.parts;
+  auto rooms = std::make_shared<std::vector<std::vector<float>>>(blocks, std::vector<float>(kSettling / 32, NAN));
+  if (blocks <= 32) {
+    Grid grid = {blocks, kSettling, kSettling};
+    grid.body = [p, rooms = rooms.get()](int block, int thread) { settle<FOURS, PEERS>(p, block, (*rooms)[block].data(), thread); };
+    grid.kept = rooms, grid.early = true;
+    return play(stream, std::move(grid), unsigned(p.M));
+  }
+  if (PEERS) return "more rows than the emulator plays on several devices";
+  std::string fault = play_recorded(stream, unsigned(p.M));  // more fibers than there is room for: block by block
+  for (int block = 0; block < blocks && fault.empty(); ++block)
+    fault = run_grid(1, kSettling, kSettling, unsigned(block), [&](int, int thread) { settle<FOURS, PEERS>(p, block, (*rooms)[block].data(), thread); });
+  return fault;
+}
+
+#else
+
+template <int FOURS, bool PEERS>
+// Few registers, so that it finds room beside a product's block.
+__global__ void __launch_bounds__(kSettling, FOURS > 4 ? 1 : PEERS ? 2 : 4) settle_rows(const __grid_constant__ Settle p) {
+  __shared__ float room[kSettling / 32];
+  settle<FOURS, PEERS>(p, int(blockIdx.x), room, int(threadIdx.x));
+}
+
+template <int FOURS, bool PEERS>
+std::string launch_settle(Stream stream, const Settle& p) {
+  return launch_kernel(settle_rows<FOURS, PEERS>, p.M * p.parts, kSettling, 0, stream, true, p);
+}
+
+#endif
+
+template <int FOURS>
+std::string launch_settle(Stream stream, const Settle& p) {
+  return p.peers.ranks > 1 ? launch_settle<FOURS, true>(stream, p) : launch_settle<FOURS, false>(stream, p);
+}
+std::string launch(Stream stream, Settle p) {
+  auto over = [&](int fours) { return (p.N + kSettling * 4 * fours - 1) / (kSettling * 4 * fours); };
+  p.parts = p.norm == nullptr ? over(kPartFours) : 1;
+  if (p.norm == nullptr) return launch_settle<kPartFours>(stream, p);
+  if (over(1) == 1) return launch_settle<1>(stream, p);
+  if (over(4) == 1) return launch_settle<4>(stream, p);
+  return over(8) == 1 ? launch_settle<8>(stream, p) : "a row of more than 8,192 numbers";
+}
+
+template <int WIDTH, int KIND>
+std::string launch_width(Stream stream, const Product& p, const Cut& cut, int groups, bool early) {
+  if (cut.shared == kWeights) return launch_product<WIDTH, 2, kWeights, KIND>(stream, p, early);
+  if (groups == 1) return launch_product<WIDTH, 1, kRows, KIND>(stream, p, early);
+  if (groups == 2) return launch_product<WIDTH, 2, kRows, KIND>(stream, p, early);
+  return launch_product<WIDTH, 3, kRows, KIND>(stream, p, early);
 }
 
 // The widths that cuda.py chooses from.
 std::string launch(Stream stream, const Product& p, Kind kind, const Cut& cut, int groups, bool early) {
   switch (cut.width * 10 + kind) {
-    case 640: return launch_ended<64>(stream, p, cut, groups, early);
-    case 960: return launch_ended<96>(stream, p, cut, groups, early);
-    case 1280: return launch_ended<128>(stream, p, cut, groups, early);
-    case 641: return launch_gated<64>(stream, p, cut, groups, early);
-    case 1281: return launch_gated<128>(stream, p, cut, groups, early);
-    case 2241: return launch_gated<224>(stream, p, cut, groups, early);
+    case 640: return launch_width<64, kSums>(stream, p, cut, groups, early);
+    case 960: return launch_width<96, kSums>(stream, p, cut, groups, early);
+    case 1280: return launch_width<128, kSums>(stream, p, cut, groups, early);
+    case 641: return launch_width<64, kGated>(stream, p, cut, groups, early);
+    case 1281: return launch_width<128, kGated>(stream, p, cut, groups, early);
+    case 2241: return launch_width<224, kGated>(stream, p, cut, groups, early);
   }
   return "no tile that is " + std::to_string(cut.width) + " wide";
 }
@@ -58,17 +198,17 @@ int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 struct Work {
   uint16_t *x, *normed, *hidden;
-  float* squares[2];  // of `x`, and of what a layer gives
+  float* sums;
   int64_t bytes;
 };
 
-Work lay_out(int64_t M, int64_t D, int64_t F, char* base) {
+// `sums`: the most of a product that is cut, of all its splits.
+Work lay_out(int64_t M, int64_t D, int64_t F, int64_t sums, char* base) {
   int64_t at = 0;
   auto take = [&](int64_t bytes) { return base + std::exchange(at, at + up(bytes)); };
   Work w;
   w.x = reinterpret_cast<uint16_t*>(take(M * D * 2)), w.normed = reinterpret_cast<uint16_t*>(take(M * D * 2));
-  w.hidden = reinterpret_cast<uint16_t*>(take(M * F * 2));
-  for (float*& each : w.squares) each = reinterpret_cast<float*>(take(M * (D / kLeastPart + 16) * 4));  // tiles beyond the last column too
+  w.hidden = reinterpret_cast<uint16_t*>(take(M * F * 2)), w.sums = reinterpret_cast<float*>(take(M * sums * 4));
   w.bytes = at;
   return w;
 }
@@ -80,59 +220,39 @@ struct Weights {  // of a layer; biases may be null, and all of what follows a l
 struct Chain {  // what all its launches share
   Stream stream;
   const int64_t* cuts;  // [kStages, kOfCut]
-  int M, D, O, F, Q;
+  int blocks, M, D, O, F, Q;
   float eps;
   Work w;
   Peers peers = {};
   std::string fault = "";
 
-  // Of a layer whose residual stream is x. `early`: not what begins a recording.
+  // Of a layer whose residual stream is x. `qkv`: the next one's, or null: they stay in the sums of splits. `early`: not what begins a
+  // recording.
   void record(const Weights& layer, const uint16_t* mixed, const uint16_t* x, uint16_t* out, uint16_t* qkv, bool early) {
-    Product o = {}, gate_up = {}, down = {}, next = {};
-    o.bias = layer.o_bias, o.residual = x, o.norm = layer.norm, o.out = w.x, o.normed = w.normed, o.out_squares = w.squares[0];
-    o.peers = down.peers = peers, down.turn = 1;  // an exchange is not in the way of the one before
-    multiply(0, o, kEnded, mixed, layer.o, D, O, nullptr, early);
-    gate_up.out = w.hidden;
-    multiply(1, gate_up, kGated, w.normed, layer.gate_up, F, D, &o, true);
-    down.residual = w.x, down.norm = layer.next_norm, down.out = out, down.normed = w.normed, down.out_squares = w.squares[1];
-    multiply(2, down, kEnded, w.hidden, layer.down, D, F, nullptr, true);
+    multiply(0, kSums, mixed, layer.o, w.sums, D, O, early);
+    add_up(0, {w.sums, layer.o_bias, x, layer.norm, w.x, w.normed, peers, 0}, D);
+    multiply(1, kGated, w.normed, layer.gate_up, w.hidden, F, D);
+    multiply(2, kSums, w.hidden, layer.down, w.sums, D, F);
+    add_up(2, {w.sums, nullptr, w.x, layer.next_norm, out, w.normed, peers, 1}, D);  // in the way of no exchange before
     if (layer.next_qkv == nullptr) return;
-    next.bias = layer.next_bias, next.out = qkv;
-    multiply(3, next, kEnded, w.normed, layer.next_qkv, Q, D, &down, true);
+    multiply(3, kSums, w.normed, layer.next_qkv, w.sums, Q, D);
+    if (qkv != nullptr) add_up(3, {w.sums, layer.next_bias, nullptr, nullptr, qkv}, Q);
   }
+  int splits(int stage) const { return int(cuts[stage * kOfCut + 1]); }
 
-  // `normed`: the product that gave x before its norm.
-  void multiply(int stage, Product& p, Kind kind, const uint16_t* x, const uint16_t* weight, int N, int K, const Product* normed, bool early) {
+  void multiply(int stage, Kind kind, const void* x, const void* weight, void* out, int N, int K, bool early = true) {
     const int64_t* of = cuts + stage * kOfCut;
-    const Cut cut = {int(of[0]), int(of[1]), int(of[2]), int(of[3]), int(of[4])};
+    const Cut cut = {int(of[0]), int(of[1]), int(of[2])};
     const int groups = cut.shared == kWeights ? 2 : (M + 63) / 64;
-    p.eps = eps;
-    if (normed != nullptr) p.squares = normed->out_squares, p.parts = (normed->out_parts + 3) / 4 * 4;
-    if (fault.empty()) fault = describe(p, x, weight, M, N, K, cut, groups, kind, 8);
-    if (fault.empty() && p.norm != nullptr && p.out_parts > N / kLeastPart + 12) fault = "too many sums of squares";
+    Product p = {};
+    p.out = out;
+    if (fault.empty()) fault = describe(p, x, weight, M, N, K, cut, groups, kind, 8, blocks);
     if (fault.empty()) fault = launch(stream, p, kind, cut, groups, early);
+  }
+  void add_up(int stage, Settle p, int N) {
+    p.M = M, p.N = N, p.eps = eps, p.splits = splits(stage);
+    if (fault.empty()) fault = launch(stream, p);
   }
 };
 
-// Clusters of so many blocks that run at one time: multiprocessors stand in groups, and a group of them may have no room for
-// the last. Zero where no device says.
-int64_t clusters_at_once(int64_t size) {
-#ifdef JAXLLM_EMULATED
-  return 0;
-#else
-  using S = Shape<64, 2, 2>;
-  const auto kernel = product<64, 2, kRows, 2, kEnded>;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension, attribute.val.clusterDim = {unsigned(size), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = unsigned(size * 64), config.blockDim = S::kThreads, config.dynamicSmemBytes = S::kBytes;
-  config.attrs = &attribute, config.numAttrs = 1;
-  int found = 0;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes) != cudaSuccess) return 0;
-  return cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess ? found : 0;
-#endif
-}
-
 }  // namespace
-
-extern "C" int64_t jaxllm_clusters_at_once(int64_t size) { return clusters_at_once(size); }

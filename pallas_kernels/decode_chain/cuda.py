@@ -33,57 +33,34 @@ library, load, register = _HANDLER.library, _HANDLER.load, _HANDLER.register
 MOST_ROWS, DEPTH, WIDEST = 256, 64, 8192
 GROUP, TILE = 64, 128  # rows that a warpgroup multiplies; of one of two tiles
 ONE_TILE = 192  # up to so many rows are one tile, of three warpgroups at most
-SHARED = ("weights", "rows")  # what neighbouring blocks have in common
-WIDTHS = {  # of tiles, by that and by gated: what chain.h knows
-    ("rows", False): (64, 96),
-    ("weights", False): (64, 96, 128),
-    ("rows", True): (64, 128, 224),
-    ("weights", True): (64, 128, 224),
-}
-SPLITS, FEWEST_BLOCKS = (1, 2, 4), 4  # into which a depth is cut; blocks of depth that are worth a part
-CLUSTERS = (2, 4, 8)  # blocks: more are not portable
-Room = tuple[int, ...]  # how many clusters of each of these sizes a device runs at one time
+WIDTHS = {False: (64, 96, 128), True: (64, 128, 224)}  # of tiles, by gated: what chain.h knows
+SHARED = ("weights", "rows")  # what two neighbouring blocks have in common
+MOST_SPLITS, FEWEST_BLOCKS = 8, 4  # into which a depth is cut; blocks of depth that are worth a part
 
 
 class Cut(NamedTuple):
-    """How a product is dealt out. A cluster is of `splits * sharers` blocks."""
+    """How a product is dealt out: tiles of so many columns of the weight, and parts of its depth."""
 
-    width: int  # of a tile, columns of the weight
-    splits: int  # of the depth
-    sharers: int  # neighbouring blocks that fetch together what they have in common
-    shared: str  # of SHARED: what that is
+    width: int
+    splits: int
+    shared: str  # of SHARED
 
 
 @functools.cache
-def cut_for(rows: int, columns: int, depth: int, gated: bool, room: Room) -> Cut:
-    """The cut for which the second-level cache, which x comes from again and again, has the least to give."""
+def cut_for(rows: int, columns: int, depth: int, gated: bool, blocks: int) -> Cut:
+    """The cut whose multiprocessors have the least to fetch, sums of splits included."""
     tile = -(-rows // GROUP) * GROUP if rows <= ONE_TILE else TILE  # a row's bits do not depend on a few more
-    shared, count = "rows" if rows <= ONE_TILE else "weights", depth // DEPTH
+    shared, count, rows = "rows" if rows <= ONE_TILE else "weights", depth // DEPTH, -(-rows // tile) * tile
 
     def bytes_of_one(cut: Cut) -> tuple[float, int]:
-        across, size = -(-columns // (cut.width // 2 if gated else cut.width)), cut.splits * cut.sharers
-        clusters = across if shared == "weights" else -(-across // cut.sharers)
-        own = cut.width + tile / cut.sharers if shared == "rows" else cut.width / cut.sharers + tile
-        fetched = -(-clusters // at_once(size, room)) * -(-count // cut.splits) * own * DEPTH * 2
-        return fetched + tile * cut.width * 4 * (cut.splits - 1) / cut.splits, size
+        across = -(-columns // (cut.width // 2 if gated else cut.width))
+        pairs = (across if shared == "weights" else -(-across // 2)) * cut.splits
+        own = cut.width + tile / 2 if shared == "rows" else cut.width / 2 + tile
+        fetched = -(-pairs // (blocks // 2)) * -(-count // cut.splits) * own * DEPTH * 2
+        return fetched + (0 if gated else cut.splits * 2 * rows * columns * 4 / blocks), cut.splits
 
-    splits = [n for n in SPLITS if n == 1 or (not gated and count >= n * FEWEST_BLOCKS)]
-    sharers = (2,) if shared == "weights" else (2, 4)
-    cuts = [Cut(width, n, several, shared) for width in WIDTHS[shared, gated] for n in splits for several in sharers]
-    return min((cut for cut in cuts if at_once(cut.splits * cut.sharers, room)), key=bytes_of_one)
-
-
-def at_once(size: int, room: Room) -> int:
-    """Clusters of so many blocks."""
-    return room[CLUSTERS.index(size)] if size in CLUSTERS else 0
-
-
-@functools.cache
-def room_of(loaded: ctypes.CDLL, blocks: int) -> Room:
-    """What the device of a library has room for; one that does not say, what its multiprocessors make."""
-    ask = loaded.jaxllm_clusters_at_once
-    ask.restype = ctypes.c_int64
-    return tuple(min(blocks // size, ask(ctypes.c_int64(size)) or blocks) for size in CLUSTERS)
+    splits = [n for n in range(1, MOST_SPLITS + 1) if n == 1 or (not gated and count >= n * FEWEST_BLOCKS)]
+    return min((Cut(width, n, shared) for width in WIDTHS[gated] for n in splits), key=bytes_of_one)
 
 
 def decode_chain(
@@ -121,15 +98,12 @@ def refuse_sizes(rows: int, sizes: dict[str, int]) -> None:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
 
 
-def cuts_for(rows: int, D: int, O: int, F: int, Q: int, room: Room) -> np.ndarray:  # noqa: E741
-    """Of o, gate and up, down and qkv, as the library takes them."""
+def cuts_for(rows: int, D: int, O: int, F: int, Q: int, blocks: int) -> tuple[np.ndarray, int]:  # noqa: E741
+    """Of o, gate and up, down and qkv, as the library takes them; and the most columns of f32 sums that a row wants."""
     products = ((D, O, False), (F, D, True), (D, F, False), (Q, D, False))
-    cuts = [cut_for(rows, *product, room) for product in products]
-    numbers = [
-        (cut.width, cut.splits, cut.sharers, SHARED.index(cut.shared), at_once(cut.splits * cut.sharers, room))
-        for cut in cuts
-    ]
-    return np.array(numbers, np.int64).ravel()
+    cuts = [cut_for(rows, *product, blocks) for product in products]
+    sums = max(cut.splits * columns for cut, (columns, _, gated) in zip(cuts, products, strict=True) if not gated)
+    return np.array([(cut.width, cut.splits, SHARED.index(cut.shared)) for cut in cuts], np.int64).ravel(), sums
 
 
 def call(
@@ -146,7 +120,7 @@ def call(
     """The FFI call, with the library's word on how much memory it works in."""
     (M, D), F = x.shape, layer.down.shape[1]
     Q = D if following is None else following.qkv.shape[0]
-    cuts = cuts_for(M, D, mixed.shape[1], F, Q, room_of(loaded, blocks))
+    cuts, sums = cuts_for(M, D, mixed.shape[1], F, Q, blocks)
     operands = [x, mixed, layer.o, layer.norms, layer.gate_up, layer.down]
     optional = [layer.o_bias]
     if following is not None:
@@ -154,9 +128,10 @@ def call(
     operands += [array for array in optional if array is not None]
     bias = following is not None and following.bias is not None
     has = 1 * (layer.o_bias is not None) + 2 * (following is not None) + 4 * bias
-    work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_chain_work(*map(ctypes.c_int64, (M, D, F))),), jnp.uint8)
+    work = jax.ShapeDtypeStruct((loaded.jaxllm_decode_chain_work(*map(ctypes.c_int64, (M, D, F, sums))),), jnp.uint8)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), work]
     if following is not None:
         results.append(jax.ShapeDtypeStruct((M, following.qkv.shape[0]), x.dtype))
-    out, _, *qkv = jax.ffi.ffi_call(target, results)(*operands, cuts=cuts, has=np.int64(has), eps=np.float32(eps))
+    numbers = {"blocks": np.int64(blocks), "sums": np.int64(sums), "has": np.int64(has)}
+    out, _, *qkv = jax.ffi.ffi_call(target, results)(*operands, cuts=cuts, **numbers, eps=np.float32(eps))
     return out, qkv[0] if qkv else None

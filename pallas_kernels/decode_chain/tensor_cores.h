@@ -59,10 +59,6 @@ struct TileMap {  // of a matrix [rows, columns], row after row
 DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
-DEVICE void put_at(float4* to, const float4& v, uint64_t* barrier, int peer) {
-  later({[v, there = of_peer(to, peer)] { *there = v; }, sizeof v, of_peer(barrier, peer)});
-}
-DEVICE void wait_for_peers(uint64_t* barrier, uint32_t parity) { wait_for(barrier, parity); }
 DEVICE void between_stores_and_copies() {}
 DEVICE void ask_for_map(const TileMap*) {}
 
@@ -90,8 +86,8 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
     return row < half ? row + r % 16 / 8 * half : -1;
   });
 }
-DEVICE void copy_to_peers(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int first, int count) {
-  for (int peer = first; peer < first + count; ++peer)
+DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
+  for (int peer = 0; peer < 2; ++peer)
     copy_rows_of(of_peer(static_cast<char*>(to), peer), map, column, of_peer(barrier, peer), [=](int r) { return int64_t(row) + r; });
 }
 
@@ -99,32 +95,7 @@ DEVICE void copy_to_peers(void* to, const TileMap* map, int column, int row, uin
 template <int N, int COUNT>
 DEVICE void multiply(float (&sums)[COUNT], const void* a, const void* b) {
   Fiber& mine = *machine->current;
-  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups, {}, true});
-}
-// What a warp's lanes hold of a[16][16] as the first operand of mma.
-inline Issued held_product(float* sums, const uint32_t (&a)[4], const void* b, int columns, bool adds) {
-  Fiber& mine = *machine->current;
-  WarpState& warp = my_warp();
-  std::memcpy(warp.a[mine.lane], a, sizeof a);
-  sync_warp();
-  Issued found = {sums, nullptr, static_cast<const char*>(b), columns, mine.groups, {}, adds};
-  for (int half = 0; half < 2; ++half)
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t pair = warp.a[mine.lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
-      found.held[half][k] = wide(uint16_t(pair >> 16 * (k % 2)));
-    }
-  sync_warp();
-  return found;
-}
-template <int N, bool ADDS>
-DEVICE void multiply_held(float (&sums)[N / 2], const uint32_t (&a)[4], const void* b) {
-  machine->current->products.push_back(held_product(sums, a, b, N, ADDS));
-}
-template <int N, int PART, bool ADDS>
-DEVICE void multiply_across(float (&sums)[N / 2], const uint32_t (&a)[4], const void* b) {
-  Issued product = held_product(sums, a, b, N, ADDS);
-  product.across = true, product.part = PART;
-  machine->current->products.push_back(product);
+  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups, true});
 }
 DEVICE void begin_products() {}
 DEVICE void end_products() { ++machine->current->groups; }
@@ -141,13 +112,10 @@ DEVICE void await_products() {
       std::memcpy(&bits, ground + swizzled(uint32_t(tile - ground) + uint32_t(row) * kDepth * 2 + uint32_t(k) * 2), 2);
       return wide(bits);
     };
-    auto right = [&](int column, int k) {
-      return p.across ? at(p.b + column / kDepth * p.part, k, column % kDepth) : at(p.b, column, k);
-    };
     for (int i = 0; i < p.columns / 2; ++i) {
       const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       float sum = 0.f;
-      for (int k = 0; k < 16; ++k) sum += (p.a != nullptr ? at(p.a, row, k) : p.held[i / 2 % 2][k]) * right(column, k);
+      for (int k = 0; k < 16; ++k) sum += at(p.a, row, k) * at(p.b, column, k);
       p.sums[i] = p.adds ? p.sums[i] + sum : sum;
     }
     machine->moved = true;
@@ -213,20 +181,6 @@ DEVICE void meet_cluster() { arrive_at_cluster(), await_cluster(); }
 DEVICE void arrive_at(uint64_t* barrier, int peer) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(barrier, peer)) : "memory");
 }
-// Four numbers to the same place of another block of the cluster, whose barrier counts them.
-DEVICE void put_at(float4* to, const float4& v, uint64_t* barrier, int peer) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address_at(to, peer)),
-               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_at(barrier, peer))
-               : "memory");
-}
-// wait_for of what others put.
-DEVICE void wait_for_peers(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 // Between ordinary stores to device memory and copies of tiles from there.
 DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
@@ -256,19 +210,18 @@ DEVICE void copy_in_turns(void* to, const TileMap* map, int column, int eight, u
       "l"(map), "r"(column), "r"(0), "r"(eight), "r"(shared_address(barrier))
       : "memory");
 }
-// To the same place of so many blocks of the cluster; the barrier of each counts what came to it.
-DEVICE void copy_to_peers(void* to, const TileMap* map, int column, int row, uint64_t* barrier, int first, int count) {
+// To the same place of both blocks of the cluster; the barrier of each counts what came to it.
+DEVICE void copy_to_pair(void* to, const TileMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(((1 << count) - 1) << first))
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(3))
       : "memory");
 }
 
 // A matrix in shared memory whose rows are 128 bytes, swizzled: eight rows are 1,024 bytes (PTX ISA, "Matrix descriptor").
-// `part`: bytes from 64 columns to the next, of one that is read across.
-DEVICE uint64_t matrix(const void* at, uint32_t part = 16) {
-  return uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(part >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+DEVICE uint64_t matrix(const void* at) {
+  return uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -329,22 +282,6 @@ JAXLLM_MULTIPLY(16, JAXLLM_P8, "8", "9", JAXLLM_R8(0))
 JAXLLM_MULTIPLY(32, JAXLLM_P16, "16", "17", JAXLLM_R16(0))
 JAXLLM_MULTIPLY(64, JAXLLM_P32, "32", "33", JAXLLM_R32(0))
 #define JAXLLM_COMMA ,
-// The same with a[16][16] of each warp in its lanes' registers, as mma takes it; or not adding to what the sums were.
-template <int N, bool ADDS>
-DEVICE void multiply_held(float (&d)[N / 2], const uint32_t (&a)[4], const void* b) {
-  static_assert(N == 64);
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" JAXLLM_P32 "}, {%32,%33,%34,%35}, %36, %37, 1, 1, 0;\n"
-               : JAXLLM_R32(0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix(b)), "n"(int(ADDS)));
-}
-// sums[64][N] = a[64][16] @ b[16][N], whose rows are 128 bytes of 64 columns, each 64 columns PART bytes from the last.
-template <int N, int PART, bool ADDS>
-DEVICE void multiply_across(float (&d)[N / 2], const uint32_t (&a)[4], const void* b) {
-  static_assert(N == 128);
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" JAXLLM_P64 "}, {%64,%65,%66,%67}, %68, %69, 1, 1, 1;\n"
-               : JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R32(32)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix(b, PART)), "n"(int(ADDS)));
-}
 JAXLLM_MULTIPLY(96, JAXLLM_P48, "48", "49", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R16(32))
 JAXLLM_MULTIPLY(128, JAXLLM_P64, "64", "65", JAXLLM_R32(0) JAXLLM_COMMA JAXLLM_R32(32))
 

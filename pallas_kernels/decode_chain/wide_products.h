@@ -10,7 +10,7 @@ namespace {
 template <int N>
 DEVICE void multiply_wide(float (&sums)[N / 2], const void* a, const void* b, bool adds) {
   Fiber& mine = *machine->current;
-  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups, {}, adds});
+  mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups, adds});
 }
 DEVICE void copy_kept(void* to, const TileMap* map, int column, int row, uint64_t* barrier) { copy_tile(to, map, column, row, barrier); }
 DEVICE uint32_t exchanged(uint32_t value, int mask) { return shuffle_xor(value, mask); }

@@ -62,11 +62,9 @@ struct BlockState {
 
 struct Issued {  // a product of tensor cores that read shared memory: done when it is waited for
   float* sums;
-  const char *a, *b;  // a: null where it was in registers, `held`
+  const char *a, *b;
   int columns, group;
-  float held[2][16];  // of the rows of this thread
-  bool adds, across;  // across: b[16][columns], in parts of 64 columns `part` bytes apart
-  int part;
+  bool adds;
 };
 
 struct Grid;

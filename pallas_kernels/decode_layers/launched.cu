@@ -20,7 +20,7 @@ enum Has { kQkvBias = 1, kOBias = 2, kQkNorms = 4 };  // which optional arrays l
 ffi::Error failure(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInternal, "launched_layers: " + what); }
 
 struct Sizes {  // attributes, as they come
-  int64_t num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width;
+  int64_t num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, sums;
 };
 
 struct Layer {
@@ -29,12 +29,12 @@ struct Layer {
 };
 
 struct Room {  // that a call works in, beyond the chain's
-  uint16_t *qkv, *mixed;
+  uint16_t* mixed;
   int64_t bytes;
 };
 
 Room lay_out(Params& a, const Sizes& z, char* base) {
-  int64_t at = up(lay_out(z.rows, z.D, z.F, nullptr).bytes);
+  int64_t at = up(lay_out(z.rows, z.D, z.F, z.sums, nullptr).bytes);
   auto take = [&](int64_t bytes) { return base + std::exchange(at, at + up(bytes)); };
   auto numbers = [&](int64_t count) { return reinterpret_cast<uint16_t*>(take(count * 2)); };
   auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
@@ -42,7 +42,7 @@ Room lay_out(Params& a, const Sizes& z, char* base) {
   a.addends = a.page_shift = 0;
   while (kUnit << a.page_shift < z.page_size) ++a.page_shift;
   Room room;
-  room.qkv = numbers(z.rows * (z.heads + 2 * z.kv_heads) * kHead), room.mixed = numbers(z.rows * z.heads * kHead);
+  room.mixed = numbers(z.rows * z.heads * kHead);
   const Results kept = results_of(a);
   a.parts = floats(kept.parts * kHead), a.part_stats = floats(kept.parts * 2);
   a.runs = floats(kept.runs * kHead), a.run_stats = floats(kept.runs * 2);
@@ -50,8 +50,8 @@ Room lay_out(Params& a, const Sizes& z, char* base) {
   return room;
 }
 
-constexpr int kMostRows = 256, kMostOfTiles = 512;  // rows of tiles; columns that tiles have beyond the last
-int64_t bytes_of_sums(int64_t D, int64_t ranks) { return 2 * ranks * kMostRows * (D + kMostOfTiles) * 4; }
+constexpr int kMostRows = 256;
+int64_t bytes_of_sums(int64_t D, int64_t ranks) { return 2 * ranks * kMostRows * D * 4; }
 
 std::string run_layers(Stream stream, const Sizes& z, const Peers& peers, ffi::RemainingArgs args, ffi::RemainingRets rets,
                        ffi::Span<const int64_t> cuts, int64_t has, float eps, float scale) {
@@ -67,9 +67,9 @@ std::string run_layers(Stream stream, const Sizes& z, const Peers& peers, ffi::R
   auto result = [&](size_t i) { return rets.get<ffi::AnyBuffer>(i).value()->untyped_data(); };
   if (cuts.size() < kStages * kOfCut) return "needs the cuts of four products";
   if (z.blocks * kWorkers > kMaxWorkers || z.rows * z.kv_heads > kMaxSegments) return "too many workers or rows";
-  Chain chain = {stream, cuts.begin(), int(z.rows), int(z.D), int(z.heads) * kHead, int(z.F), int(z.heads + 2 * z.kv_heads) * kHead, eps};
+  Chain chain = {stream, cuts.begin(), int(z.blocks), int(z.rows), int(z.D), int(z.heads) * kHead, int(z.F), int(z.heads + 2 * z.kv_heads) * kHead, eps};
   char* base = static_cast<char*>(result(1));
-  chain.w = lay_out(z.rows, z.D, z.F, base), chain.peers = peers;
+  chain.w = lay_out(z.rows, z.D, z.F, z.sums, base), chain.peers = peers;
   Call a{};
   const Room room = lay_out(a, z, base);
   a.eps = eps, a.scale = scale * kLog2e;
@@ -93,8 +93,8 @@ std::string run_layers(Stream stream, const Sizes& z, const Peers& peers, ffi::R
     chain.fault = map_pages(a, pages);
     if (chain.fault.empty()) chain.fault = launch_attention(stream, a, i > 0);
     const Weights weights = {l.o, l.o_bias, l.norms + z.D, l.gate_up, l.down, next.norms, next.qkv, next.qkv_bias};
-    chain.record(weights, room.mixed, i ? out : x, out, room.qkv, true);
-    a.qkv = room.qkv;
+    chain.record(weights, room.mixed, i ? out : x, out, nullptr, true);
+    a.qkv = chain.w.sums, a.addends = chain.splits(kStages - 1), a.bias = next.qkv_bias;
   }
   return chain.fault;
 }
@@ -103,14 +103,14 @@ std::string run_layers(Stream stream, const Sizes& z, const Peers& peers, ffi::R
   .RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("cuts").Attr<ffi::Span<const int64_t>>("groups")          \
       .Attr<int64_t>("num_layers").Attr<int64_t>("rows").Attr<int64_t>("blocks").Attr<int64_t>("D").Attr<int64_t>("F")     \
       .Attr<int64_t>("heads").Attr<int64_t>("kv_heads").Attr<int64_t>("page_size").Attr<int64_t>("width")                  \
-      .Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
+      .Attr<int64_t>("sums").Attr<int64_t>("has").Attr<float>("eps").Attr<float>("scale")
 #define JAXLLM_ARGUMENTS                                                                                                 \
   ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> cuts, ffi::Span<const int64_t> numbers,          \
       int64_t num_layers, int64_t rows,                                                                                    \
       int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads, int64_t page_size, int64_t width,             \
-      int64_t has, float eps, float scale
+      int64_t sums, int64_t has, float eps, float scale
 #define JAXLLM_VALUES                                                                                                    \
-  {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width}, peers, args, rets, cuts, has, eps, scale
+  {num_layers, rows, blocks, D, F, heads, kv_heads, page_size, width, sums}, peers, args, rets, cuts, has, eps, scale
 
 #ifdef JAXLLM_EMULATED
 ffi::Error launched_impl(int32_t device, JAXLLM_ARGUMENTS) {
@@ -157,11 +157,17 @@ XLA_FFI_DEFINE_HANDLER(launched_handler, launched_impl, ffi::Ffi::Bind().Ctx<ffi
 
 cudaError_t load_kernels() {
   cudaFuncAttributes attributes;
-  for (Kind kind : {kEnded, kGated})
+  for (Kind kind : {kSums, kGated})
     for (int width : {64, 96, 128, 224})
-      for (int splits : {1, 2, 4})
-        for (int groups : {1, 2, 3})
-          for (int shared : {kWeights, kRows}) launch(nullptr, Product{}, kind, {width, splits, 2, shared, 0}, groups, false);  // those there are
+      for (int groups : {1, 2, 3})
+        for (int shared : {kWeights, kRows}) launch(nullptr, Product{}, kind, {width, 1, shared}, groups, false);  // those there are
+  const uint16_t some = 0;
+  for (int N : {1024, 4096, 8192})
+    for (const uint16_t* norm : {static_cast<const uint16_t*>(nullptr), &some}) {
+      Settle nothing = {};
+      nothing.N = N, nothing.norm = norm, nothing.peers.ranks = 2;
+      launch(nullptr, nothing);
+    }
   const cudaError_t error = cudaFuncGetAttributes(&attributes, decode_attention);
   return error == cudaSuccess ? cudaGetLastError() : error;
 }
@@ -171,9 +177,9 @@ cudaError_t load_kernels() {
 
 extern "C" XLA_FFI_Error* jaxllm_launched_layers(XLA_FFI_CallFrame* frame) { return launched_handler(frame); }
 extern "C" int64_t jaxllm_launched_layers_work(int64_t rows, int64_t blocks, int64_t D, int64_t F, int64_t heads, int64_t kv_heads,
-                                               int64_t page_size, int64_t width) {
+                                               int64_t page_size, int64_t width, int64_t sums) {
   Params a{};
-  return lay_out(a, {0, rows, blocks, D, F, heads, kv_heads, page_size, width}, nullptr).bytes;
+  return lay_out(a, {0, rows, blocks, D, F, heads, kv_heads, page_size, width, sums}, nullptr).bytes;
 }
 // Bytes that a device of `ranks` needs for what the others send it, and the number of the group of these devices, in rank
 // order; -1 and a reason in `why` when it cannot be made.

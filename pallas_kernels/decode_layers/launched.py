@@ -112,9 +112,9 @@ def call(
     """The FFI call, with the library's word on how much memory it works in."""
     (B, D), first, (_, K, page_size, _) = x.shape, layers[0], pages[0][0].shape
     NH, F = first.o.shape[1], first.down.shape[1]
-    cuts = chain.cuts_for(B, D, NH, F, qkv.shape[1], chain.room_of(kernel.library, kernel.blocks))
+    cuts, sums = chain.cuts_for(B, D, NH, F, qkv.shape[1], kernel.blocks)
     sizes = dict(rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // HEAD, kv_heads=K)
-    sizes |= dict(page_size=page_size, width=rows[0].shape[1])
+    sizes |= dict(page_size=page_size, width=rows[0].shape[1], sums=sums)
     work = kernel.library.jaxllm_launched_layers_work(*map(ctypes.c_int64, sizes.values()))
     operands, aliases = operands_of(x, qkv, rows, layers, pages)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((work,), jnp.uint8)]

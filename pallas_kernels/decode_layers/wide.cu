@@ -202,7 +202,7 @@ DEVICE void copy_rows(const Steps& p, char* slots, Control& control, int block) 
       uint64_t* there = &control.rows_there[turn.slot];
       expect_bytes(there, S::kRowBytes);
       char* to = slots + turn.slot * S::kRowBytes + block % 2 * (S::kRowBytes / 2);
-      copy_to_peers(to, &p.stages[number].x, (unit.first + i) * kDepth, block % 2 * (T / 2), there, 0, 2);
+      copy_to_pair(to, &p.stages[number].x, (unit.first + i) * kDepth, block % 2 * (T / 2), there);
     }
   });
 }

@@ -12,7 +12,7 @@ constexpr int kGroups = 2;  // three: too few registers
 
 template <int WIDTH, int SHARED>
 std::string launch(Stream stream, const Product& p) {
-  return launch_product<WIDTH, kGroups, SHARED, 1, kGated>(stream, p, false);
+  return launch_product<WIDTH, kGroups, SHARED, kGated>(stream, p, false);
 }
 
 // The ways a product may be cut up that cuda.py chooses from.
@@ -30,9 +30,9 @@ std::string launch(Stream stream, const Product& p, int64_t width, int64_t share
 
 ffi::Error gated_impl(Stream stream, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> out, int64_t width, int64_t shared, int64_t run, int64_t blocks) {
   Product p = {};
-  p.out = static_cast<uint16_t*>(out->untyped_data());
+  p.out = out->untyped_data();
   const int M = int(x.dimensions()[0]), K = int(x.dimensions()[1]), N = int(out->dimensions()[1]);
-  std::string fault = describe(p, x.untyped_data(), w.untyped_data(), M, N, K, {int(width), 1, 2, int(shared), int(blocks / 2)}, kGroups, kGated, int(run));
+  std::string fault = describe(p, x.untyped_data(), w.untyped_data(), M, N, K, {int(width), 1, int(shared)}, kGroups, kGated, int(run), int(blocks));
   if (fault.empty()) fault = launch(stream, p, width, shared);
   return fault.empty() ? ffi::Error::Success() : failure(fault);
 }

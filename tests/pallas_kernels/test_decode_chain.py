@@ -75,23 +75,15 @@ DEALT = ChainSpec("dealt", T=70, D=192, O=1024, F=512, Q=320, biases=True)
 
 @pytest.mark.skipif(ON_GPU, reason="of the emulated machine")
 @pytest.mark.parametrize("shared", cuda.SHARED)
-@pytest.mark.parametrize("sharers", [2, 4])
-@pytest.mark.parametrize("splits", cuda.SPLITS)
-@pytest.mark.parametrize("width", cuda.WIDTHS["weights", False])
-def test_however_a_product_is_dealt_out(monkeypatch, width, splits, sharers, shared):
-    several = sharers > 2 if shared == "weights" else width == 128
-    if splits * sharers > max(cuda.CLUSTERS) or several:
-        pytest.skip("no such cluster")
-    rows = {1: 130, 2: 70, 4: 7}  # tiles of 192, 128 and 64
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("width", cuda.WIDTHS[False])
+def test_however_a_product_is_dealt_out(monkeypatch, width, splits, shared):
+    rows = {1: 130, 2: 70, 3: 7}  # tiles of 192, 128 and 64
     spec = replace(DEALT, T=200 if shared == "weights" else rows[splits], O=256 * splits)
 
-    def cut(rows, columns, depth, gated, room):
-        return cuda.Cut(
-            (224 if splits == 1 else 64) if gated else width,
-            1 if gated or depth < 256 * splits else splits,
-            sharers,
-            shared,
-        )
+    def cut(rows, columns, depth, gated, blocks):
+        wide = 224 if splits == 1 else 64
+        return cuda.Cut(wide if gated else width, 1 if gated or depth < 256 * splits else splits, shared)
 
     monkeypatch.setattr(cuda, "cut_for", cut)
     monkeypatch.setattr(cuda, "refuse_sizes", lambda *_: None)
@@ -100,19 +92,18 @@ def test_however_a_product_is_dealt_out(monkeypatch, width, splits, sharers, sha
 
 
 @pytest.mark.parametrize(
-    ("rows", "room", "shared", "cuts"),
+    ("rows", "shared", "cuts"),
     [
-        (33, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),  # 8B: all but 4 multiprocessors
-        (128, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),
-        (128, (66, 32, 15), "rows", [(64, 2, 2), (224, 1, 4), (64, 2, 2), (96, 2, 2)]),
-        (160, (66, 33, 16), "rows", [(64, 2, 4), (224, 1, 4), (64, 2, 4), (96, 2, 4)]),
-        (256, (66, 33, 16), "weights", [(128, 2, 2), (224, 1, 2), (128, 2, 2), (128, 4, 2)]),
+        (33, "rows", [(128, 4), (224, 1), (128, 4), (96, 2)]),  # 8B: a unit for all but four multiprocessors
+        (128, "rows", [(128, 4), (224, 1), (128, 4), (96, 2)]),
+        (160, "rows", [(128, 4), (224, 1), (128, 4), (96, 2)]),
+        (256, "weights", [(128, 2), (224, 1), (128, 2), (96, 1)]),
     ],
 )
-def test_a_product_is_cut_so_that_multiprocessors_end_together(rows, room, shared, cuts):
+def test_a_product_is_cut_so_that_multiprocessors_end_together(rows, shared, cuts):
     D, O, F, Q = 4096, 4096, 14336, 6144  # noqa: E741
     products = (D, O, False), (F, D, True), (D, F, False), (Q, D, False)
-    assert [cuda.cut_for(rows, *product, room) for product in products] == [cuda.Cut(*cut, shared) for cut in cuts]
+    assert [cuda.cut_for(rows, *product, 132) for product in products] == [cuda.Cut(*cut, shared) for cut in cuts]
 
 
 def test_wrong_shapes_raise_an_error_that_names_them():
