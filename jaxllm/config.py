@@ -211,10 +211,10 @@ class CompileConfig:
     token_buckets: tuple[int, ...] = _knob((), _ladder)  # tokens; the last is token_budget
     cache_dir: str = _knob("~/.cache/jaxllm", _text)  # "" = keep nothing
     threads: int = _knob(AUTO, _integer(1, 256, auto=True))  # AUTO: one a core
-    # auto: what measured fastest. apart: a kernel an op. layers: decode steps of up to 128 rows in one kernel (auto on
-    # a GPU up to 8). chain: what lies between two attentions of a decode step as launches that overlap. launched:
-    # decode steps of up to 256 rows so, attention too. Neither has run on a GPU in its present form (docs/log.md).
-    # reference: attention in plain jnp, whatever the device. Each where a kernel takes the model.
+    # auto: what measured fastest. apart: a kernel an op. layers, launched: decode steps as one op, of up to 128 rows in
+    # one kernel where devices share layers, of up to 256 as launches that overlap (launched: always that one). chain:
+    # only what lies between two attentions so. reference: attention in plain jnp, whatever the device. Each where a
+    # kernel takes the model.
     kernels: str = _knob("auto", _choice("auto", "apart", "layers", "chain", "launched", "reference"))
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ In: a virtual environment with jaxllm (this Python) and nvcc, on the PATH or in 
 venv with jax[cuda13]). Out: `.whl/`; `build/k/kernels.tar.xz`, each library under the name that `compiled.built` looks
 for; `build/k/launches`, benchmarks/launches.cu. `device.sh` puts them where they belong.
 
-    python -m benchmarks.jobs.carry --cuda /tmp/gv/lib/python3.12/site-packages/nvidia/cu13
+    python -m benchmarks.jobs.carry --cuda VENV/lib/python3.12/site-packages/nvidia/cu13
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ def wheels() -> None:
 
 
 def libraries() -> None:
-    """All that a single GPU may call, one at a time: nvcc compiles the kernels of a file side by side. What the last archive has is
-    not built again."""
+    """All that a single GPU may call, one at a time: nvcc compiles the kernels of a file side by side.
+
+    What the last archive has is not built again.
+    """
     compiled.CACHE = folder = KERNELS / "kernels"
     packed = KERNELS / "kernels.tar.xz"
     if packed.exists() and not folder.exists():

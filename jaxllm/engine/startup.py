@@ -70,9 +70,9 @@ from sharding.axes import MeshConfig
 from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
-# Of decode steps, ends included: where one kernel for all layers is ahead of kernels one by one
-# (benchmarks/results/decode_layers_h200, wide_layers_h200), and where kernels can be asked for.
-WHOLE_ROWS, EVERY_ROWS, MOST_ROWS = ((1, 8), (17, 32)), (1, 128), 256
+# Of decode steps, ends included: where one op for all layers is ahead of layers one by one, on one device and on
+# several that share them (benchmarks/results/overlapping_launches_h200, wide_layers_h200).
+WHOLE_ROWS, SHARED_ROWS = (1, 256), (1, 128)
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 Compiled = tuple[Executables, Ladder, list[KVCacheSpec]]  # and the pages of each stage they are compiled for
@@ -357,14 +357,15 @@ def _counts_shape(config: EngineConfig, home: Home) -> tuple[int, int]:
     return config.mesh.attention_shards * (config.scheduler.max_num_seqs + 1), home.model.vocab_size
 
 
-def whole_rows(kernels: str, mesh: MeshConfig, *, fastest: bool) -> tuple[tuple[int, int], ...]:
-    """Decode steps of which numbers of rows, ends included, are one op. `fastest`: whatever is ahead on a GPU."""
-    if kernels in ("layers", "launched"):
-        return (EVERY_ROWS if kernels == "layers" else (1, MOST_ROWS),)
-    shared = mesh.tensor * mesh.expert  # devices that do: two and four are ahead everywhere, eight have not run
-    if not fastest or shared > 4 or mesh.expert > 1:
-        return ()
-    return WHOLE_ROWS if shared == 1 else (EVERY_ROWS,)
+def whole(kernels: str, mesh: MeshConfig, platform: str) -> tuple[tuple[int, int] | None, str | None]:
+    """Decode steps of which numbers of rows, ends included, are one op; and its implementation, if not the first that
+    accepts. Devices that share layers ask for the one that has run on several (two and four are ahead everywhere)."""
+    on_gpu, shared = platform != "cpu", mesh.tensor * mesh.expert
+    by = "launched" if kernels == "launched" else "wide" if shared > 1 else None
+    rows = WHOLE_ROWS if shared == 1 or kernels == "launched" else SHARED_ROWS
+    asked = kernels in ("layers", "launched")
+    fastest = kernels == "auto" and on_gpu and shared <= 4 and mesh.expert == 1
+    return rows if asked or fastest else None, by if on_gpu else None
 
 
 def _compile(
@@ -384,9 +385,8 @@ def _compile(
     counts = jax.ShapeDtypeStruct(_counts_shape(config, final), jnp.uint16, sharding=final.sharding("rows"))
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
-    fastest = kernels == "auto" and homes[0].device.platform != "cpu"
-    chained = (1, MOST_ROWS) if kernels == "chain" else None  # auto: not before it has run on a GPU (ADR 0048)
-    whole = whole_rows(kernels, config.mesh, fastest=fastest)
+    chained = WHOLE_ROWS if kernels == "chain" else None
+    whole_rows, whole_by = whole(kernels, config.mesh, homes[0].device.platform)
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"
@@ -402,8 +402,8 @@ def _compile(
                 pages,
                 kernels == "reference",
                 chained,
-                whole,
-                "launched" if kernels == "launched" and homes[0].device.platform != "cpu" else None,
+                whole_rows,
+                whole_by,
                 uniform=deterministic,
                 placement=home.placed(own),
             )

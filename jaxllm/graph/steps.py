@@ -75,9 +75,9 @@ class Sampled(NamedTuple):
     top_logprobs: Float[Array, "B n"] | None = None
 
 
-def _among(ranges: tuple[tuple[int, int], ...], shape: StepShape) -> bool:
-    """A decode step of so many rows, ends included?"""
-    return shape.decode and any(first <= shape.rows <= last for first, last in ranges)
+def _among(rows: tuple[int, int] | None, shape: StepShape) -> bool:
+    """Decode steps of so many rows, ends included."""
+    return rows is not None and shape.decode and rows[0] <= shape.rows <= rows[1]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Graph:
     # Pin jnp attention and single products: to tell a kernel's fault from the model's.
     reference_attention: bool = False
     chained: tuple[int, int] | None = None  # decode steps of so many rows, ends included: one kernel between attentions
-    whole: tuple[tuple[int, int], ...] = ()  # of so many, in any of these: one op for all layers, if it takes the model
+    whole: tuple[int, int] | None = None  # of so many: one op for all layers, if it takes the model
     whole_by: str | None = None  # that op's implementation, if not the first that accepts
     uniform: bool = False  # bits of a token in a step with prompts do not depend on how many of its row come along
     parts: bool = False  # products of a few rows stay partial sums until a kernel adds them up: not yet measured
@@ -117,7 +117,7 @@ class Graph:
             return functools.partial(plainly, exchange=exchange)
         pinned = {"implementation": "reference"} if self.reference_attention else {}
         onward = functools.partial(joined, functools.partial(_add_norm, **pinned), self.parts)
-        if self.chained is None or not _among((self.chained,), shape):
+        if not _among(self.chained, shape):
             return onward
         return functools.partial(chained, _chain, onward)
 

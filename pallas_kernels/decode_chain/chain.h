@@ -20,7 +20,7 @@ constexpr int kSettling = 256;  // threads of a row
 constexpr int kPartFours = 2;   // pieces of four numbers that a thread has of a row's part, where there is no norm
 
 struct Settle {
-  const float* sums;         // [splits, M, N]
+  const float* sums;         // [splits, M, N]; none of them: the residual alone
   const uint16_t *bias;      // [N] or null
   const uint16_t *residual;  // [M, N] or null: added to what the product gives in bf16
   const uint16_t *norm;      // [N] or null: also write `normed`
@@ -97,7 +97,7 @@ DEVICE void settle(const Settle& p, int block, float* room, int thread) {
   await_launch_before();
   if (p.residual != nullptr) each([&](int i, int four) { added[i] = load_fresh(reinterpret_cast<const uint2*>(p.residual + at) + four); });
   const float4* from = reinterpret_cast<const float4*>(p.sums + at);
-  each([&](int i, int four) { sums[i] = load_fresh(from + four); });
+  each([&](int i, int four) { sums[i] = p.splits ? load_fresh(from + four) : float4{0.f, 0.f, 0.f, 0.f}; });
 #pragma unroll 2
   for (int split = 1; split < p.splits; ++split) {
     from += int64_t(p.M) * p.N / 4;
@@ -128,13 +128,13 @@ DEVICE void settle(const Settle& p, int block, float* room, int thread) {
 #ifdef JAXLLM_EMULATED
 
 template <int FOURS, bool PEERS>
-std::string launch_settle(Stream stream, const Settle& p) {
+std::string launch_settle(Stream stream, const Settle& p, bool early) {
   const int blocks = p.M * p.parts;
   auto rooms = std::make_shared<std::vector<std::vector<float>>>(blocks, std::vector<float>(kSettling / 32, NAN));
   if (blocks <= 32) {
     Grid grid = {blocks, kSettling, kSettling};
     grid.body = [p, rooms = rooms.get()](int block, int thread) { settle<FOURS, PEERS>(p, block, (*rooms)[block].data(), thread); };
-    grid.kept = rooms, grid.early = true;
+    grid.kept = rooms, grid.early = early;
     return play(stream, std::move(grid), unsigned(p.M));
   }
   if (PEERS) return "more rows than the emulator plays on several devices";
@@ -154,23 +154,23 @@ __global__ void __launch_bounds__(kSettling, FOURS > 4 ? 1 : PEERS ? 2 : 4) sett
 }
 
 template <int FOURS, bool PEERS>
-std::string launch_settle(Stream stream, const Settle& p) {
-  return launch_kernel(settle_rows<FOURS, PEERS>, p.M * p.parts, kSettling, 0, stream, true, p);
+std::string launch_settle(Stream stream, const Settle& p, bool early) {
+  return launch_kernel(settle_rows<FOURS, PEERS>, p.M * p.parts, kSettling, 0, stream, early, p);
 }
 
 #endif
 
 template <int FOURS>
-std::string launch_settle(Stream stream, const Settle& p) {
-  return p.peers.ranks > 1 ? launch_settle<FOURS, true>(stream, p) : launch_settle<FOURS, false>(stream, p);
+std::string launch_settle(Stream stream, const Settle& p, bool early) {
+  return p.peers.ranks > 1 ? launch_settle<FOURS, true>(stream, p, early) : launch_settle<FOURS, false>(stream, p, early);
 }
-std::string launch(Stream stream, Settle p) {
+std::string launch(Stream stream, Settle p, bool early = true) {
   auto over = [&](int fours) { return (p.N + kSettling * 4 * fours - 1) / (kSettling * 4 * fours); };
   p.parts = p.norm == nullptr ? over(kPartFours) : 1;
-  if (p.norm == nullptr) return launch_settle<kPartFours>(stream, p);
-  if (over(1) == 1) return launch_settle<1>(stream, p);
-  if (over(4) == 1) return launch_settle<4>(stream, p);
-  return over(8) == 1 ? launch_settle<8>(stream, p) : "a row of more than 8,192 numbers";
+  if (p.norm == nullptr) return launch_settle<kPartFours>(stream, p, early);
+  if (over(1) == 1) return launch_settle<1>(stream, p, early);
+  if (over(4) == 1) return launch_settle<4>(stream, p, early);
+  return over(8) == 1 ? launch_settle<8>(stream, p, early) : "a row of more than 8,192 numbers";
 }
 
 template <int WIDTH, int KIND>
@@ -226,6 +226,13 @@ struct Chain {  // what all its launches share
   Peers peers = {};
   std::string fault = "";
 
+  // The first layer's qkv, of a residual stream that nobody has normed: in the sums of splits. Begins a recording.
+  void first(const uint16_t* x, const uint16_t* norm, const uint16_t* qkv) {
+    Settle p = {nullptr, nullptr, x, norm, w.x, w.normed};
+    p.M = M, p.N = D, p.eps = eps;
+    if (fault.empty()) fault = launch(stream, p, false);
+    multiply(kStages - 1, kSums, w.normed, qkv, w.sums, Q, D);
+  }
   // Of a layer whose residual stream is x. `qkv`: the next one's, or null: they stay in the sums of splits. `early`: not what begins a
   // recording.
   void record(const Weights& layer, const uint16_t* mixed, const uint16_t* x, uint16_t* out, uint16_t* qkv, bool early) {

@@ -19,8 +19,8 @@ from pallas_kernels.quant_matmul import packing
 
 _ROOM = "pallas_kernels.decode_layers"
 register("decode_layers", "cuda", imported(f"{_ROOM}.cuda:decode_layers"), platforms=("gpu",))
-register("decode_layers", "wide", imported(f"{_ROOM}.wide:decode_layers"), platforms=("gpu",))
 register("decode_layers", "launched", imported(f"{_ROOM}.launched:decode_layers"), platforms=("gpu",))
+register("decode_layers", "wide", imported(f"{_ROOM}.wide:decode_layers"), platforms=("gpu",))
 register("decode_layers", "cuda_emulated", imported(f"{_ROOM}.emulated:decode_layers"), ("interpret",))
 register("decode_layers", "launched_emulated", imported(f"{_ROOM}.emulated:launched_layers"), ("interpret",))
 register("decode_layers", "wide_emulated", imported(f"{_ROOM}.emulated:wide_layers"), ("interpret",))

@@ -24,7 +24,7 @@ struct Sizes {  // attributes, as they come
 };
 
 struct Layer {
-  const uint16_t *qkv, *qkv_bias, *o, *o_bias, *norms, *gate_up, *down, *qk_norms;  // optional ones may be null, and the first qkv
+  const uint16_t *qkv, *qkv_bias, *o, *o_bias, *norms, *gate_up, *down, *qk_norms;  // biases and the last may be null
   uint16_t *k_pages, *v_pages;
 };
 
@@ -74,27 +74,26 @@ std::string run_layers(Stream stream, const Sizes& z, const Peers& peers, ffi::R
   const Room room = lay_out(a, z, base);
   a.eps = eps, a.scale = scale * kLog2e;
   const uint16_t* x = bits();
-  a.qkv = bits();
   a.table = static_cast<int*>(next()), a.lens = static_cast<int*>(next());
   a.cosines = static_cast<float*>(next()), a.sines = static_cast<float*>(next()), a.out = room.mixed;
   std::vector<Layer> layers(z.num_layers);
   for (Layer& l : layers) {
-    const bool first = &l == &layers[0];
-    l.qkv = bits_if(!first), l.o = bits(), l.norms = bits(), l.gate_up = bits(), l.down = bits();
-    l.qkv_bias = bits_if(has & kQkvBias && !first), l.o_bias = bits_if(has & kOBias), l.qk_norms = bits_if(has & kQkNorms);
+    l.qkv = bits(), l.o = bits(), l.norms = bits(), l.gate_up = bits(), l.down = bits();
+    l.qkv_bias = bits_if(has & kQkvBias), l.o_bias = bits_if(has & kOBias), l.qk_norms = bits_if(has & kQkNorms);
     l.k_pages = bits(), l.v_pages = bits();  // the results are the same memory
   }
   if (at != args.size()) return "unexpected number of buffers";
 
   uint16_t* out = static_cast<uint16_t*>(result(0));
+  chain.first(x, layers[0].norms, layers[0].qkv);
+  a.qkv = chain.w.sums, a.addends = chain.splits(kStages - 1);
   for (size_t i = 0; i < layers.size() && chain.fault.empty(); ++i) {
     const Layer &l = layers[i], next = i + 1 < layers.size() ? layers[i + 1] : Layer{};
-    a.k_pages = l.k_pages, a.v_pages = l.v_pages, a.norms = l.qk_norms;
+    a.k_pages = l.k_pages, a.v_pages = l.v_pages, a.norms = l.qk_norms, a.bias = l.qkv_bias;
     chain.fault = map_pages(a, pages);
-    if (chain.fault.empty()) chain.fault = launch_attention(stream, a, i > 0);
+    if (chain.fault.empty()) chain.fault = launch_attention(stream, a, true);
     const Weights weights = {l.o, l.o_bias, l.norms + z.D, l.gate_up, l.down, next.norms, next.qkv, next.qkv_bias};
     chain.record(weights, room.mixed, i ? out : x, out, nullptr, true);
-    a.qkv = chain.w.sums, a.addends = chain.splits(kStages - 1), a.bias = next.qkv_bias;
   }
   return chain.fault;
 }

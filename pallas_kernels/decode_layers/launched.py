@@ -22,7 +22,7 @@ from pallas_kernels.decode_attention import cuda as attention
 from pallas_kernels.decode_chain import cuda as chain
 from pallas_kernels.decode_chain.reference import rms_norm
 from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages
-from pallas_kernels.decode_layers.wide import first_qkv, numbers_of, operands_of, optional_of, product, refuse_groups
+from pallas_kernels.decode_layers.wide import numbers_of, operands_of, optional_of, product, refuse_groups
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "launched.cu"
@@ -69,9 +69,7 @@ def decode_layers(
     """See api.decode_layers."""
     refuse(x, layers, pages, head, scale, groups)
     kernel, rows = kernel or ours(), (page_table, kv_lens, cosines, sines)
-    x, written = call(
-        kernel, x, first_qkv(x, layers[0], eps), layers, pages, *rows, eps=eps, scale=scale, groups=groups
-    )
+    x, written = call(kernel, x, layers, pages, *rows, eps=eps, scale=scale, groups=groups)
     return (x if head is None else product(rms_norm(x, head.norm, eps), head.table)), written
 
 
@@ -101,7 +99,6 @@ def refuse(
 def call(
     kernel: Kernel,
     x: jax.Array,
-    qkv: jax.Array,
     layers: Sequence[LayerWeights],
     pages: Sequence[Pages],
     *rows: jax.Array,
@@ -112,11 +109,11 @@ def call(
     """The FFI call, with the library's word on how much memory it works in."""
     (B, D), first, (_, K, page_size, _) = x.shape, layers[0], pages[0][0].shape
     NH, F = first.o.shape[1], first.down.shape[1]
-    cuts, sums = chain.cuts_for(B, D, NH, F, qkv.shape[1], kernel.blocks)
+    cuts, sums = chain.cuts_for(B, D, NH, F, first.qkv.shape[0], kernel.blocks)
     sizes = dict(rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // HEAD, kv_heads=K)
     sizes |= dict(page_size=page_size, width=rows[0].shape[1], sums=sums)
     work = kernel.library.jaxllm_launched_layers_work(*map(ctypes.c_int64, sizes.values()))
-    operands, aliases = operands_of(x, qkv, rows, layers, pages)
+    operands, aliases = operands_of(x, rows, layers, pages)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((work,), jnp.uint8)]
     results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
     sizes |= dict(num_layers=len(layers), has=optional_of(first))

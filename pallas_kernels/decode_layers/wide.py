@@ -161,7 +161,7 @@ def call(
     sizes = dict(num_layers=len(layers), rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // H, kv_heads=K)
     sizes |= dict(page_size=page_size, width=width)
     work = kernel.library.jaxllm_wide_layers_work(*map(ctypes.c_int64, sizes.values()))
-    operands, aliases = operands_of(x, qkv, rows, layers, pages)
+    operands, aliases = operands_of(x, rows, layers, pages, qkv)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((work,), jnp.uint8)]
     results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
     attributes = {name: np.int64(value) for name, value in (*sizes.items(), ("has", optional_of(first)))}
@@ -180,17 +180,18 @@ def optional_of(layer: LayerWeights) -> int:
 
 def operands_of(
     x: jax.Array,
-    qkv: jax.Array,
     rows: Sequence[jax.Array],
     layers: Sequence[LayerWeights],
     pages: Sequence[Pages],
+    qkv: jax.Array | None = None,
 ) -> tuple[list[jax.Array], dict[int, int]]:
-    """What the library takes, and which of it are results too: pages, from the third result on. Not the first layer's
-    qkv, whose product comes ready."""
-    operands, aliases = [x, qkv, *rows], dict[int, int]()
+    """What the library takes, and which of it are results too: pages, from the third result on. `qkv`: the first
+    layer's, where it comes ready and not its weights."""
+    operands, aliases = [each for each in (x, qkv, *rows) if each is not None], dict[int, int]()
     for number, (layer, own) in enumerate(zip(layers, pages, strict=True)):
-        weights = (layer.qkv if number else None, layer.o, layer.norms, layer.gate_up, layer.down)
-        biases = (layer.qkv_bias if number else None, layer.o_bias, layer.qk_norms)
+        ready = number == 0 and qkv is not None
+        weights = (None if ready else layer.qkv, layer.o, layer.norms, layer.gate_up, layer.down)
+        biases = (None if ready else layer.qkv_bias, layer.o_bias, layer.qk_norms)
         operands += [array for array in (*weights, *biases) if isinstance(array, jax.Array)]
         aliases |= {len(operands) + i: 2 + 2 * number + i for i in range(2)}
         operands += own

@@ -1,24 +1,27 @@
-"""Which decode steps are one kernel for all layers."""
+"""Which decode steps are one op for all layers, and whose."""
 
 import pytest
 
 from jaxllm.config import load
-from jaxllm.engine.startup import EVERY_ROWS, WHOLE_ROWS, whole_rows
+from jaxllm.engine.startup import SHARED_ROWS, WHOLE_ROWS, whole
 
 
 @pytest.mark.parametrize(
-    ("kernels", "mesh", "fastest", "rows"),
+    ("kernels", "mesh", "platform", "found"),
     [
-        ("auto", {}, True, WHOLE_ROWS),
-        ("auto", {"tp": 2}, True, (EVERY_ROWS,)),
-        ("auto", {"tp": 4}, True, (EVERY_ROWS,)),
-        ("auto", {"tp": 8}, True, ()),
-        ("auto", {"ep": 2}, True, ()),
-        ("auto", {}, False, ()),
-        ("chain", {}, False, ()),
-        ("layers", {"tp": 4}, False, (EVERY_ROWS,)),
-        ("launched", {}, False, ((1, 256),)),
+        ("auto", {}, "gpu", (WHOLE_ROWS, None)),
+        ("auto", {"tp": 2}, "gpu", (SHARED_ROWS, "wide")),
+        ("auto", {"tp": 4}, "gpu", (SHARED_ROWS, "wide")),
+        ("auto", {"tp": 8}, "gpu", (None, "wide")),
+        ("auto", {"ep": 2}, "gpu", (None, "wide")),
+        ("auto", {}, "cpu", (None, None)),
+        ("apart", {}, "gpu", (None, None)),
+        ("chain", {}, "gpu", (None, None)),
+        ("layers", {}, "gpu", (WHOLE_ROWS, None)),
+        ("layers", {"tp": 4}, "cpu", (SHARED_ROWS, None)),
+        ("launched", {}, "gpu", (WHOLE_ROWS, "launched")),
+        ("launched", {"tp": 2}, "gpu", (WHOLE_ROWS, "launched")),
     ],
 )
-def test_the_kernel_runs_where_it_was_measured_ahead_or_is_asked_for(kernels, mesh, fastest, rows):
-    assert whole_rows(kernels, load(**mesh).mesh, fastest=fastest) == rows
+def test_the_op_runs_where_it_was_measured_ahead_or_is_asked_for(kernels, mesh, platform, found):
+    assert whole(kernels, load(**mesh).mesh, platform) == found

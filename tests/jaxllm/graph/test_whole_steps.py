@@ -37,7 +37,7 @@ def stepped(config, params, *, whole):
         config,
         PAGE,
         PAGES,
-        whole=((1, 128),) if whole else (),
+        whole=(1, 128) if whole else None,
         reference_attention=True,
     )
     run = jax.jit(functools.partial(step, graph, shape))
