@@ -7,7 +7,7 @@ reverse one, so that a card that warms up favours nobody; a figure is the median
 directory needs config.json and a tokenizer; weights are random on all sides. `--peer` is a folder with the peers'
 scripts (`setup.sh`, `peer_vllm.py`, `peer_hf.py`) that print one "PEER {json}" line a figure. Start is the wall clock
 from starting a process: ours to its first token, vLLM's only to a loaded engine. Compile caches are empty in the first
-round and kept after it.
+round and kept after it. `transformers` is its static cache and torch.compile, `generate` its plain call.
 """
 
 from __future__ import annotations
@@ -117,6 +117,11 @@ def run_transformers(plan: Plan, log: Path) -> Run:
     return _run_peer("transformers", plan, script, log, last=plan.hf_batches.count(",") + 1)
 
 
+def run_generate(plan: Plan, log: Path) -> Run:
+    script = [str(ROOT / "benchmarks" / "peer_generate.py"), str(plan.model), "--batch", plan.hf_batches]
+    return _run_peer("generate", plan, [*script, "--ctx", str(plan.context)], log)
+
+
 def _run_peer(engine: str, plan: Plan, script: list[str], log: Path, last: int | None = None) -> Run:
     setup = (
         f". {shlex.quote(str(plan.peer / 'setup.sh'))} {shlex.quote(str(plan.peer))} && " if engine == "vllm" else ""
@@ -158,6 +163,7 @@ ENGINES: dict[str, Callable[[Plan, Path], Run]] = {
     "jaxllm": run_jaxllm,
     "vllm": run_vllm,
     "transformers": run_transformers,
+    "generate": run_generate,
 }
 
 
