@@ -126,7 +126,7 @@ def _run_peer(engine: str, plan: Plan, script: list[str], log: Path, last: int |
     setup = (
         f". {shlex.quote(str(plan.peer / 'setup.sh'))} {shlex.quote(str(plan.peer))} && " if engine == "vllm" else ""
     )
-    command = ["bash", "-c", f"{setup}exec python3 {shlex.join(script)}"]
+    command = ["bash", "-c", f"{setup}exec python3 -P {shlex.join(script)}"]
     start, figures, errors = time.perf_counter(), list[Figure](), []
     lines = lines_of(command, plan.limit_s, log, cwd=plan.peer)  # not ours: our packages' names are generic
     for elapsed, line in lines:

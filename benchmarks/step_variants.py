@@ -1,22 +1,19 @@
 """jaxllm's command line with the many small kernels of a step as they were, or as partial sums: for A/B runs.
 
 In: a variant, then a command line of jaxllm. Out: what that command prints. The two ways run the same model on the same
-weights; only who norms, rotates, writes, adds and samples differs, or how a step is launched and read.
+weights; only who norms, rotates, writes, adds and samples differs.
 
     python -m benchmarks.step_variants before bench latency MODEL --batch 1,32,256
-    python -m benchmarks.step_variants after | parts | attention | norms | one_by_one | host_tokens | prompt ...
+    python -m benchmarks.step_variants after | parts | attention | norms ...
 
 `before` has every op as XLA's fusions, as it was; `attention` and `norms` change only that part; `parts` leaves the
-products of a few rows in partial sums. `one_by_one` launches the kernels of steps with prompts without a CUDA graph, so
-that the first begins before the last is launched; `host_tokens` has steps write their tokens to host memory themselves;
-`prompt` is both. Nothing is kept in a compile cache: its keys know nothing of variants.
+products of a few rows in partial sums. Nothing is kept in a compile cache: its keys know nothing of variants.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,10 +21,7 @@ import jax.numpy as jnp
 
 from jaxllm.engine import startup
 from jaxllm.graph import sampling, steps
-from jaxllm.graph.inputs import StepShape
 from jaxllm.graph.models.decoder import plainly
-from jaxllm.graph.steps import Stepped
-from jaxllm.graph.traces import Job
 from pallas_kernels.norm.api import add_norm
 from pallas_kernels.paged_attention import mosaic_sm90, triton
 from pallas_kernels.paged_attention.api import paged_attention_decode
@@ -36,7 +30,7 @@ from pallas_kernels.rope_page_write.heads import Heads
 from serve import cli
 from sharding import collectives
 
-VARIANTS = ("before", "after", "attention", "norms", "parts", "one_by_one", "host_tokens", "prompt")
+VARIANTS = ("before", "after", "attention", "norms", "parts")
 
 
 def decode_apart(
@@ -66,27 +60,6 @@ def decode_gathered(
     return out.at[jnp.where(lens > 0, tokens, q.shape[0])].set(decoded, mode="drop")
 
 
-class OneByOne:
-    """A lowered step whose executable has no CUDA graph: none is as large as it would have to be."""
-
-    def __init__(self, lowered: jax.stages.Lowered) -> None:
-        self._lowered = lowered
-
-    def compile(self) -> jax.stages.Compiled:
-        return self._lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2**30})
-
-
-def lower_one_by_one(job: Job, lower: Callable[[Job], jax.stages.Lowered]) -> Any:
-    kind, shape, *_ = (*job.key, None)
-    prompts = kind == "step" and isinstance(shape, StepShape) and not shape.decode
-    return OneByOne(lower(job)) if prompts else lower(job)
-
-
-def step_to_host(step: Callable[..., Stepped], *arguments: Any) -> Stepped:
-    done = step(*arguments)
-    return done._replace(token_ids=jax.device_put(done.token_ids, jax.memory.Space.Host))
-
-
 def change(variant: str) -> None:
     """Put the variant's ways in place of the ones that are there."""
     if variant in ("before", "norms"):
@@ -101,11 +74,6 @@ def change(variant: str) -> None:
         steps.Graph.onward = lambda self, exchange, shape: plainly
         sampling.api.draw = functools.partial(sampling.api.draw, implementation="reference")
         collectives.greedy = functools.partial(collectives.greedy, implementation="reference")
-    if variant in ("one_by_one", "prompt"):
-        lower = Job.lower
-        Job.lower = lambda self: lower_one_by_one(self, lower)
-    if variant in ("host_tokens", "prompt"):
-        steps.step = functools.partial(step_to_host, steps.step)
     if variant == "parts":
         startup.Graph = functools.partial(startup.Graph, parts=True)
 

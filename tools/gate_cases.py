@@ -358,9 +358,8 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
 
 
 # Bytes that a function of a CUDA source may spill, where it is not next to none: numbers kept over calls and around
-# loops. The disassembly shows no load or store in the loops over tiles of decode_attention.cu and decode_chain.cu, and
-# up to eight in wide.cu's.
-SOURCE_ALLOWANCES = {"decode_attention.cu": 160, "decode_chain.cu": 96, "launched.cu": 160, "wide.cu": 480}
+# loops. Of attention by mma inside wide.cu, whose kernel does everything; only devices that share layers run it.
+SOURCE_ALLOWANCES = {"wide.cu": 704}
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
