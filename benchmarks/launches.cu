@@ -3,7 +3,9 @@
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -cudart static -I XLA_INCLUDES -o launches benchmarks/launches.cu
 //
-// where XLA_INCLUDES is what jax.ffi.include_dir() says.
+// where XLA_INCLUDES is what jax.ffi.include_dir() says. With -DJAXLLM_STAMPS instead, of one launch of the graph: when the blocks of each
+// kernel began, had what is ahead, had their first and last product and ended (first, middle and last block, us), and whether the
+// same multiprocessors are late in every layer.
 #include "../pallas_kernels/decode_layers/launched.cu"
 
 #include <cstdio>
@@ -11,6 +13,7 @@
 #include <cstring>
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <random>
 #define OK(x) do { auto e_ = (x); if (e_ != cudaSuccess) { printf("error %s line %d\n", cudaGetErrorString(e_), __LINE__); exit(1); } } while (0)
 #define GOOD(x) do { std::string f_ = (x); if (!f_.empty()) { printf("fault %s line %d\n", f_.c_str(), __LINE__); exit(1); } } while (0)
@@ -22,6 +25,48 @@ __global__ void fill(uint16_t* p, size_t n, float scale) {
 }
 struct Setup { int D, O, F, Q, L; } S = {4096, 4096, 14336, 6144, 8};
 uint16_t* make(size_t n, float scale) { uint16_t* p; OK(cudaMalloc(&p, n * 2)); fill<<<528, 256>>>(p, n, scale); return p; }
+#ifdef JAXLLM_STAMPS
+constexpr int kOfLayer = 7;
+const char* const kNames[kOfLayer] = {"attend", "o", "o+", "gate_up", "down", "down+", "qkv"};
+
+void tell_stamps(int layers, int shown) {
+  unsigned count;
+  OK(cudaMemcpyFromSymbol(&count, stamped, sizeof count));
+  std::vector<Stamp> all(std::min(count, kMostStamps));
+  OK(cudaMemcpyFromSymbol(all.data(), stamps, all.size() * sizeof(Stamp)));
+  unsigned long long origin = ~0ull;
+  for (const Stamp& s : all) origin = std::min(origin, s.nanoseconds);
+  std::map<std::pair<int, int>, std::vector<std::pair<double, int>>> found;  // launch and point: us, multiprocessor
+  for (const Stamp& s : all) found[{s.launch, s.point}].push_back({(s.nanoseconds - origin) / 1e3, s.multiprocessor});
+  for (auto& [key, times] : found) std::sort(times.begin(), times.end());
+  for (int launch = 0; launch < shown * kOfLayer; ++launch) {
+    printf("   %-8s |", kNames[launch % kOfLayer]);
+    for (int point = 0; point < kPoints; ++point) {
+      const auto& t = found[{launch, point}];
+      if (t.empty()) printf("                      - |"); else printf(" %7.1f %7.1f %7.1f |", t[0].first, t[t.size() / 2].first, t.back().first);
+    }
+    printf("\n");
+  }
+  for (int kind : {3, 4}) {  // gate and up, down: a multiprocessor's last product beside the middle one's
+    std::map<int, double> late[2];  // in even and odd layers
+    for (int l = 0; l < layers; ++l) {
+      const auto& t = found[{l * kOfLayer + kind, int(kLast)}];
+      for (const auto& [us, multiprocessor] : t) late[l % 2][multiprocessor] += (us - t[t.size() / 2].first) / (layers / 2);
+    }
+    double xx = 0, yy = 0, xy = 0;
+    std::vector<std::pair<double, int>> order;
+    for (const auto& [multiprocessor, x] : late[0]) {
+      const double y = late[1][multiprocessor];
+      xx += x * x, yy += y * y, xy += x * y, order.push_back({(x + y) / 2, multiprocessor});
+    }
+    std::sort(order.begin(), order.end());
+    printf("   %s: late in even and in odd layers: correlation %.2f; multiprocessors from first to last:", kNames[kind], xy / std::sqrt(xx * yy + 1e-9));
+    for (size_t i = 0; i < order.size(); i += 6) printf(" %d (%.1f us)", order[i].second, order[i].first);
+    printf("\n");
+  }
+}
+#endif
+
 struct Bench {
   int M; std::vector<int64_t> cuts; bool attends = true, chains = true;
   std::vector<uint16_t*> o, gu, dn, qkv, k, v; uint16_t *x, *norms, *out; char* work; int *table, *lens; float *cs; int pages;
@@ -35,6 +80,7 @@ struct Bench {
     for (int r = 0; r < rep; ++r) for (int l = 0; l < S.L; ++l) {
       const bool first = r == 0 && l == 0;
       a.k_pages = k[l], a.v_pages = v[l]; GOOD(map_pages(a, pages));
+      a.number = chain.number, chain.number += attends;
       if (attends) GOOD(launch_attention(st, a, !first));
       if (!chains) continue;
       chain.record({o[l], nullptr, norms, gu[l], dn[l], norms, qkv[l], nullptr}, room.mixed, x, out, nullptr, !first || attends);
@@ -53,6 +99,11 @@ struct Bench {
     auto med = [&](size_t i, size_t j) { std::vector<float> v(us.begin() + i, us.begin() + j); std::sort(v.begin(), v.end()); return v[v.size() / 2]; };
     printf("M %d %s: us a layer: first five %.1f, last fifth %.1f (%zu)\n", M, what, med(0, 5), med(n - std::max<size_t>(1, n / 5), n), n); fflush(stdout);
     if (seconds > 0) system("nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active --format=csv,noheader");
+#ifdef JAXLLM_STAMPS
+    const unsigned none = 0;
+    OK(cudaMemcpyToSymbol(stamped, &none, sizeof none)); OK(cudaGraphLaunch(ge, st)); OK(cudaStreamSynchronize(st));
+    if (attends && chains) tell_stamps(rep * S.L, 2);
+#endif
     cudaGraphExecDestroy(ge), cudaGraphDestroy(g), cudaStreamDestroy(st);
   }
 };

@@ -2,7 +2,7 @@
 
 In: a virtual environment with jaxllm (this Python) and nvcc, on the PATH or in `--cuda` (the folder nvidia/cu13 of a
 venv with jax[cuda13]). Out: `.whl/`; `build/k/kernels.tar.xz`, each library under the name that `compiled.built` looks
-for; `build/k/launches`, benchmarks/launches.cu. `device.sh` puts them where they belong.
+for; `build/k/launches` and `stamps`, benchmarks/launches.cu. `device.sh` puts them where they belong.
 
     python -m benchmarks.jobs.carry --cuda VENV/lib/python3.12/site-packages/nvidia/cu13
 """
@@ -72,8 +72,9 @@ def libraries() -> None:
             archive.extractall(folder, filter="data")
     paths = [Path(each.library()._name) for each in LIBRARIES.values()]
     include = f"-I{jax.ffi.include_dir()}"
-    line = [NVCC[0], "-O3", "-std=c++17", NVCC[3], NVCC[4], "-cudart", "static", include]
-    subprocess.run([*line, "-o", str(KERNELS / "launches"), "benchmarks/launches.cu"], check=True)
+    for name, flags in {"launches": (), "stamps": ("-DJAXLLM_STAMPS",)}.items():
+        line = [NVCC[0], "-O3", "-std=c++17", NVCC[3], NVCC[4], "-cudart", "static", include, *flags]
+        subprocess.run([*line, "-o", str(KERNELS / name), "benchmarks/launches.cu"], check=True)
     with tarfile.open(packed, "w:xz") as archive:
         for path in paths:
             for each in (path, path.with_name(f"{path.name}.sha256")):

@@ -90,7 +90,7 @@ class Graph:
     num_pages: int
     # Pin jnp attention and single products: to tell a kernel's fault from the model's.
     reference_attention: bool = False
-    chained: tuple[int, int] | None = None  # decode steps of so many rows, ends included: one kernel between attentions
+    chained: tuple[int, int] | None = None  # decode steps of so many rows, ends included: one op between attentions
     whole: tuple[int, int] | None = None  # of so many: one op for all layers, if it takes the model
     whole_by: str | None = None  # that op's implementation, if not the first that accepts
     uniform: bool = False  # bits of a token in a step with prompts do not depend on how many of its row come along

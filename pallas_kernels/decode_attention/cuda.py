@@ -28,7 +28,7 @@ SOURCE = HERE / "decode_attention.cu"
 INCLUDES = (
     *(HERE / name for name in ("call.h", "kernel.h", "dealing.h", "heads.h", "warpgroup.h", "by_warps.h")),
     *(SHARED / name for name in ("primitives.h", "emulator.h")),
-    *(TENSOR_CORES / name for name in ("tensor_cores.h", "maps.h")),
+    *(TENSOR_CORES / name for name in ("tensor_cores.h", "maps.h", "stamps.h")),
 )
 TARGET = "jaxllm_decode_attention"
 _HANDLER = Handler(SOURCE, INCLUDES, TARGET)

@@ -1,10 +1,8 @@
-// Attention of one query a row over paged keys and values, by warpgroups whose tensor cores read keys and values where they land.
+// Attention of one query a row over paged keys and values, by tensor cores that read them where they land.
 //
 // One block a multiprocessor, of two workers: for each a warp that asks the copy engine for keys and values, 64 of one head at a
-// time, as far ahead as shared memory allows, and four that multiply. Both products are the warpgroup's (WGMMA): queries, from
-// registers, times keys; probabilities, from registers, times values. Of the 64 rows that these instructions have eight of one
-// warp's sixteen are a group's queries, so that warp alone has anything to exponentiate or to fold, and none waits for another. In
-// its other eight rows stands what rounding took from the probabilities: they have 16 bits together.
+// time, as far ahead as shared memory allows, and four that multiply, each some of the keys and then some of a head's columns
+// (by_warps.h).
 //
 // A row's new key and value are made, where that is asked for, together with the queries; who has a row's last keys writes them to
 // their page and over what the copy brought of it.
@@ -25,6 +23,7 @@
 
 #include "warpgroup.h"
 #include "../decode_chain/maps.h"
+#include "../decode_chain/stamps.h"
 
 namespace {
 
@@ -35,6 +34,7 @@ static_assert(kFlight <= kSlots);
 
 struct Call : Params {
   TileMap keys, values;  // the pages as [P * kv_heads * page_size][H], in boxes of 64 columns
+  int number = 0;        // of the launch, for stamps
 };
 
 struct Ring {  // of tiles on their way to a worker
@@ -95,6 +95,7 @@ struct Place {  // of a thread. Made again behind what needs many registers: a n
 };
 
 DEVICE void run(const Call& p, Shared& shared, int program, int thread) {
+  stamp(p.number, kBegun, thread);
   allow_launch_behind();
   const Place given{thread};
   const int mine = given.worker();
@@ -123,11 +124,13 @@ DEVICE void run(const Call& p, Shared& shared, int program, int thread) {
   await_launch_before();  // keys and values of earlier steps were asked for without that
   const int number = program * kWorkers + at.worker();
   clear_empty_rows(p, number, at.thread % kGroupThreads);
+  stamp(p.number, kWaited, at.thread);
   if (!any) return;
   shared.own[at.worker()].deal = deal;  // by all, the same
   Worker w{p, shared.own[at.worker()], number, at.warp(), at.lane(), p.heads / p.kv_heads};
   Feed feed{shared.rings[at.worker()], at.lane()};
   attend_share(w, feed, shared.shares[at.worker()][0]);
+  stamp(p.number, kEnded, at.thread);
 }
 
 std::string map_pages(Call& p, int64_t pages) {

@@ -2,8 +2,6 @@
 // Who includes it says where tiles and a segment's queries come from: a Feed that can take() the next tile and give it back, and
 // that begins and ends segments.
 #pragma once
-#include <type_traits>
-
 #include "../decode_chain/tensor_cores.h"
 
 #ifndef JAXLLM_SPLIT  // a benchmark may try others

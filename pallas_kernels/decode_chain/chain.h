@@ -29,6 +29,7 @@ struct Settle {
   int turn;
   int M, N, splits, parts;  // of a row: one if there is a norm
   float eps;
+  int number;  // of the launch, for stamps
 };
 
 DEVICE float4 wide_four(const uint2& v) {
@@ -80,6 +81,7 @@ DEVICE void add_peers(const Settle& p, float4 (&sums)[FOURS], int64_t at, const 
 // A row or a part of it, of so many pieces of four numbers for a thread.
 template <int FOURS, bool PEERS>
 DEVICE void settle(const Settle& p, int block, float* room, int thread) {
+  stamp(p.number, kBegun, thread);
   allow_launch_behind();
   const int64_t at = int64_t(block / p.parts) * p.N;
   const int first = block % p.parts * (FOURS * kSettling) + thread;
@@ -95,6 +97,7 @@ DEVICE void settle(const Settle& p, int block, float* room, int thread) {
   };
   if (norms != nullptr) each([&](int i, int four) { weights[i] = norms[four]; });
   await_launch_before();
+  stamp(p.number, kWaited, thread);
   if (p.residual != nullptr) each([&](int i, int four) { added[i] = load_fresh(reinterpret_cast<const uint2*>(p.residual + at) + four); });
   const float4* from = reinterpret_cast<const float4*>(p.sums + at);
   each([&](int i, int four) { sums[i] = p.splits ? load_fresh(from + four) : float4{0.f, 0.f, 0.f, 0.f}; });
@@ -104,6 +107,7 @@ DEVICE void settle(const Settle& p, int block, float* room, int thread) {
     each([&](int i, int four) { sums[i] = plus(sums[i], load_fresh(from + four)); });
   }
   if (PEERS) add_peers(p, sums, at / 4, each);
+  stamp(p.number, kFirst, thread);
   float squares = 0.f;
   each([&](int i, int four) {
     float4& sum = sums[i];
@@ -123,6 +127,7 @@ DEVICE void settle(const Settle& p, int block, float* room, int thread) {
            times(times(sum.w, scale), weight.w)};
     reinterpret_cast<uint2*>(p.normed + at)[four] = narrow_four(sum);
   });
+  stamp(p.number, kEnded, thread);
 }
 
 #ifdef JAXLLM_EMULATED
@@ -225,6 +230,7 @@ struct Chain {  // what all its launches share
   Work w;
   Peers peers = {};
   std::string fault = "";
+  int number = 0;  // of the next launch, for stamps
 
   // The first layer's qkv, of a residual stream that nobody has normed: in the sums of splits. Begins a recording.
   void first(const uint16_t* x, const uint16_t* norm, const uint16_t* qkv) {
@@ -252,12 +258,12 @@ struct Chain {  // what all its launches share
     const Cut cut = {int(of[0]), int(of[1]), int(of[2])};
     const int groups = cut.shared == kWeights ? 2 : (M + 63) / 64;
     Product p = {};
-    p.out = out;
+    p.out = out, p.number = number++;
     if (fault.empty()) fault = describe(p, x, weight, M, N, K, cut, groups, kind, 8, blocks);
     if (fault.empty()) fault = launch(stream, p, kind, cut, groups, early);
   }
   void add_up(int stage, Settle p, int N) {
-    p.M = M, p.N = N, p.eps = eps, p.splits = splits(stage);
+    p.M = M, p.N = N, p.eps = eps, p.splits = splits(stage), p.number = number++;
     if (fault.empty()) fault = launch(stream, p);
   }
 };

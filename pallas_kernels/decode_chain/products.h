@@ -12,6 +12,7 @@
 #include "wide_products.h"
 
 #include "maps.h"
+#include "stamps.h"
 
 namespace {
 
@@ -27,6 +28,7 @@ struct Product {
   int row_tiles, column_tiles;  // of a cluster: two tiles of the kind that it does not share
   int run;        // row tiles whose x stays in the second-level cache while w passes
   int splits, blocks;
+  int number;     // of the launch, for stamps
 };
 
 struct Barriers {  // behind the slots
@@ -92,6 +94,7 @@ DEVICE void copy_blocks(const Product& p, char* slots, Barriers& ring, int block
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) ask_for_weights(tile, i, i);
       await_launch_before();
+      stamp(p.number, kWaited, 0);
     }
 #pragma unroll 1
     for (int i = 0; i < tile.count; ++i, ++asked, turn.next()) {
@@ -176,6 +179,7 @@ DEVICE void compute_tiles(const Product& p, const char* slots, Barriers& ring, i
 #pragma unroll 1
     for (int i = 0; i < tile.count; ++i, turn.next()) {
       wait_for(&ring.there[turn.slot], turn.phase);
+      if (i == 0) stamp(p.number, kFirst, thread);
       const char* x = slots + turn.slot * S::kSlotBytes + group * 64 * kDepth * 2;
       const char* w = slots + turn.slot * S::kSlotBytes + S::kRowBytes;
       begin_products();
@@ -196,6 +200,7 @@ DEVICE void compute_tiles(const Product& p, const char* slots, Barriers& ring, i
     await_products<0>();
     hold(sums);
     release();
+    stamp(p.number, kLast, thread);
     const int row = tile.row * S::kTileRows + group * 64;
     if constexpr (KIND == kGated)
       end_gated<WIDTH>(p, row, tile.column * (WIDTH / 2), thread, sums);
@@ -212,6 +217,7 @@ DEVICE void multiply_all(const Product& p, char* slots, int block, int thread) {
     for (int i = 0; i < S::kSlots; ++i) init_barrier(&ring.there[i], 1), init_barrier(&ring.read[i], GROUPS * 4 * 2);
     publish_barriers();
   }
+  stamp(p.number, kBegun, thread);
   allow_launch_behind();
   meet_cluster();  // barriers are there before others count on them
   if (thread < S::kComputing) {
@@ -221,6 +227,7 @@ DEVICE void multiply_all(const Product& p, char* slots, int block, int thread) {
     if (S::kMoves) give_registers<32>();
     if (thread == S::kComputing) copy_blocks<WIDTH, GROUPS, SHARED, KIND>(p, slots, ring, block);
   }
+  stamp(p.number, kEnded, thread);
   meet_cluster();  // nobody leaves while the other copies to it
 }
 

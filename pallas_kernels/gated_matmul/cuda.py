@@ -24,7 +24,7 @@ SOURCE, INCLUDES = (
     HERE / "gated_matmul.cu",
     (
         HERE / "launch.h",
-        *(CHAIN / name for name in ("products.h", "wide_products.h", "maps.h", "tensor_cores.h")),
+        *(CHAIN / name for name in ("products.h", "wide_products.h", "maps.h", "stamps.h", "tensor_cores.h")),
         *(LAYERS / name for name in ("primitives.h", "emulator.h")),
     ),
 )
