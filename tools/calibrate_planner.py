@@ -19,16 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.tools.planner import Costs, Run, decode_terms
+from jaxllm.tools.planner import SHARED, Costs, Run, decode_terms
 from pallas_kernels.roofline import H200, MODELS, prefill_floor
 from sharding.axes import MeshConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "jaxllm" / "tools" / "devices" / "nvidia-h200.json"
 RECORDINGS = (  # (file, model)
-    ("engine_h200/8b.json", "llama-3.1-8b"),
-    ("engine_h200/qwen3-0.6b.json", "qwen3-0.6b"),
-    ("wide_layers_h200/engine_8b_auto_5345d4b.json", "llama-3.1-8b"),
+    ("launched_layers_h200/run5_llama-3.1-8b_latency.json", "llama-3.1-8b"),
+    ("launched_layers_h200/run5_qwen3-0.6b_latency.json", "qwen3-0.6b"),
     ("meshes_h200/tp2_5345d4b.json", "llama-3.1-8b"),
     ("meshes_h200/tp4_5345d4b.json", "llama-3.1-8b"),
 )
@@ -48,6 +47,11 @@ STOCK_RUNS = (  # (batch, context, tp, ms)
     (1, 1024, 2, 3.96),
     (32, 1024, 2, 5.41),
 )
+
+
+def costs_name(run: Run) -> str:
+    """Layers of ours that devices share are other kernels."""
+    return run.costs + SHARED * (run.tp > 1 and run.costs == "auto")
 
 
 def readings(path: Path, model: str) -> Iterator[tuple[str, Run]]:
@@ -137,10 +141,10 @@ def fit_prefill(runs: list[Run]) -> tuple[float, float]:
 def main(arguments: list[str]) -> int:
     runs, prefills = recorded()
     costs: dict[str, Costs] = {}
-    for name in dict.fromkeys(run.costs for run in runs):
-        mine = [run for run in runs if run.costs == name]
+    for name in dict.fromkeys(costs_name(run) for run in runs):
+        mine, kind = [run for run in runs if costs_name(run) == name], name.removesuffix(SHARED)
         least, found = fit(mine)
-        host, share = fit_prefill([run for run in prefills if run.costs == name])
+        host, share = fit_prefill([run for run in prefills if run.costs == kind])
         shares = [round(1 / float(value), 4) for value in found[3:]]
         own = [round(float(value), 9) for value in found[:3]]
         costs[name] = Costs(
@@ -152,7 +156,7 @@ def main(arguments: list[str]) -> int:
             kv_share=shares[1],
             prefill_host_s=round(host, 6),
             prefill_share=round(share, 4),
-            reduce_s=REDUCE_S[name],
+            reduce_s=REDUCE_S[kind],
         )
         for run in mine:
             left_out = fit([other for other in mine if other is not run])

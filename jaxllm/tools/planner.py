@@ -21,6 +21,7 @@ from pallas_kernels.roofline import BF16_BYTES, MODELS, WEIGHT_BYTES, Ceilings, 
 from sharding.axes import Block, MeshConfig, MeshError
 
 DEVICES = Path(__file__).parent / "devices"
+SHARED = " shared"  # of costs: of layers that devices share
 GIB = 2**30
 BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
@@ -65,6 +66,10 @@ class Device:
     command: str  # that made the file
     sources: dict[str, str]
     prefills: tuple[Run, ...] = ()
+
+    def costs_of(self, name: str, tensor: int) -> Costs:
+        """Of layers that so many devices share: their kernels are others, where they were fitted by themselves."""
+        return self.costs.get(f"{name}{SHARED}", self.costs[name]) if tensor > 1 else self.costs[name]
 
 
 def read_device(name: str) -> Device:
@@ -306,7 +311,7 @@ def fits(model: ModelDims, mesh: MeshConfig) -> str:
 
 def plan(model: ModelDims, device: Device, goal: Goal, config: EngineConfig, mesh: MeshConfig) -> Plan:
     """The best batch on this mesh; ConfigError or the refusal in the plan says why there is none."""
-    costs = device.costs[goal.costs]
+    costs = device.costs_of(goal.costs, mesh.tensor)
     memory = memory_use(model, mesh, config)
     usable = device.ceilings.memory_bytes * config.cache.memory_fraction
     tokens = memory.tokens(usable)
@@ -360,7 +365,7 @@ def errors(device: Device) -> list[tuple[Run, float, float]]:
     found = []
     for run in device.runs:
         mesh = MeshConfig(tensor=run.tp)
-        costs = device.costs[run.costs]
+        costs = device.costs_of(run.costs, run.tp)
         predicted = tpot_s(MODELS[run.model], device, mesh, run.batch, run.context, costs) * 1e3
         found.append((run, predicted, predicted / run.tpot_ms - 1))
     return found

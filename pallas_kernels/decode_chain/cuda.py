@@ -22,7 +22,10 @@ HERE = Path(__file__).parent
 SOURCE, INCLUDES = (
     HERE / "decode_chain.cu",
     (
-        *(HERE / name for name in ("launch.h", "chain.h", "products.h", "wide_products.h", "maps.h", "stamps.h", "tensor_cores.h")),
+        *(
+            HERE / name
+            for name in ("launch.h", "chain.h", "products.h", "wide_products.h", "maps.h", "stamps.h", "tensor_cores.h")
+        ),
         HERE.parent / "decode_layers" / "primitives.h",
         HERE.parent / "decode_layers" / "emulator.h",
     ),
