@@ -71,8 +71,9 @@ from sharding.mesh import stage_meshes
 
 log = logging.getLogger(__name__)
 # Of decode steps, ends included: where one op for all layers is ahead of layers one by one, on one device and on
-# several that share them (benchmarks/results/overlapping_launches_h200, wide_layers_h200).
-WHOLE_ROWS, SHARED_ROWS = (1, 256), (1, 128)
+# several that share them; and where attention is not that op's, what lies between two of them
+# (benchmarks/results/launched_layers_h200, wide_layers_h200, overlapping_launches_h200).
+WHOLE_ROWS, SHARED_ROWS, CHAINED_ROWS = (1, 256), (1, 128), (33, 256)
 PREFIX_INDEXES = {"hashed": PrefixCache, "radix": RadixCache}
 Progress = Callable[[str, float], None]  # phase, share done in [0, 1]
 Compiled = tuple[Executables, Ladder, list[KVCacheSpec]]  # and the pages of each stage they are compiled for
@@ -385,8 +386,9 @@ def _compile(
     counts = jax.ShapeDtypeStruct(_counts_shape(config, final), jnp.uint16, sharding=final.sharding("rows"))
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
-    chained = WHOLE_ROWS if kernels == "chain" else None
-    whole_rows, whole_by = whole(kernels, config.mesh, homes[0].device.platform)
+    platform = homes[0].device.platform
+    chained = {"chain": WHOLE_ROWS, "auto": CHAINED_ROWS if platform != "cpu" else None}.get(kernels)
+    whole_rows, whole_by = whole(kernels, config.mesh, platform)
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"
