@@ -2,7 +2,7 @@
 
 In: a virtual environment with jaxllm (this Python) and nvcc, on the PATH or in `--cuda` (the folder nvidia/cu13 of a
 venv with jax[cuda13]). Out: `.whl/`; `build/k/kernels.tar.xz`, each library under the name that `compiled.built` looks
-for; `build/k/launches` and `stamps`, benchmarks/launches.cu. `device.sh` puts them where they belong.
+for, and benchmarks/launches.cu as `launches` and `stamps`. `device.sh` puts them where they belong.
 
     python -m benchmarks.jobs.carry --cuda VENV/lib/python3.12/site-packages/nvidia/cu13
 """
@@ -72,13 +72,16 @@ def libraries() -> None:
             archive.extractall(folder, filter="data")
     paths = [Path(each.library()._name) for each in LIBRARIES.values()]
     include = f"-I{jax.ffi.include_dir()}"
-    for name, flags in {"launches": (), "stamps": ("-DJAXLLM_STAMPS",)}.items():
+    programs = {"launches": (), "stamps": ("-DJAXLLM_STAMPS",)}
+    for name, flags in programs.items():
         line = [NVCC[0], "-O3", "-std=c++17", NVCC[3], NVCC[4], "-cudart", "static", include, *flags]
-        subprocess.run([*line, "-o", str(KERNELS / name), "benchmarks/launches.cu"], check=True)
+        subprocess.run([*line, "-o", str(folder / name), "benchmarks/launches.cu"], check=True)
     with tarfile.open(packed, "w:xz") as archive:
         for path in paths:
             for each in (path, path.with_name(f"{path.name}.sha256")):
                 archive.add(each, each.name)
+        for name in programs:
+            archive.add(folder / name, name)
     shutil.rmtree(folder)  # the archive is what travels
     print(f"{len(paths)} libraries, {packed.stat().st_size / 2**20:.1f} MiB")
 
