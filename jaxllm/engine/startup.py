@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -358,15 +358,22 @@ def _counts_shape(config: EngineConfig, home: Home) -> tuple[int, int]:
     return config.mesh.attention_shards * (config.scheduler.max_num_seqs + 1), home.model.vocab_size
 
 
-def whole(kernels: str, mesh: MeshConfig, platform: str) -> tuple[tuple[int, int] | None, str | None]:
-    """Decode steps of which numbers of rows, ends included, are one op; and its implementation, if not the first that
-    accepts. Devices that share layers ask for the one that has run on several (two and four are ahead everywhere)."""
-    on_gpu, shared = platform != "cpu", mesh.tensor * mesh.expert
+class Fused(NamedTuple):
+    """Decode steps of which numbers of rows, ends included, are fewer and larger ops; None: none."""
+
+    chained: tuple[int, int] | None  # what lies between two attentions, where they are not all one op
+    whole: tuple[int, int] | None  # all layers
+    whole_by: str | None = None  # that op's implementation, if not the first that accepts
+
+
+def fused(kernels: str, mesh: MeshConfig, platform: str) -> Fused:
+    """Devices that share layers ask for the implementation that has run on several (ahead on two and four)."""
+    auto, shared = kernels == "auto" and platform != "cpu", mesh.tensor * mesh.expert
     by = "launched" if kernels == "launched" else "wide" if shared > 1 else None
     rows = WHOLE_ROWS if shared == 1 or kernels == "launched" else SHARED_ROWS
-    asked = kernels in ("layers", "launched")
-    fastest = kernels == "auto" and on_gpu and shared <= 4 and mesh.expert == 1
-    return rows if asked or fastest else None, by if on_gpu else None
+    asked = kernels in ("layers", "launched") or (auto and shared <= 4 and mesh.expert == 1)
+    chained = WHOLE_ROWS if kernels == "chain" else CHAINED_ROWS if auto else None
+    return Fused(chained, rows if asked else None, by if platform != "cpu" else None)
 
 
 def _compile(
@@ -386,9 +393,7 @@ def _compile(
     counts = jax.ShapeDtypeStruct(_counts_shape(config, final), jnp.uint16, sharding=final.sharding("rows"))
     graphdefs = [abstract(home.held, dtype, home.ends)[0] for home in homes]
     kernels = config.compile.kernels
-    platform = homes[0].device.platform
-    chained = {"chain": WHOLE_ROWS, "auto": CHAINED_ROWS if platform != "cpu" else None}.get(kernels)
-    whole_rows, whole_by = whole(kernels, config.mesh, platform)
+    ops = fused(kernels, config.mesh, homes[0].device.platform)
     threads = config.compile.threads or os.cpu_count() or 1
     folder = config.compile.directory if report.compile_cache.usable else None
     traces = None if folder is None else folder / "traces"
@@ -403,9 +408,7 @@ def _compile(
                 page_size,
                 pages,
                 kernels == "reference",
-                chained,
-                whole_rows,
-                whole_by,
+                *ops,
                 uniform=deterministic,
                 placement=home.placed(own),
             )

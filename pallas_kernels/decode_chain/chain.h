@@ -20,7 +20,7 @@ constexpr int kSettling = 256;  // threads of a row
 constexpr int kPartFours = 2;   // pieces of four numbers that a thread has of a row's part, where there is no norm
 
 struct Settle {
-  const float* sums;         // [splits, M, N]; none of them: the residual alone
+  const float* sums;         // [splits, M, N]; of no splits nothing is read
   const uint16_t *bias;      // [N] or null
   const uint16_t *residual;  // [M, N] or null: added to what the product gives in bf16
   const uint16_t *norm;      // [N] or null: also write `normed`
@@ -234,7 +234,7 @@ struct Chain {  // what all its launches share
 
   // The first layer's qkv, of a residual stream that nobody has normed: in the sums of splits. Begins a recording.
   void first(const uint16_t* x, const uint16_t* norm, const uint16_t* qkv) {
-    Settle p = {nullptr, nullptr, x, norm, w.x, w.normed};
+    Settle p = {w.sums, nullptr, x, norm, w.x, w.normed};
     p.M = M, p.N = D, p.eps = eps;
     if (fault.empty()) fault = launch(stream, p, false);
     multiply(kStages - 1, kSums, w.normed, qkv, w.sums, Q, D);

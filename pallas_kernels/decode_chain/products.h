@@ -1,4 +1,4 @@
-// out[m][n] = sum over k of x[m][k] * w[n][k] for many rows of x, by tiles: of decode_chain.cu and gated_matmul.cu.
+// out[m][n] = sum over k of x[m][k] * w[n][k] for many rows of x, by tiles: of decode_chain.cu, launched.cu and gated_matmul.cu.
 //
 // A tile is 64, 128 or 192 rows of x by WIDTH of w. Each warpgroup multiplies 64 rows, by itself: while one ends its tile the other goes
 // on, up to as many blocks of 64 of k as shared memory holds. One thread asks for blocks, across the ends of tiles. Two

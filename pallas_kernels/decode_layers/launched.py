@@ -1,8 +1,8 @@
 """All layers of a decode step of many rows as CUDA launches that overlap (launched.cu), one call of XLA's in its graph.
 
 In and out: see api.py; final norm and head are XLA's. Declines what the kernels do not do. A row's bits depend on
-whether there are up to 64 rows, 128 or more: products are cut by that. Nothing asks for it by itself: ADR 0047 says
-why, and why these are launches and no Pallas kernel.
+whether there are up to 64 rows, 128, 192 or more: products are cut by that. ADR 0047 says why these are launches and
+no Pallas kernel.
 """
 
 from __future__ import annotations

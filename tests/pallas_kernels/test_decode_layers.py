@@ -10,6 +10,7 @@ from helpers.decode_layers import error, kernels, run, slot
 from helpers.kernel_backends import ON_GPU
 from jax.sharding import AxisType
 
+from pallas_kernels.decode_chain import cuda as chain
 from pallas_kernels.decode_layers import emulated, wide
 from pallas_kernels.decode_layers.api import decode_layers
 from pallas_kernels.decode_layers.cuda import programs_for
@@ -107,6 +108,16 @@ def test_many_rows_agree_with_the_reference_on_any_machine(name, spec, monkeypat
         for got, want in zip(jax.tree.leaves(pages), jax.tree.leaves(written), strict=True):
             near = np.testing.assert_allclose
             near(got.astype(np.float32), want.astype(np.float32), rtol=2**-6, atol=2**-5, equal_nan=True)
+
+
+@cpu_only
+def test_attention_adds_up_what_the_depth_of_qkv_was_cut_into(monkeypatch):
+    """Widths this small are cut by no choice of their own."""
+    spec = LayersSpec("cut", (40, 1, 0, 100), L=2, D=192, F=192, qkv_bias=True, o_bias=True)
+    monkeypatch.setattr(chain, "cut_for", lambda *product: chain.Cut(64, 1 if product[3] else 3, "rows"))
+    given, live = spec.inputs(), np.array(spec.lengths) > 0
+    x, expected = run("launched_emulated", spec, given)[0], run("reference", spec, given)[0]
+    assert error(x[live], expected[live]) < 1.5e-2
 
 
 @cpu_only
