@@ -5,7 +5,8 @@
 //
 // where XLA_INCLUDES is what jax.ffi.include_dir() says. With -DJAXLLM_STAMPS instead, of one launch of the graph: when the blocks of each
 // kernel began, had what is ahead, had their first and last product and ended (first, middle and last block, us), and whether the
-// same multiprocessors are late in every layer.
+// same multiprocessors are late in every layer. With -DJAXLLM_BESIDE: layers of a decode step on some multiprocessors beside gate and
+// up of a prompt on the others, two streams for a second each; of what each does alone, how much of both is done.
 #include "../pallas_kernels/decode_layers/launched.cu"
 
 #include <cstdio>
@@ -15,6 +16,7 @@
 #include <chrono>
 #include <map>
 #include <random>
+#include <thread>
 #define OK(x) do { auto e_ = (x); if (e_ != cudaSuccess) { printf("error %s line %d\n", cudaGetErrorString(e_), __LINE__); exit(1); } } while (0)
 #define GOOD(x) do { std::string f_ = (x); if (!f_.empty()) { printf("fault %s line %d\n", f_.c_str(), __LINE__); exit(1); } } while (0)
 __global__ void fill(uint16_t* p, size_t n, float scale) {
@@ -40,11 +42,17 @@ void tell_stamps(int layers, int shown) {
   for (const Stamp& s : all) found[{s.launch, s.point}].push_back({(s.nanoseconds - origin) / 1e3, s.multiprocessor});
   for (auto& [key, times] : found) std::sort(times.begin(), times.end());
   for (int launch = 0; launch < shown * kOfLayer; ++launch) {
+    std::map<int, int> blocks;  // of a multiprocessor
+    for (const auto& [us, multiprocessor] : found[{launch, int(kBegun)}]) ++blocks[multiprocessor];
+    std::map<int, int> counts;
+    for (const auto& [multiprocessor, count] : blocks) ++counts[count];
     printf("   %-8s |", kNames[launch % kOfLayer]);
     for (int point = 0; point < kPoints; ++point) {
       const auto& t = found[{launch, point}];
       if (t.empty()) printf("                      - |"); else printf(" %7.1f %7.1f %7.1f |", t[0].first, t[t.size() / 2].first, t.back().first);
     }
+    printf(" blocks:");
+    for (const auto& [count, multiprocessors] : counts) printf(" %d on %d", count, multiprocessors);
     printf("\n");
   }
   for (int kind : {3, 4}) {  // gate and up, down: a multiprocessor's last product beside the middle one's
@@ -68,14 +76,14 @@ void tell_stamps(int layers, int shown) {
 #endif
 
 struct Bench {
-  int M; std::vector<int64_t> cuts; bool attends = true, chains = true;
+  int M, blocks = 132; std::vector<int64_t> cuts; bool attends = true, chains = true;
   std::vector<uint16_t*> o, gu, dn, qkv, k, v; uint16_t *x, *norms, *out; char* work; int *table, *lens; float *cs; int pages;
   void record(cudaStream_t st, int rep) {
     const int64_t sums = 8 * 6144;
-    Sizes z = {S.L, M, 132, S.D, S.F, 32, 8, 16, 2048, sums};
+    Sizes z = {S.L, M, blocks, S.D, S.F, 32, 8, 16, 2048, sums};
     Call a{}; const Room room = lay_out(a, z, work); a.eps = 1e-5f, a.scale = .088f * kLog2e;
     a.table = table, a.lens = lens, a.cosines = cs, a.sines = cs, a.out = room.mixed;
-    Chain chain = {st, cuts.data(), 132, M, S.D, S.O, S.F, S.Q, 1e-5f, lay_out(M, S.D, S.F, sums, work)};
+    Chain chain = {st, cuts.data(), blocks, M, S.D, S.O, S.F, S.Q, 1e-5f, lay_out(M, S.D, S.F, sums, work)};
     a.qkv = chain.w.sums, a.addends = cuts.empty() ? 2 : chain.splits(kStages - 1);
     for (int r = 0; r < rep; ++r) for (int l = 0; l < S.L; ++l) {
       const bool first = r == 0 && l == 0;
@@ -98,7 +106,7 @@ struct Bench {
     const size_t n = us.size();
     auto med = [&](size_t i, size_t j) { std::vector<float> v(us.begin() + i, us.begin() + j); std::sort(v.begin(), v.end()); return v[v.size() / 2]; };
     printf("M %d %s: us a layer: first five %.1f, last fifth %.1f (%zu)\n", M, what, med(0, 5), med(n - std::max<size_t>(1, n / 5), n), n); fflush(stdout);
-    if (seconds > 0) system("nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active --format=csv,noheader");
+    if (seconds > 1) system("nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active --format=csv,noheader");
 #ifdef JAXLLM_STAMPS
     const unsigned none = 0;
     OK(cudaMemcpyToSymbol(stamped, &none, sizeof none)); OK(cudaGraphLaunch(ge, st)); OK(cudaStreamSynchronize(st));
@@ -107,7 +115,79 @@ struct Bench {
     cudaGraphExecDestroy(ge), cudaGraphDestroy(g), cudaStreamDestroy(st);
   }
 };
-int main() {
+
+#ifdef JAXLLM_BESIDE
+struct Rate { double times = 0; cudaGraphExec_t graph; cudaStream_t stream; };  // graphs a second
+
+template <typename Record>
+Rate record(int priority, Record what) {
+  Rate r; cudaGraph_t g; int low, high;
+  OK(cudaDeviceGetStreamPriorityRange(&low, &high));
+  OK(cudaStreamCreateWithPriority(&r.stream, cudaStreamNonBlocking, priority ? high : low));
+  OK(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeThreadLocal)); what(r.stream); OK(cudaStreamEndCapture(r.stream, &g)); OK(cudaGraphInstantiate(&r.graph, g, 0));
+  return r;
+}
+// All at one time: each with at most two graphs waiting.
+void measure(std::vector<Rate*> all, double seconds) {
+  std::vector<std::thread> threads;
+  for (Rate* r : all) threads.emplace_back([r, seconds] {
+    cudaEvent_t e[2]; for (auto& each : e) OK(cudaEventCreateWithFlags(&each, cudaEventDisableTiming));
+    auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+    const double warm = now() + .3 * seconds, end = now() + seconds; double begun = 0, last = 0; int counted = -1;
+    for (int i = 0; now() < end; ++i) {
+      if (i > 1) { OK(cudaEventSynchronize(e[i % 2])); last = now(); if (last > warm && counted++ < 0) begun = last; }
+      OK(cudaGraphLaunch(r->graph, r->stream)); OK(cudaEventRecord(e[i % 2], r->stream));
+    }
+    r->times = counted / (last - begun);
+    OK(cudaStreamSynchronize(r->stream));
+  });
+  std::thread watch([seconds] { std::this_thread::sleep_for(std::chrono::duration<double>(.8 * seconds)); 
+    if (FILE* f = popen("nvidia-smi --query-gpu=clocks.sm,power.draw.instant --format=csv,noheader", "r")) { char line[200]; while (fgets(line, sizeof line, f)) printf("      %s", line); pclose(f); } });
+  for (auto& t : threads) t.join();
+  watch.join();
+}
+void beside(Bench& B, int rows, const std::vector<int64_t>& cuts, int tokens) {
+  uint16_t *x = make(size_t(tokens) * S.D, 1), *out = make(size_t(tokens) * S.F, 1);
+  auto prompt = [&](int blocks) {
+    return record(0, [&](cudaStream_t st) {
+      for (int l = 0; l < S.L; ++l) {
+        Product p = {}; p.out = out;
+        GOOD(describe(p, x, B.gu[l], tokens, S.F, S.D, {256, 1, kWeights}, 2, kGated, 8, blocks));
+        GOOD((launch_product<256, 2, kWeights, kGated>(st, p, false)));
+      }
+    });
+  };
+  auto step = [&](int blocks, bool attends, bool chains) {
+    B.M = rows, B.cuts = cuts, B.blocks = blocks, B.attends = attends, B.chains = chains;
+    return record(1, [&](cudaStream_t st) { B.record(st, 1); });
+  };
+  const double flops = 4.0 * tokens * S.F * S.D * S.L;
+  Rate whole = prompt(132), dealt = prompt(1 << 20);
+  measure({&whole}, 1), measure({&dealt}, 1);
+  printf("%d tokens alone: %.0f TFLOP/s by blocks that stay, %.0f by others\n", tokens, whole.times * flops / 1e12, dealt.times * flops / 1e12);
+  const double best = std::max(whole.times, dealt.times);
+  struct What { const char* name; bool attends, chains; };
+  for (const What& w : {What{"layers", true, true}, What{"attention", true, false}}) {
+    Rate alone = step(132, w.attends, w.chains);
+    measure({&alone}, 1);
+    printf("%d rows, %s alone: %.1f us a layer\n", rows, w.name, 1e6 / alone.times / S.L);
+    for (int blocks : {32, 48, 64, 88, 132})
+      for (int others : {132 - blocks, 1 << 20}) {
+        if (others == 0) continue;
+        Rate d = step(blocks, w.attends, w.chains), p = prompt(others);
+        measure({&d}, .4);
+        const double part = d.times / alone.times;
+        measure({&d, &p}, 1);
+        printf("   %3d blocks (%.2f of the rate alone) beside %s: %.2f of decoding + %.2f of prompts = %.2f\n", blocks, part, others > 132 ? "as many as there are" : "the others", d.times / alone.times,
+               p.times / best, d.times / alone.times + p.times / best);
+        fflush(stdout);
+      }
+  }
+  cudaFree(x), cudaFree(out);
+}
+#endif
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? atof(argv[1]) : 0;
   Bench B; const int most = 256, len = 1152, per = len / 16; B.pages = most * per;
   for (int l = 0; l < S.L; ++l) B.o.push_back(make(size_t(S.D) * S.O, .05f)), B.gu.push_back(make(size_t(2) * S.F * S.D, .05f)), B.dn.push_back(make(size_t(S.D) * S.F, .03f)), B.qkv.push_back(make(size_t(S.Q) * S.D, .05f)),
     B.k.push_back(make(size_t(B.pages) * 8 * 16 * 128, 2)), B.v.push_back(make(size_t(B.pages) * 8 * 16 * 128, 2));
@@ -128,15 +208,20 @@ int main() {
   using Cuts = std::vector<int64_t>;
   const std::vector<std::pair<const char*, Cuts>> few = {{"four splits", {128, 4, 1, 224, 1, 1, 128, 4, 1, 96, 2, 1}}, {"qkv whole", {128, 4, 1, 224, 1, 1, 128, 4, 1, 64, 1, 1}}},
     many = {{"two splits", {128, 2, 0, 224, 1, 0, 128, 2, 0, 96, 1, 0}}, {"of two, qkv of four", {128, 2, 0, 224, 1, 0, 128, 2, 0, 128, 4, 0}}};
+#ifdef JAXLLM_BESIDE
+  for (int rows : {128, 256}) beside(B, rows, rows > 192 ? many[0].second : few[0].second, 2048);
+  return 0;
+#endif
   for (int M : {32, 64, 128, 192, 256}) {
     B.M = M;
-    B.chains = false, B.attends = true, B.run("attention", 0);
+    B.chains = false, B.attends = true, B.run("attention", seconds);
     B.chains = true;
     for (const auto& [name, cuts] : M > 192 ? many : few) {
       B.cuts = cuts;
-      B.attends = false, B.run((std::string("chain, ") + name).c_str(), 0);
-      B.attends = true, B.run((std::string("all, ") + name).c_str(), 0);
+      B.attends = false, B.run((std::string("chain, ") + name).c_str(), seconds);
+      B.attends = true, B.run((std::string("all, ") + name).c_str(), seconds);
+      if (seconds > 0) break;
     }
-    if (M == 128) B.cuts = few[0].second, B.run("all, longer", 1.5);
+    if (M == 128 && seconds == 0) B.cuts = few[0].second, B.run("all, longer", 1.5);
   }
 }

@@ -2,7 +2,7 @@
 
 In: a virtual environment with jaxllm (this Python) and nvcc, on the PATH or in `--cuda` (the folder nvidia/cu13 of a
 venv with jax[cuda13]). Out: `.whl/`; `build/k/kernels.tar.xz`, each library under the name that `compiled.built` looks
-for, and benchmarks/launches.cu as `launches` and `stamps`. `device.sh` puts them where they belong.
+for, and benchmarks/launches.cu as `launches`, `stamps` and `beside`. `device.sh` puts them where they belong.
 
     python -m benchmarks.jobs.carry --cuda VENV/lib/python3.12/site-packages/nvidia/cu13
 """
@@ -72,7 +72,7 @@ def libraries() -> None:
             archive.extractall(folder, filter="data")
     paths = [Path(each.library()._name) for each in LIBRARIES.values()]
     include = f"-I{jax.ffi.include_dir()}"
-    programs = {"launches": (), "stamps": ("-DJAXLLM_STAMPS",)}
+    programs = {"launches": (), "stamps": ("-DJAXLLM_STAMPS",), "beside": ("-DJAXLLM_BESIDE",)}
     for name, flags in programs.items():
         line = [NVCC[0], "-O3", "-std=c++17", NVCC[3], NVCC[4], "-cudart", "static", include, *flags]
         subprocess.run([*line, "-o", str(folder / name), "benchmarks/launches.cu"], check=True)

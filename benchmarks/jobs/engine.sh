@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The engine's bars on one H200: decode steps, prompts, 256 requests, 8B and 0.6B. Repository root, results under $OUT; carry .whl and
-# build/k (python -m benchmarks.jobs.carry). PART picks stages (launches,stamps,suite,8b,06b,prefix); default all, about 6 minutes.
+# build/k (python -m benchmarks.jobs.carry). PART picks stages (launches,stamps,beside,suite,8b,06b,prefix); default all, about 6 minutes.
 . benchmarks/jobs/device.sh
 part() { [ -z "${PART:-}" ] || [[ ",$PART," == *",$1,"* ]]; }
 bench() { # what shape batches limit more...
@@ -11,6 +11,7 @@ bench() { # what shape batches limit more...
 }
 part launches && timeout 40 build/k/launches
 part stamps && timeout 40 build/k/stamps
+part beside && timeout 80 build/k/beside
 part suite && timeout 60 python3 -m pytest -m gpu -p no:cacheprovider -o addopts="--strict-markers" -q --timeout 60 tests/pallas_kernels/test_decode_layers.py -k launched 2>&1 | tail -n 4
 part 8b && { bench latency llama-3.1-8b 1,8,16,32,64,128,192,256 190; bench throughput llama-3.1-8b - 100
   echo "bars: 3.97 4.30 - 5.19 - 8.98 - 15.2 ms; 22 190 ms; 11,900 tok/s"; }

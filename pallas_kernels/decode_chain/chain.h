@@ -17,6 +17,8 @@ namespace {
 
 constexpr int kStages = 4, kOfCut = 3;  // numbers of a stage's cut: width, splits, shared
 constexpr int kSettling = 256;  // threads of a row
+constexpr int kTogether = 4;    // splits that a thread asks for at one time, of all its pieces of a row where rows are few
+constexpr int kFewRows = 64;    // what multiplies beside leaves more registers then
 constexpr int kPartFours = 2;   // pieces of four numbers that a thread has of a row's part, where there is no norm
 
 struct Settle {
@@ -50,6 +52,28 @@ DEVICE float sum_of_block(float value, float* room, int thread) {
   return sum;
 }
 
+// Splits in order, the first few asked for at one time; `at`: of a piece of four, among all of the rows.
+template <int FOURS, int TOGETHER, typename Each>
+DEVICE void add_splits(const Settle& p, float4 (&sums)[FOURS], int64_t at, const Each& each) {
+  const float4* from = reinterpret_cast<const float4*>(p.sums) + at;
+  const int64_t pitch = int64_t(p.M) * p.N / 4;
+  each([&](int i, int four) { sums[i] = p.splits ? load_fresh(from + four) : float4{0.f, 0.f, 0.f, 0.f}; });
+  float4 parts[TOGETHER][FOURS];
+#pragma unroll
+  for (int split = 1; split < TOGETHER; ++split) {
+    from += pitch;
+    if (split < p.splits) each([&](int i, int four) { parts[split][i] = load_fresh(from + four); });
+  }
+#pragma unroll
+  for (int split = 1; split < TOGETHER; ++split)
+    if (split < p.splits) each([&](int i, int) { sums[i] = plus(sums[i], parts[split][i]); });
+#pragma unroll 1
+  for (int split = TOGETHER; split < p.splits; ++split) {
+    from += pitch;
+    each([&](int i, int four) { sums[i] = plus(sums[i], load_fresh(from + four)); });
+  }
+}
+
 // Adds what the other devices have of these sums, and sends them its own; `at`: of a piece of four, among all of the rows. What is looked for
 // says itself that it is there; zeros are put back for the next time.
 template <int FOURS, typename Each>
@@ -79,95 +103,100 @@ DEVICE void add_peers(const Settle& p, float4 (&sums)[FOURS], int64_t at, const 
 }
 
 // A row or a part of it, of so many pieces of four numbers for a thread.
-template <int FOURS, bool PEERS>
+template <int FOURS, bool FEW, bool PEERS>
 DEVICE void settle(const Settle& p, int block, float* room, int thread) {
   stamp(p.number, kBegun, thread);
   allow_launch_behind();
   const int64_t at = int64_t(block / p.parts) * p.N;
   const int first = block % p.parts * (FOURS * kSettling) + thread;
   const uint2* norms = reinterpret_cast<const uint2*>(p.norm);
-  uint2 weights[FOURS], added[FOURS];
-  float4 sums[FOURS];
   auto each = [&](auto use) {
 #pragma unroll
-    for (int i = 0; i < FOURS; ++i) {
-      const int four = first + i * kSettling;
-      if (four * 4 < p.N) use(i, four);
-    }
+    for (int i = 0; i < FOURS; ++i)
+      if ((first + i * kSettling) * 4 < p.N) use(i, first + i * kSettling);
   };
-  if (norms != nullptr) each([&](int i, int four) { weights[i] = norms[four]; });
+  if (norms != nullptr) each([&](int, int four) { fetch(norms + four); });
   await_launch_before();
   stamp(p.number, kWaited, thread);
-  if (p.residual != nullptr) each([&](int i, int four) { added[i] = load_fresh(reinterpret_cast<const uint2*>(p.residual + at) + four); });
-  const float4* from = reinterpret_cast<const float4*>(p.sums + at);
-  each([&](int i, int four) { sums[i] = p.splits ? load_fresh(from + four) : float4{0.f, 0.f, 0.f, 0.f}; });
-#pragma unroll 2
-  for (int split = 1; split < p.splits; ++split) {
-    from += int64_t(p.M) * p.N / 4;
-    each([&](int i, int four) { sums[i] = plus(sums[i], load_fresh(from + four)); });
-  }
-  if (PEERS) add_peers(p, sums, at / 4, each);
-  stamp(p.number, kFirst, thread);
+  uint2 outs[FOURS];
   float squares = 0.f;
-  each([&](int i, int four) {
-    float4& sum = sums[i];
-    if (p.bias != nullptr) sum = plus(sum, wide_four(reinterpret_cast<const uint2*>(p.bias)[four]));
-    if (p.residual != nullptr) sum = plus(wide_four(narrow_four(sum)), wide_four(added[i]));
-    const uint2 out = narrow_four(sum);
-    reinterpret_cast<uint2*>(p.out + at)[four] = out;
-    sum = wide_four(out);
-    squares += square(sum);
-  });
+  constexpr int kPieces = PEERS || FEW || FOURS == 1 ? FOURS : 2;
+#pragma unroll
+  for (int begin = 0; begin < FOURS; begin += kPieces) {
+    auto some = [&](auto use) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if ((first + (begin + i) * kSettling) * 4 < p.N) use(i, first + (begin + i) * kSettling);
+    };
+    float4 sums[kPieces];
+    uint2 added[kPieces];
+    if (p.residual != nullptr) some([&](int i, int four) { added[i] = load_fresh(reinterpret_cast<const uint2*>(p.residual + at) + four); });
+    add_splits<kPieces, PEERS ? 2 : kTogether>(p, sums, at / 4, some);
+    if (PEERS) add_peers(p, sums, at / 4, some);
+    stamp(p.number, kFirst, thread);
+    some([&](int i, int four) {
+      float4& sum = sums[i];
+      if (p.bias != nullptr) sum = plus(sum, wide_four(reinterpret_cast<const uint2*>(p.bias)[four]));
+      if (p.residual != nullptr) sum = plus(wide_four(narrow_four(sum)), wide_four(added[i]));
+      const uint2 out = narrow_four(sum);
+      reinterpret_cast<uint2*>(p.out + at)[four] = outs[begin + i] = out;
+      squares += square(wide_four(out));
+    });
+  }
   if (norms == nullptr) return;
+  uint2 weights[FOURS];
+  each([&](int i, int four) { weights[i] = norms[four]; });
   const float scale = reciprocal_root(divided(sum_of_block(squares, room, thread), float(p.N)) + p.eps);
   each([&](int i, int four) {
-    const float4 weight = wide_four(weights[i]);
-    float4& sum = sums[i];
-    sum = {times(times(sum.x, scale), weight.x), times(times(sum.y, scale), weight.y), times(times(sum.z, scale), weight.z),
-           times(times(sum.w, scale), weight.w)};
-    reinterpret_cast<uint2*>(p.normed + at)[four] = narrow_four(sum);
+    const float4 weight = wide_four(weights[i]), sum = wide_four(outs[i]);
+    reinterpret_cast<uint2*>(p.normed + at)[four] =
+        narrow_four({times(times(sum.x, scale), weight.x), times(times(sum.y, scale), weight.y), times(times(sum.z, scale), weight.z),
+                     times(times(sum.w, scale), weight.w)});
   });
   stamp(p.number, kEnded, thread);
 }
 
 #ifdef JAXLLM_EMULATED
 
-template <int FOURS, bool PEERS>
+template <int FOURS, bool FEW, bool PEERS>
 std::string launch_settle(Stream stream, const Settle& p, bool early) {
   const int blocks = p.M * p.parts;
   auto rooms = std::make_shared<std::vector<std::vector<float>>>(blocks, std::vector<float>(kSettling / 32, NAN));
   if (blocks <= 32) {
     Grid grid = {blocks, kSettling, kSettling};
-    grid.body = [p, rooms = rooms.get()](int block, int thread) { settle<FOURS, PEERS>(p, block, (*rooms)[block].data(), thread); };
+    grid.body = [p, rooms = rooms.get()](int block, int thread) { settle<FOURS, FEW, PEERS>(p, block, (*rooms)[block].data(), thread); };
     grid.kept = rooms, grid.early = early;
     return play(stream, std::move(grid), unsigned(p.M));
   }
   if (PEERS) return "more rows than the emulator plays on several devices";
   std::string fault = play_recorded(stream, unsigned(p.M));  // more fibers than there is room for: block by block
   for (int block = 0; block < blocks && fault.empty(); ++block)
-    fault = run_grid(1, kSettling, kSettling, unsigned(block), [&](int, int thread) { settle<FOURS, PEERS>(p, block, (*rooms)[block].data(), thread); });
+    fault = run_grid(1, kSettling, kSettling, unsigned(block), [&](int, int thread) { settle<FOURS, FEW, PEERS>(p, block, (*rooms)[block].data(), thread); });
   return fault;
 }
 
 #else
 
-template <int FOURS, bool PEERS>
-// Few registers, so that it finds room beside a product's block.
-__global__ void __launch_bounds__(kSettling, FOURS > 4 ? 1 : PEERS ? 2 : 4) settle_rows(const __grid_constant__ Settle p) {
+template <int FOURS, bool FEW, bool PEERS>
+// Few registers, so that it finds room beside a product's block: what that leaves of them.
+__global__ void __maxnreg__((FOURS > 4 ? 255 : PEERS ? 128 : FEW ? 88 : 64)) settle_rows(const __grid_constant__ Settle p) {
   __shared__ float room[kSettling / 32];
-  settle<FOURS, PEERS>(p, int(blockIdx.x), room, int(threadIdx.x));
+  settle<FOURS, FEW, PEERS>(p, int(blockIdx.x), room, int(threadIdx.x));
 }
 
-template <int FOURS, bool PEERS>
+template <int FOURS, bool FEW, bool PEERS>
 std::string launch_settle(Stream stream, const Settle& p, bool early) {
-  return launch_kernel(settle_rows<FOURS, PEERS>, p.M * p.parts, kSettling, 0, stream, early, p);
+  return launch_kernel(settle_rows<FOURS, FEW, PEERS>, p.M * p.parts, kSettling, 0, stream, early, p);
 }
 
 #endif
 
 template <int FOURS>
 std::string launch_settle(Stream stream, const Settle& p, bool early) {
-  return p.peers.ranks > 1 ? launch_settle<FOURS, true>(stream, p, early) : launch_settle<FOURS, false>(stream, p, early);
+  if (p.peers.ranks > 1) return launch_settle<FOURS, false, true>(stream, p, early);
+  if constexpr (FOURS == 4)
+    if (p.M <= kFewRows) return launch_settle<FOURS, true, false>(stream, p, early);
+  return launch_settle<FOURS, false, false>(stream, p, early);
 }
 std::string launch(Stream stream, Settle p, bool early = true) {
   auto over = [&](int fours) { return (p.N + kSettling * 4 * fours - 1) / (kSettling * 4 * fours); };
@@ -200,6 +229,8 @@ std::string launch(Stream stream, const Product& p, Kind kind, const Cut& cut, i
 }
 
 int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+constexpr int kWindow = 2;
 
 struct Work {
   uint16_t *x, *normed, *hidden;
@@ -260,6 +291,7 @@ struct Chain {  // what all its launches share
     Product p = {};
     p.out = out, p.number = number++;
     if (fault.empty()) fault = describe(p, x, weight, M, N, K, cut, groups, kind, 8, blocks);
+    if (stage % 2) p.window = kWindow;  // settle() is ahead of it, whose loads would wait for more
     if (fault.empty()) fault = launch(stream, p, kind, cut, groups, early);
   }
   void add_up(int stage, Settle p, int N) {

@@ -7,7 +7,8 @@
 // first half of a tile's columns are gates, the second their ups, so that one thread has both. k is summed in one order whatever
 // the tile, so a row's bits do not depend on its company.
 //
-// Weights depend on no launch before: a first ring of them is asked for before what makes x has ended.
+// Weights depend on no launch before: a first ring of them is asked for before what makes x has ended, `window` slots at a time, as
+// what that launch still loads waits behind all that was asked for.
 #pragma once
 #include "wide_products.h"
 
@@ -28,18 +29,21 @@ struct Product {
   int row_tiles, column_tiles;  // of a cluster: two tiles of the kind that it does not share
   int run;        // row tiles whose x stays in the second-level cache while w passes
   int splits, blocks;
+  int window;     // slots whose first weights may be on their way at one time
   int number;     // of the launch, for stamps
 };
 
 struct Barriers {  // behind the slots
+  uint64_t first[kMostSlots];  // a slot's first weights: before what makes x has ended
   uint64_t there[kMostSlots], read[kMostSlots];
 };
 
-template <int WIDTH, int GROUPS>
+template <int WIDTH, int GROUPS, int SHARED>
 struct Shape {
   static constexpr int kTileRows = 64 * GROUPS, kRowBytes = kTileRows * kDepth * 2, kComputing = 128 * GROUPS;
-  // The last warp copies. Three warpgroups want registers of it that are taken by fours of warps.
-  static constexpr bool kMoves = GROUPS == 3;
+  // The last warp copies. Registers are taken by fours of warps: those of the last four go to who multiplies where that gives three
+  // warpgroups enough, or leaves a block of settle() room beside.
+  static constexpr bool kMoves = GROUPS == 3 || (GROUPS == 2 && WIDTH == 224 && SHARED == kRows);
   static constexpr int kThreads = kComputing + (kMoves ? 128 : 32);
   static constexpr int kSlotBytes = kRowBytes + WIDTH * kDepth * 2;
   static constexpr int kFits = (kSharedBytes - int(sizeof(Barriers))) / kSlotBytes, kSlots = kFits < kMostSlots ? kFits : kMostSlots;
@@ -71,19 +75,18 @@ DEVICE void each_tile(const Product& p, int block, Use use) {
 
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
 DEVICE void copy_blocks(const Product& p, char* slots, Barriers& ring, int block) {
-  using S = Shape<WIDTH, GROUPS>;
+  using S = Shape<WIDTH, GROUPS, SHARED>;
   constexpr int kHalf = WIDTH / 2, kHalfBytes = kHalf * kDepth * 2;
   const int rank = block % 2;
-  auto ask_for_weights = [&](const Tile& tile, int slot, int i) {
+  auto ask_for_weights = [&](const Tile& tile, int slot, int i, uint64_t* barrier) {
     const int first = KIND == kGated ? tile.column * kHalf : tile.column * WIDTH, second = KIND == kGated ? p.N + first : first + kHalf;
     const int k = (tile.first + i) * kDepth;
     char* to = slots + slot * S::kSlotBytes + S::kRowBytes;
-    expect_bytes(&ring.there[slot], S::kSlotBytes);
     if (SHARED == kWeights) {
-      copy_to_pair(to + rank * kHalfBytes, &p.w, k, rank ? second : first, &ring.there[slot]);
+      copy_to_pair(to + rank * kHalfBytes, &p.w, k, rank ? second : first, barrier);
     } else {
-      copy_tile(to, &p.w, k, first, &ring.there[slot]);
-      copy_tile(to + kHalfBytes, &p.w, k, second, &ring.there[slot]);
+      copy_tile(to, &p.w, k, first, barrier);
+      copy_tile(to + kHalfBytes, &p.w, k, second, barrier);
     }
   };
   Slot<S::kSlots> turn;
@@ -92,15 +95,20 @@ DEVICE void copy_blocks(const Product& p, char* slots, Barriers& ring, int block
     if (ahead < 0) {
       ahead = tile.count < S::kSlots ? tile.count : S::kSlots;
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) ask_for_weights(tile, i, i);
+      for (int i = 0; i < ahead; ++i) {
+        if (i >= p.window) wait_for(&ring.first[i - p.window], 0);
+        expect_bytes(&ring.first[i], 2 * kHalfBytes);
+        ask_for_weights(tile, i, i, &ring.first[i]);
+      }
       await_launch_before();
       stamp(p.number, kWaited, 0);
     }
 #pragma unroll 1
     for (int i = 0; i < tile.count; ++i, ++asked, turn.next()) {
       if (asked >= S::kSlots) wait_for(&ring.read[turn.slot], turn.phase ^ 1);
-      if (asked >= ahead) ask_for_weights(tile, turn.slot, i);
       uint64_t* there = &ring.there[turn.slot];
+      expect_bytes(there, asked < ahead ? S::kRowBytes : S::kSlotBytes);
+      if (asked >= ahead) ask_for_weights(tile, turn.slot, i, there);
       char* to = slots + turn.slot * S::kSlotBytes;
       const int k = (tile.first + i) * kDepth, row = tile.row * S::kTileRows;
       if (SHARED == kWeights)
@@ -167,9 +175,10 @@ DEVICE void end_sums(const Product& p, int split, int first_row, int first_colum
 
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
 DEVICE void compute_tiles(const Product& p, const char* slots, Barriers& ring, int block, int thread) {
-  using S = Shape<WIDTH, GROUPS>;
+  using S = Shape<WIDTH, GROUPS, SHARED>;
   const int group = thread / 128, lane = thread % 32;
   Slot<S::kSlots> turn;
+  bool begins = true;
   each_tile<SHARED>(p, block, [&](const Tile& tile) {
     float sums[WIDTH / 2];
     int before = 0;
@@ -178,6 +187,7 @@ DEVICE void compute_tiles(const Product& p, const char* slots, Barriers& ring, i
     };
 #pragma unroll 1
     for (int i = 0; i < tile.count; ++i, turn.next()) {
+      if (begins && i < S::kSlots) wait_for(&ring.first[i], 0);
       wait_for(&ring.there[turn.slot], turn.phase);
       if (i == 0) stamp(p.number, kFirst, thread);
       const char* x = slots + turn.slot * S::kSlotBytes + group * 64 * kDepth * 2;
@@ -200,6 +210,7 @@ DEVICE void compute_tiles(const Product& p, const char* slots, Barriers& ring, i
     await_products<0>();
     hold(sums);
     release();
+    begins = false;
     stamp(p.number, kLast, thread);
     const int row = tile.row * S::kTileRows + group * 64;
     if constexpr (KIND == kGated)
@@ -211,10 +222,10 @@ DEVICE void compute_tiles(const Product& p, const char* slots, Barriers& ring, i
 
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
 DEVICE void multiply_all(const Product& p, char* slots, int block, int thread) {
-  using S = Shape<WIDTH, GROUPS>;
+  using S = Shape<WIDTH, GROUPS, SHARED>;
   Barriers& ring = *reinterpret_cast<Barriers*>(slots + S::kRingAt);
   if (thread == S::kComputing) {
-    for (int i = 0; i < S::kSlots; ++i) init_barrier(&ring.there[i], 1), init_barrier(&ring.read[i], GROUPS * 4 * 2);
+    for (int i = 0; i < S::kSlots; ++i) init_barrier(&ring.first[i], 1), init_barrier(&ring.there[i], 1), init_barrier(&ring.read[i], GROUPS * 4 * 2);
     publish_barriers();
   }
   stamp(p.number, kBegun, thread);
@@ -235,7 +246,7 @@ DEVICE void multiply_all(const Product& p, char* slots, int block, int thread) {
 
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
 std::string launch_product(Stream stream, const Product& p, bool early) {
-  using S = Shape<WIDTH, GROUPS>;
+  using S = Shape<WIDTH, GROUPS, SHARED>;
   constexpr size_t words = S::kBytes / 16 + 65;
   auto memory = std::make_shared<std::vector<std::vector<uint4>>>(p.blocks, std::vector<uint4>(words, uint4{~0u, ~0u, ~0u, ~0u}));
   Grid grid = {p.blocks, S::kThreads, S::kComputing};
@@ -250,7 +261,7 @@ std::string launch_product(Stream stream, const Product& p, bool early) {
 #else
 
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
-__global__ void __launch_bounds__(Shape<WIDTH, GROUPS>::kThreads, 1)
+__global__ void __maxnreg__((Shape<WIDTH, GROUPS, SHARED>::kMoves ? 128 : 168))
     product(const __grid_constant__ Product p) {
   extern __shared__ __align__(1024) char raw[];
   multiply_all<WIDTH, GROUPS, SHARED, KIND>(p, raw, int(blockIdx.x), int(threadIdx.x));
@@ -258,7 +269,7 @@ __global__ void __launch_bounds__(Shape<WIDTH, GROUPS>::kThreads, 1)
 
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
 std::string launch_product(Stream stream, const Product& p, bool early) {
-  using S = Shape<WIDTH, GROUPS>;
+  using S = Shape<WIDTH, GROUPS, SHARED>;
   const auto kernel = product<WIDTH, GROUPS, SHARED, KIND>;
   // Of each device by itself, so at each call; only recordings of the step's graph come here.
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
@@ -274,7 +285,7 @@ struct Cut {  // how a product is dealt out, as cuda.py chooses
 
 // A product's numbers and its tensor maps. Host code.
 std::string describe(Product& p, const void* x, const void* w, int M, int N, int K, const Cut& cut, int groups, Kind kind, int run, int blocks) {
-  p.M = M, p.N = N, p.K = K, p.splits = cut.splits;
+  p.M = M, p.N = N, p.K = K, p.splits = cut.splits, p.window = kMostSlots;
   const int tile_rows = 64 * groups, columns = kind == kGated ? cut.width / 2 : cut.width;
   const int row_tiles = (M + tile_rows - 1) / tile_rows, column_tiles = (N + columns - 1) / columns;
   p.row_tiles = cut.shared == kRows ? row_tiles : (row_tiles + 1) / 2;

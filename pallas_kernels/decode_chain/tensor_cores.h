@@ -60,6 +60,7 @@ DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
 DEVICE void between_stores_and_copies() {}
+DEVICE void fetch(const void*) {}
 DEVICE void ask_for_map(const TileMap*) {}
 
 template <typename RowOf>
@@ -188,6 +189,9 @@ DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global
 // here sees all that the launch before has written. A launch that never waits so must not be waited for in turn.
 DEVICE void allow_launch_behind() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 DEVICE void await_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// To the first-level cache.
+DEVICE void fetch(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 
 // Before its first use, which would wait for it.
 DEVICE void ask_for_map(const TileMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
