@@ -1,6 +1,6 @@
 // How fast a GPU can copy what attention reads, and nothing else: tiles of 16 KB from anywhere in a large pool to shared memory, by
 // tensor maps, as pallas_kernels/decode_attention does it. Prints TB/s by the size of lines that the second-level cache is asked for,
-// the form of a copy, and how many of them a worker has on their way. Made from the probe that benchmarks/results/decode_attention_h200
+// the form of a copy, and how many of them a worker has on their way; and what power it draws in two seconds of it, by how many blocks. Made from the probe that benchmarks/results/decode_attention_h200
 // reports (run 6), which had more patterns; compiled since, not run.
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o copies benchmarks/copies.cu && ./copies
@@ -8,7 +8,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -103,9 +105,26 @@ float seconds_of(const CUtensorMap& map, const uint32_t* tiles, int n, Form form
   return ms / 1e3f / kRepeats;
 }
 
+// Until the second nvidia-smi has answered.
+void tell_power(const CUtensorMap& map, const uint32_t* tiles, int n, int blocks) {
+  const auto begun = std::chrono::steady_clock::now();
+  auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count(); };
+  double bytes = 0, spent = 0;
+  for (int asked = 0; seconds() < 2.;) {
+    const double before = seconds();
+    for (int i = 0; i < 20; ++i) bytes += double(n) * kTile * kRepeats, spent += seconds_of(map, tiles, n, kTwoBoxes, 2, blocks) * kRepeats;
+    if (seconds() > .7 + .6 * asked && asked < 2 && before > 0) {
+      ++asked;
+      if (std::system("nvidia-smi --query-gpu=clocks.sm,power.draw.instant,power.draw.average --format=csv,noheader &")) return;
+    }
+  }
+  std::printf("%3d blocks: %.3f TB/s\n", blocks, bytes / spent / 1e12);
+  std::fflush(stdout);
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char**) {
   char* pool = nullptr;
   uint32_t* tiles = nullptr;
   int blocks = 0;
@@ -120,6 +139,12 @@ int main() {
     for (uint32_t& each : order) each = uint32_t(random() % (kPool / kTile));
     cudaMalloc(&tiles, order.size() * 4);
     cudaMemcpy(tiles, order.data(), order.size() * 4, cudaMemcpyHostToDevice);
+    if (count > 1) {  // power alone
+      CUtensorMap map;
+      if (bytes >> 20 != 544 || !map_of(map, pool, kTwoBoxes, CUtensorMapL2promotion(2))) continue;
+      for (int used : {blocks, blocks * 3 / 4, blocks / 2, blocks / 4}) tell_power(map, tiles, n, used);
+      return 0;
+    }
     for (Form form : {kTwoBoxes, kOneBox})
       for (int lines : {0, 64, 128, 256}) {
         CUtensorMap map;

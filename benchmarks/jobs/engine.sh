@@ -7,7 +7,7 @@ bench() { # what shape batches limit more...
   local what="$1 $(python3 benchmarks/shapes.py "$2" /tmp/shapes)"; [ "$1" = latency ] && what="$what --batch $3 --prefill 1024,8192"
   echo "== $1 $2"; date -u +%T
   timeout "$4" python3 -W ignore -m serve.cli bench $what --repeats 2 --set max_model_len=8256 --set max_num_seqs=256 --label "$COMMIT" \
-    --out "$OUT/$2-$1.json" "${@:5}" 2>&1 | grep -v "Delay kernel" | tail -n 14
+    --out "$OUT/$2-$1.json" "${@:5}" 2>&1 | tee "$OUT/$2-$1.log" | grep -v "Delay kernel" | tail -n 14
 }
 part launches && timeout 40 build/k/launches
 part stamps && timeout 40 build/k/stamps
