@@ -179,11 +179,15 @@ DEVICE void compute_tiles(const Product& p, const char* slots, Barriers& ring, i
   const int group = thread / 128, lane = thread % 32;
   Slot<S::kSlots> turn;
   bool begins = true;
+  int left = 0;  // blocks behind the last one released
+  each_tile<SHARED>(p, block, [&](const Tile& tile) { left += tile.count; });
   each_tile<SHARED>(p, block, [&](const Tile& tile) {
     float sums[WIDTH / 2];
     int before = 0;
+    // Where a block is still to come to the slot, and so waits for this: who tells the other block of the cluster something that nobody
+    // waits for may tell it to one that is gone, which is a launch that fails.
     auto release = [&] {
-      if (lane < 2) arrive_at(&ring.read[before], lane);
+      if (--left >= S::kSlots && lane < 2) arrive_at(&ring.read[before], lane);
     };
 #pragma unroll 1
     for (int i = 0; i < tile.count; ++i, turn.next()) {
@@ -238,8 +242,7 @@ DEVICE void multiply_all(const Product& p, char* slots, int block, int thread) {
     if (S::kMoves) give_registers<32>();
     if (thread == S::kComputing) copy_blocks<WIDTH, GROUPS, SHARED, KIND>(p, slots, ring, block);
   }
-  stamp(p.number, kEnded, thread);
-  meet_cluster();  // nobody leaves while the other copies to it
+  stamp(p.number, kEnded, thread);  // what the other block sends or tells this one has been waited for
 }
 
 #ifdef JAXLLM_EMULATED

@@ -57,6 +57,7 @@ struct TileMap {  // of a matrix [rows, columns], row after row
 };
 
 DEVICE void arrive_at_cluster() { meet_cluster(); }
+DEVICE void leave_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
 DEVICE void between_stores_and_copies() {}
@@ -178,6 +179,11 @@ DEVICE void await_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 DEVICE void meet_cluster() { arrive_at_cluster(), await_cluster(); }
+// The last that they do: what they told each other's barriers has come.
+DEVICE void leave_cluster() {
+  sync_warp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // That what was in shared memory has been read. With .release.cluster it would be a fence of the whole device: 1.8 us.
 DEVICE void arrive_at(uint64_t* barrier, int peer) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(barrier, peer)) : "memory");

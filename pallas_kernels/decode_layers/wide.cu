@@ -510,7 +510,7 @@ DEVICE void decode(const Steps& p, char* raw, int block, int thread) {
     if (role == 2) scale_rows(p, control, block, at.lane);
     if (role == 3) copy_weights<T>(p, raw, control, block, at.lane);  // no warp that exponentiates has its scheduler
   }
-  meet_cluster();  // nobody leaves while the other copies to it
+  leave_cluster();  // nobody leaves while the other copies to it, or tells it something
 }
 
 }  // namespace
