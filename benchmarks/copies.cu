@@ -1,14 +1,15 @@
 // How fast a GPU can copy what attention reads, and nothing else: tiles of 16 KB from anywhere in a large pool to shared memory, by
 // tensor maps, as pallas_kernels/decode_attention does it. Prints TB/s by the size of lines that the second-level cache is asked for,
-// the form of a copy, and how many of them a worker has on their way; and what power it draws in two seconds of it, by how many blocks. Made from the probe that benchmarks/results/decode_attention_h200
-// reports (run 6), which had more patterns; compiled since, not run.
+// the form of a copy, and how many of them a worker has on their way. Made from the probe that benchmarks/results/decode_attention_h200
+// reports (run 6), which had more patterns. With any argument: the power that two seconds of it draw, where memory holds one number and
+// where it holds random ones.
 //
-//     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o copies benchmarks/copies.cu && ./copies
+//     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o copies benchmarks/copies.cu && ./copies [power]
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -119,9 +120,8 @@ void tell_power(const CUtensorMap& map, const uint32_t* tiles, int n, int blocks
   auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count(); };
   double bytes = 0, spent = 0;
   for (int asked = 0; seconds() < 2.;) {
-    const double before = seconds();
     for (int i = 0; i < 20; ++i) bytes += double(n) * kTile * kRepeats, spent += seconds_of(map, tiles, n, kTwoBoxes, 2, blocks) * kRepeats;
-    if (seconds() > .7 + .6 * asked && asked < 2 && before > 0) {
+    if (seconds() > .7 + .6 * asked && asked < 2) {
       ++asked;
       if (std::system("nvidia-smi --query-gpu=clocks.sm,power.draw.instant,power.draw.average --format=csv,noheader &")) return;
     }

@@ -1,4 +1,4 @@
-"""What 8B requests take at least on a card that is at its power limit: sums of what was measured alone, nothing in between.
+"""What requests to 8B take at least on a card at its power limit: sums of what was measured alone.
 
 In: bytes and products a second that programs without any engine reach for seconds (`copies power`: random numbers
 copied; `launches` built with JAXLLM_BESIDE: a prompt's products, and that two streams at one time give nothing). Out:
@@ -27,7 +27,7 @@ def decode_s(rows: int, tokens: int, bandwidth: float, products: float) -> float
 
 def main() -> None:
     """Prints both, and what each bar asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bandwidth", type=float, default=4.29, help="TB/s")
     parser.add_argument("--products", type=float, default=650.0, help="TFLOP/s")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The engine's bars beside vLLM, one machine, in turn: 8B steps, prompts, 256 requests, starts. One H200, repository root, results under
-# $OUT; carry .whl, build/k (python -m benchmarks.jobs.carry) and .peer (python -m benchmarks.jobs.peer). About 9 minutes.
+# $OUT; carry .whl, build/k (python -m benchmarks.jobs.carry) and .peer (python -m benchmarks.jobs.peer). About 6 minutes.
 . benchmarks/jobs/device.sh
 mv /tmp/site /tmp/oursite && export PYTHONPATH=.:/tmp/oursite # vLLM's packages go to /tmp/site; what both have need not travel twice
 python3 -m pip install -q --no-index --no-deps --target /tmp/oursite \
