@@ -11,6 +11,7 @@ calls may be interleaved in it, each step serves them all. Knows nothing of batc
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import deque
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}
 Messages = Sequence[Mapping[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
+FROZEN_BY_PYTHON = 1_000  # objects, at most: 375 in 3.12
 
 
 class GenerationError(JaxLLMError):
@@ -248,7 +250,7 @@ class LLM:
                     if alone:
                         raise
                     results[place] = _refused(place, error)
-            with _progress(len(jobs), show_progress) as advance:
+            with _progress(len(jobs), show_progress) as advance, _old_objects_at_rest():
                 while pending:
                     if not box:
                         self._turn()
@@ -373,6 +375,20 @@ def _refused(place: int, error: RequestError) -> RequestOutput:
         finished=True,
         error=str(error),
     )
+
+
+@contextmanager
+def _old_objects_at_rest() -> Generator[None]:
+    """Meanwhile the collector looks at new objects only: a collection of all that a start leaves takes 0.1 to 0.4 s, in
+    the middle of a step. What somebody else froze stays so."""
+    if gc.get_freeze_count() > FROZEN_BY_PYTHON:
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """LLM over a real engine with a scripted runner: whole results, streams, bad input in its place, aborts."""
 
 import dataclasses
+import gc
 import io
 import sys
 
@@ -170,6 +171,20 @@ def test_a_request_alone_that_fails_on_the_way_raises_with_what_it_had(tokenizer
     with pytest.raises(GenerationError, match="not finite") as caught:
         LLM(engine=failing(tokenizer)).generate("two")
     assert len(caught.value.output.outputs[0].token_ids) == 2
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_no_collection_looks_at_old_objects_while_it_generates(llm, monkeypatch, theirs):
+    step, frozen = llm.engine.step, []
+    monkeypatch.setattr(llm.engine, "step", lambda: frozen.append(gc.get_freeze_count()) or step())
+    if theirs:
+        gc.freeze()
+    try:
+        llm.generate(["a", "b"], SamplingParams(max_tokens=3))
+        assert min(frozen) > 10_000
+        assert (gc.get_freeze_count() > 0) == theirs
+    finally:
+        gc.unfreeze()
 
 
 def test_an_interruption_takes_every_request_back(llm, monkeypatch):

@@ -91,6 +91,18 @@ def test_however_a_product_is_dealt_out(monkeypatch, width, splits, shared):
         assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 6e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.skipif(ON_GPU, reason="of the emulated machine")
+@pytest.mark.parametrize("rows", [3, 66])  # all of a row's sums at one time, and half of them
+@pytest.mark.parametrize("splits", [2, 4, 6])
+def test_splits_of_long_rows_are_added_up_whatever_their_number(monkeypatch, splits, rows):
+    spec = ChainSpec("long_rows", T=rows, D=1280, O=64 * splits, F=64, Q=64)
+    monkeypatch.setattr(
+        cuda, "cut_for", lambda _, __, depth, gated, ___: cuda.Cut(64, splits if depth == spec.O else 1, "rows")
+    )
+    for got, want in zip(run("cuda_emulated", *arguments(spec)), exact(spec), strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 6e-3 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize(
     ("rows", "shared", "cuts"),
     [
