@@ -3,7 +3,7 @@
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -cudart static -I XLA_INCLUDES -o launches benchmarks/launches.cu
 //
-// where XLA_INCLUDES is what jax.ffi.include_dir() says. With -DJAXLLM_STAMPS instead, of one launch of the graph: when the blocks of each
+// where XLA_INCLUDES is what jax.ffi.include_dir() says. An argument: seconds of each, one choice of cuts alone. With -DJAXLLM_STAMPS instead, of one launch of the graph: when the blocks of each
 // kernel began, had what is ahead, had their first and last product and ended (first, middle and last block, us), and whether the
 // same multiprocessors are late in every layer. With -DJAXLLM_BESIDE: layers of a decode step on some multiprocessors beside gate and
 // up of a prompt on the others, two streams for a second each; of what each does alone, how much of both is done.

@@ -379,8 +379,8 @@ def _refused(place: int, error: RequestError) -> RequestOutput:
 
 @contextmanager
 def _old_objects_at_rest() -> Generator[None]:
-    """Meanwhile the collector looks at new objects only: a collection of all that a start leaves takes 0.1 to 0.4 s, in
-    the middle of a step. What somebody else froze stays so."""
+    """Meanwhile the collector looks at new objects only: to look at all that a start leaves takes tenths of a
+    second, in the middle of a step. What somebody else froze stays so."""
     if gc.get_freeze_count() > FROZEN_BY_PYTHON:
         yield
         return

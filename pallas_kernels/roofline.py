@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 BF16_BYTES = 2
@@ -57,6 +57,14 @@ H200_DATASHEET = Ceilings(
     link_bytes_per_s=450e9,
     link_latency_s=5e-6,
     source="NVIDIA H200 datasheet, dense figures",
+)
+H200_FOR_SECONDS = replace(
+    H200,
+    name="NVIDIA H200 at its power limit",
+    bytes_per_s=4.29e12,
+    bf16_flops_per_s=650e12,
+    source="random numbers copied, a prompt's products multiplied, each for seconds within 700 W of an H200 "
+    "(benchmarks/results/power_h200); the rest as above",
 )
 
 

@@ -9,9 +9,10 @@ nvidia-smi --query-gpu=name,driver_version,temperature.gpu,clocks.sm --format=cs
 
 say "1 setup (25 s): our server's packages and vLLM's"
 ours=/tmp/oursite
-timeout 60 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $ours \
-  .whl/*.whl .peer/whl/{starlette,uvicorn,pyzmq,pydantic,pydantic_core,annotated_types,typing_inspection,sniffio}-*.whl \
-  >>"$LOG" 2>&1 || { say "our packages cannot be installed"; tail -5 "$LOG"; exit 1; }
+put() { timeout 60 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $ours "$@" >>"$LOG" 2>&1; }
+# In two calls: a wheel that lies in both folders is one that pip refuses to choose.
+{ put .whl/*.whl && put .peer/whl/{starlette,uvicorn,pyzmq,pydantic,pydantic_core,annotated_types,typing_inspection,sniffio}-*.whl; } \
+  || { say "our packages cannot be installed"; tail -5 "$LOG"; exit 1; }
 timeout 90 bash -c '. .peer/setup.sh .peer' >>"$LOG" 2>&1 || { say "vLLM cannot be unpacked"; exit 1; }
 timeout 30 python3 .peer/mkmodel.py /tmp/m/llama-3.1-8b llama-3.1-8b >>"$LOG" 2>&1
 export PYTHONPATH=$PWD:$ours JAXLLM_CACHE_DIR=/tmp/jax-cache

@@ -19,6 +19,7 @@ constexpr int kStages = 4, kOfCut = 3;  // numbers of a stage's cut: width, spli
 constexpr int kSettling = 256;  // threads of a row
 constexpr int kTogether = 4;    // splits that a thread asks for at one time, of all its pieces of a row where rows are few
 constexpr int kFewRows = 64;    // what multiplies beside leaves more registers then
+constexpr int kWindow = 2;      // slots of first weights that come at one time behind settle(): its loads would wait for more
 constexpr int kPartFours = 2;   // pieces of four numbers that a thread has of a row's part, where there is no norm
 
 struct Settle {
@@ -230,8 +231,6 @@ std::string launch(Stream stream, const Product& p, Kind kind, const Cut& cut, i
 
 int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-constexpr int kWindow = 2;
-
 struct Work {
   uint16_t *x, *normed, *hidden;
   float* sums;
@@ -291,7 +290,7 @@ struct Chain {  // what all its launches share
     Product p = {};
     p.out = out, p.number = number++;
     if (fault.empty()) fault = describe(p, x, weight, M, N, K, cut, groups, kind, 8, blocks);
-    if (stage % 2) p.window = kWindow;  // settle() is ahead of it, whose loads would wait for more
+    if (stage % 2) p.window = kWindow;  // settle() is ahead of it
     if (fault.empty()) fault = launch(stream, p, kind, cut, groups, early);
   }
   void add_up(int stage, Settle p, int N) {

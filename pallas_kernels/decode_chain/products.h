@@ -263,6 +263,7 @@ std::string launch_product(Stream stream, const Product& p, bool early) {
 
 #else
 
+// No more than beside a block of settle(), which a bound by threads would let be passed.
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
 __global__ void __maxnreg__((Shape<WIDTH, GROUPS, SHARED>::kMoves ? 128 : 168))
     product(const __grid_constant__ Product p) {

@@ -155,6 +155,9 @@ template <typename T>
 inline T* of_peer(T* mine, int peer) {
   const Grid& grid = *machine->current->grid;
   const int own = machine->current->program, other = own / grid.cluster * grid.cluster + peer;
+  const auto first = grid.fibers.begin() + int64_t(other) * grid.threads;
+  if (std::all_of(first, first + grid.threads, [](const Fiber& fiber) { return fiber.done; }))
+    throw std::logic_error("a block of the cluster that has left is told something");
   return reinterpret_cast<T*>(intptr_t(mine) + (static_cast<char*>(grid.shared[other]) - static_cast<char*>(grid.shared[own])));
 }
 inline int here() { return machine->current->grid->device + machine->current->program / machine->current->grid->per_device; }  // which device

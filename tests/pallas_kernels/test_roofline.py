@@ -5,7 +5,16 @@ import sys
 import pytest
 
 from pallas_kernels import roofline
-from pallas_kernels.roofline import H200, H200_DATASHEET, MODELS, Work, decode_floor, prefill_floor
+from pallas_kernels.roofline import (
+    H200,
+    H200_DATASHEET,
+    H200_FOR_SECONDS,
+    MODELS,
+    Work,
+    decode_floor,
+    prefill_floor,
+    workload_floor,
+)
 
 
 def ms(floor):
@@ -50,6 +59,14 @@ def test_decode_floors_at_context_1k_are_the_published_ones(model, floors_ms):
 )
 def test_quantised_and_parallel_floors_of_8b_are_the_published_ones(options, expected_ms):
     assert ms(decode_floor(MODELS["llama-3.1-8b"], 1, 1024, **options)) == pytest.approx(expected_ms, abs=5.1e-3)
+
+
+def test_for_seconds_256_rows_of_8b_are_bound_by_arithmetic_and_128_by_memory():
+    model = MODELS["llama-3.1-8b"]
+    steps = [decode_floor(model, rows, 1152, H200_FOR_SECONDS).step_s * 1e3 for rows in (128, 256)]
+    assert steps == pytest.approx([8.00, 14.92], abs=5e-3)
+    streams = workload_floor(model, [(1024, 1024)] * 256, H200_FOR_SECONDS)
+    assert streams.tokens_per_s == pytest.approx(10_888, abs=1)
 
 
 def test_a_large_batch_is_bound_by_arithmetic():
