@@ -25,6 +25,41 @@ __global__ void fill(uint16_t* p, size_t n, float scale) {
     p[i] = narrow((float(h & 0xffff) / 65536.f - .5f) * scale);
   }
 }
+// bf16 in 12 bits, as bf12.py says: a warp a slab of 64 inputs, with one exponent for all slabs. `gated`: rows are all gates, then all ups.
+__global__ void pack_slabs(const uint16_t* w, uint32_t* words, int N, int K, bool gated, int base, unsigned* escapes) {
+  const int across = K / 64, slab = blockIdx.x / across, kb = blockIdx.x % across, lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  __shared__ int count;
+  uint32_t* to = words + ((int64_t(slab / 4) * across + kb) * 4 + slab % 4) * 388;
+  uint16_t* end = reinterpret_cast<uint16_t*>(to + 384);
+  if (lane == 0) count = 0;
+  if (lane < 8) end[lane] = 0;
+  __syncwarp();
+  int flags = 0;
+  for (int step = 0; step < 4; ++step) {
+    uint32_t codes = 0, pairs[2] = {};
+    for (int j = 0; j < 4; ++j) {
+      uint32_t pair = 0, both = 0;
+      for (int i = 0; i < 2; ++i) {
+        const int r = g + j % 2 * 8, k = kb * 64 + step * 16 + j / 2 * 8 + 2 * t + i;
+        const int64_t row = gated ? (r < 8 ? slab * 8 + r : N / 2 + slab * 8 + r - 8) : slab * 16 + r;
+        const uint32_t bits = w[row * K + k];
+        int code = int(bits >> 7 & 255) - base;
+        uint32_t kept = bits & 0x807f;
+        if (code < 1 || code > 15) {
+          flags |= 1 << step, code = 0, kept = bits & 0x8000;
+          if (bits & 0x7fff) { const int at = atomicAdd(&count, 1) + 1; if (at > 7) __trap(); kept = at, end[at] = bits + (112 - base) * 128; }
+        }
+        pair |= kept << 16 * i, both |= uint32_t(code) << (7 + 16 * i);
+      }
+      codes |= turned_left(both, j % 2 * 8 + j / 2 * 4), pairs[j / 2] |= turned_left(pair, j % 2 * 8 + j / 2 * 4);
+    }
+    for (int h = 0; h < 2; ++h) to[step / 2 * 128 + lane * 4 + step % 2 * 2 + h] = pairs[h];
+    to[256 + lane * 4 + step] = codes;
+  }
+  for (int mask = 16; mask; mask /= 2) flags |= __shfl_xor_sync(~0u, flags, mask);
+  __syncwarp();
+  if (lane == 0) end[0] = base << 7 | flags, atomicAdd(escapes, count);
+}
 struct Setup { int D, O, F, Q, L; } S = {4096, 4096, 14336, 6144, 8};
 uint16_t* make(size_t n, float scale) { uint16_t* p; OK(cudaMalloc(&p, n * 2)); fill<<<528, 256>>>(p, n, scale); return p; }
 #ifdef JAXLLM_STAMPS
@@ -76,6 +111,8 @@ void tell_stamps(int layers, int shown) {
 #endif
 
 struct Bench {
+  bool packed() const { return !cuts.empty() && cuts[2] == kOfPacked; }
+  std::vector<uint16_t*> packed_o, packed_gu, packed_dn, packed_qkv;
   int M, blocks = 132; std::vector<int64_t> cuts; bool attends = true, chains = true;
   std::vector<uint16_t*> o, gu, dn, qkv, k, v; uint16_t *x, *norms, *out; char* work; int *table, *lens; float *cs; int pages;
   void record(cudaStream_t st, int rep) {
@@ -91,7 +128,8 @@ struct Bench {
       a.number = chain.number, chain.number += attends;
       if (attends) GOOD(launch_attention(st, a, !first));
       if (!chains) continue;
-      chain.record({o[l], nullptr, norms, gu[l], dn[l], norms, qkv[l], nullptr}, room.mixed, x, out, nullptr, !first || attends);
+      if (packed()) chain.record({packed_o[l], nullptr, norms, packed_gu[l], packed_dn[l], norms, packed_qkv[l], nullptr}, room.mixed, x, out, nullptr, !first || attends);
+      else chain.record({o[l], nullptr, norms, gu[l], dn[l], norms, qkv[l], nullptr}, room.mixed, x, out, nullptr, !first || attends);
       GOOD(chain.fault);
     }
   }
@@ -191,6 +229,15 @@ int main(int argc, char** argv) {
   Bench B; const int most = 256, len = 1152, per = len / 16; B.pages = most * per;
   for (int l = 0; l < S.L; ++l) B.o.push_back(make(size_t(S.D) * S.O, .05f)), B.gu.push_back(make(size_t(2) * S.F * S.D, .05f)), B.dn.push_back(make(size_t(S.D) * S.F, .03f)), B.qkv.push_back(make(size_t(S.Q) * S.D, .05f)),
     B.k.push_back(make(size_t(B.pages) * 8 * 16 * 128, 2)), B.v.push_back(make(size_t(B.pages) * 8 * 16 * 128, 2));
+  unsigned* escapes; OK(cudaMalloc(&escapes, 4)); OK(cudaMemset(escapes, 0, 4));
+  auto pack = [&](const uint16_t* w, int N, int K, bool gated) {
+    uint32_t* words; OK(cudaMalloc(&words, size_t(N / 16) * (K / 64) * 1552));
+    pack_slabs<<<N / 16 * (K / 64), 32>>>(w, words, N, K, gated, 121 - 15, escapes);
+    return reinterpret_cast<uint16_t*>(words);
+  };
+  for (int l = 0; l < S.L; ++l) B.packed_o.push_back(pack(B.o[l], S.D, S.O, false)), B.packed_gu.push_back(pack(B.gu[l], 2 * S.F, S.D, true)), B.packed_dn.push_back(pack(B.dn[l], S.D, S.F, false)),
+    B.packed_qkv.push_back(pack(B.qkv[l], S.Q, S.D, false));
+  unsigned found; OK(cudaMemcpy(&found, escapes, 4, cudaMemcpyDeviceToHost)); printf("packed; %u escapes of %.0f million\n", found, S.L * 218.1);
   B.x = make(512 * S.D, 2), B.norms = make(2 * S.D, 2), B.out = make(512 * S.D, 1);
   OK(cudaMalloc(&B.work, 1 << 30)); OK(cudaMemset(B.work, 0, 1 << 30));
   std::vector<int> order(B.pages), table(size_t(most) * 2048), lens(most, len - 5); for (int i = 0; i < B.pages; ++i) order[i] = i;
@@ -206,21 +253,34 @@ int main(int argc, char** argv) {
   B.cs = reinterpret_cast<float*>(make(most * 64 * 2, 0)); OK(cudaDeviceSynchronize());
   // Cuts of o, gate and up, down, qkv: width, splits, what neighbours share (1: x).
   using Cuts = std::vector<int64_t>;
-  const std::vector<std::pair<const char*, Cuts>> few = {{"four splits", {128, 4, 1, 224, 1, 1, 128, 4, 1, 96, 2, 1}}, {"qkv whole", {128, 4, 1, 224, 1, 1, 128, 4, 1, 64, 1, 1}}},
+  const std::vector<std::pair<const char*, Cuts>> few = {{"four splits", {128, 4, 1, 224, 1, 1, 128, 4, 1, 96, 2, 1}}, {"packed", {128, 4, 2, 224, 1, 2, 128, 4, 2, 192, 4, 2}}},
     many = {{"two splits", {128, 2, 0, 224, 1, 0, 128, 2, 0, 96, 1, 0}}, {"of two, qkv of four", {128, 2, 0, 224, 1, 0, 128, 2, 0, 128, 4, 0}}};
 #ifdef JAXLLM_BESIDE
   for (int rows : {128, 256}) beside(B, rows, rows > 192 ? many[0].second : few[0].second, 2048);
   return 0;
 #endif
+  for (int M : {20, 32, 64, 100, 128}) {  // the same bits by both, of depths that are cut alike
+    std::vector<uint16_t> outs[2];
+    const Cuts of[2] = {{128, 4, 1, 224, 1, 1, 128, 4, 1, 96, 4, 1}, {128, 4, 2, 224, 1, 2, 128, 4, 2, 192, 4, 2}};
+    for (int i = 0; i < 2; ++i) {
+      B.M = M, B.cuts = of[i], B.attends = false, B.chains = true;
+      OK(cudaMemset(B.out, 0, 512 * S.D * 2)); fill<<<528, 256>>>(reinterpret_cast<uint16_t*>(B.work), 1 << 25, 2);
+      cudaStream_t st; OK(cudaStreamCreate(&st)); B.record(st, 1); OK(cudaStreamSynchronize(st));
+      outs[i].resize(M * S.D); OK(cudaMemcpy(outs[i].data(), B.out, M * S.D * 2, cudaMemcpyDeviceToHost));
+    }
+    size_t unlike = 0, zeros = 0;
+    for (size_t i = 0; i < outs[0].size(); ++i) unlike += outs[0][i] != outs[1][i], zeros += !(outs[0][i] & 0x7fff);
+    printf("M %d: %zu of %zu numbers differ between packed weights and others, %zu are zeros\n", M, unlike, outs[0].size(), zeros), fflush(stdout);
+  }
   for (int M : {32, 64, 128, 192, 256}) {
     B.M = M;
     B.chains = false, B.attends = true, B.run("attention", seconds);
     B.chains = true;
     for (const auto& [name, cuts] : M > 192 ? many : few) {
       B.cuts = cuts;
+      if (M > 128 && B.packed()) continue;
       B.attends = false, B.run((std::string("chain, ") + name).c_str(), seconds);
       B.attends = true, B.run((std::string("all, ") + name).c_str(), seconds);
-      if (seconds > 0) break;
     }
     if (M == 128 && seconds == 0) B.cuts = few[0].second, B.run("all, longer", 1.5);
   }

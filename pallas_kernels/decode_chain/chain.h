@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "products.h"
+#include "packed_products.h"
 
 namespace {
 
@@ -289,9 +289,12 @@ struct Chain {  // what all its launches share
     const int groups = cut.shared == kWeights ? 2 : (M + 63) / 64;
     Product p = {};
     p.out = out, p.number = number++;
-    if (fault.empty()) fault = describe(p, x, weight, M, N, K, cut, groups, kind, 8, blocks);
+    const bool packed = cut.shared == kOfPacked;
+    if (fault.empty())
+      fault = packed ? describe_packed(p, x, weight, M, kind == kGated ? 2 * N : N, K, cut, kind, blocks)
+                     : describe(p, x, weight, M, N, K, cut, groups, kind, 8, blocks);
     if (stage % 2) p.window = kWindow;  // settle() is ahead of it
-    if (fault.empty()) fault = launch(stream, p, kind, cut, groups, early);
+    if (fault.empty()) fault = packed ? launch_packed(stream, p, kind, cut, early) : launch(stream, p, kind, cut, groups, early);
   }
   void add_up(int stage, Settle p, int N) {
     p.M = M, p.N = N, p.eps = eps, p.splits = splits(stage), p.number = number++;

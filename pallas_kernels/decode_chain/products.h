@@ -19,11 +19,12 @@ namespace {
 
 constexpr int kMostSlots = 10, kSharedBytes = 226 * 1024;  // the rest: for a block of settle() beside it
 
-enum Common { kWeights = 0, kRows = 1 };  // what the two of a cluster have in common
+enum Common { kWeights = 0, kRows = 1, kOfPacked = 2 };  // what the two of a cluster have in common; kOfPacked: x, by packed_products.h
 enum Kind { kSums = 0, kGated = 1 };
 
 struct Product {
   TileMap x, w;
+  const void* packed;  // in place of w: packed_products.h
   void* out;      // kSums: f32 [splits, M, N]; kGated: bf16 [M, N]
   int M, N, K;    // kGated: w has 2N rows
   int row_tiles, column_tiles;  // of a cluster: two tiles of the kind that it does not share
@@ -247,21 +248,32 @@ DEVICE void multiply_all(const Product& p, char* slots, int block, int thread) {
 
 #ifdef JAXLLM_EMULATED
 
-template <int WIDTH, int GROUPS, int SHARED, int KIND>
-std::string launch_product(Stream stream, const Product& p, bool early) {
-  using S = Shape<WIDTH, GROUPS, SHARED>;
+// S: the shape's numbers of bytes and threads.
+template <typename S, typename Body>
+std::string play_product(Stream stream, const Product& p, bool early, Body body) {
   constexpr size_t words = S::kBytes / 16 + 65;
   auto memory = std::make_shared<std::vector<std::vector<uint4>>>(p.blocks, std::vector<uint4>(words, uint4{~0u, ~0u, ~0u, ~0u}));
   Grid grid = {p.blocks, S::kThreads, S::kComputing};
   for (auto& each : *memory) grid.shared.push_back(reinterpret_cast<void*>((uintptr_t(each.data()) + 1023) / 1024 * 1024));
-  grid.body = [p, shared = grid.shared](int block, int thread) {
-    multiply_all<WIDTH, GROUPS, SHARED, KIND>(p, static_cast<char*>(shared[block]), block, thread);
-  };
+  grid.body = [p, body, shared = grid.shared](int block, int thread) { body(p, static_cast<char*>(shared[block]), block, thread); };
   grid.kept = memory, grid.early = early;
   return play(stream, std::move(grid), unsigned(p.M));
 }
 
+template <int WIDTH, int GROUPS, int SHARED, int KIND>
+std::string launch_product(Stream stream, const Product& p, bool early) {
+  return play_product<Shape<WIDTH, GROUPS, SHARED>>(stream, p, early, multiply_all<WIDTH, GROUPS, SHARED, KIND>);
+}
+
 #else
+
+template <typename S, typename Kernel>
+std::string launch_shaped(Stream stream, const Product& p, bool early, Kernel kernel) {
+  // Of each device by itself, so at each call; only recordings of the step's graph come here.
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return launch_kernel(kernel, p.blocks, S::kThreads, S::kBytes, stream, early, p, 2);
+}
 
 // No more than beside a block of settle(), which a bound by threads would let be passed.
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
@@ -273,12 +285,7 @@ __global__ void __maxnreg__((Shape<WIDTH, GROUPS, SHARED>::kMoves ? 128 : 168))
 
 template <int WIDTH, int GROUPS, int SHARED, int KIND>
 std::string launch_product(Stream stream, const Product& p, bool early) {
-  using S = Shape<WIDTH, GROUPS, SHARED>;
-  const auto kernel = product<WIDTH, GROUPS, SHARED, KIND>;
-  // Of each device by itself, so at each call; only recordings of the step's graph come here.
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  return launch_kernel(kernel, p.blocks, S::kThreads, S::kBytes, stream, early, p, 2);
+  return launch_shaped<Shape<WIDTH, GROUPS, SHARED>>(stream, p, early, product<WIDTH, GROUPS, SHARED, KIND>);
 }
 
 #endif

@@ -117,7 +117,7 @@ DEVICE void await_products() {
     for (int i = 0; i < p.columns / 2; ++i) {
       const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       float sum = 0.f;
-      for (int k = 0; k < 16; ++k) sum += at(p.a, row, k) * at(p.b, column, k);
+      for (int k = 0; k < 16; ++k) sum += (p.a ? at(p.a, row, k) : p.left[i / 2 % 2][k]) * at(p.b, column, k);
       p.sums[i] = p.adds ? p.sums[i] + sum : sum;
     }
     machine->moved = true;

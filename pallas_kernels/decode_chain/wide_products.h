@@ -12,6 +12,20 @@ DEVICE void multiply_wide(float (&sums)[N / 2], const void* a, const void* b, bo
   Fiber& mine = *machine->current;
   mine.products.push_back({sums, static_cast<const char*>(a), static_cast<const char*>(b), N, mine.groups, adds});
 }
+// What registers hold when this is called.
+template <int N>
+DEVICE void multiply_held(float (&sums)[N / 2], const uint32_t (&a)[16], const void* b, bool adds) {
+  Fiber& mine = *machine->current;
+  for (int step = 0; step < 4; ++step) {
+    Issued product = {sums, nullptr, static_cast<const char*>(b) + step * 32, N, mine.groups, adds || step};
+    for (int t = 0; t < 4; ++t)
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t pair = uint32_t(shuffle(int(a[4 * step + j]), mine.lane / 4 * 4 + t));
+        for (int i = 0; i < 2; ++i) product.left[j % 2][j / 2 * 8 + 2 * t + i] = wide(uint16_t(pair >> 16 * i));
+      }
+    mine.products.push_back(product);
+  }
+}
 DEVICE void copy_kept(void* to, const TileMap* map, int column, int row, uint64_t* barrier) { copy_tile(to, map, column, row, barrier); }
 DEVICE uint32_t exchanged(uint32_t value, int mask) { return shuffle_xor(value, mask); }
 
@@ -41,6 +55,33 @@ DEVICE uint32_t exchanged(uint32_t value, int mask) { return __shfl_xor_sync(~0u
                  : registers                                                                                         \
                  : "l"(matrix(a)), "l"(matrix(b)), "r"(int(adds)));                                                  \
   }
+
+#define JAXLLM_MULTIPLY_HELD(N, places, a_places, b_at, adds_at, registers)                                          \
+  template <>                                                                                                        \
+  DEVICE void multiply_step<N>(float(&d)[N / 2], const uint32_t* a, uint64_t b, bool adds) {                         \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" adds_at ", 0;\n"                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" places "}, {" a_places "}, %" b_at     \
+                 ", adds, 1, 1, 0;\n}"                                                                               \
+                 : registers                                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));                              \
+  }
+
+template <int N>
+DEVICE void multiply_step(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool adds);
+JAXLLM_MULTIPLY_HELD(32, JAXLLM_P16, "%16,%17,%18,%19", "20", "21", JAXLLM_R16(0))
+JAXLLM_MULTIPLY_HELD(64, JAXLLM_P32, "%32,%33,%34,%35", "36", "37", JAXLLM_R32(0))
+JAXLLM_MULTIPLY_HELD(128, JAXLLM_P64, "%64,%65,%66,%67", "68", "69", JAXLLM_R64)
+JAXLLM_MULTIPLY_HELD(192, JAXLLM_P96, "%96,%97,%98,%99", "100", "101", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64))
+JAXLLM_MULTIPLY_HELD(256, JAXLLM_P128, "%128,%129,%130,%131", "132", "133", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64) JAXLLM_COMMA JAXLLM_R32(96))
+
+// Of kDepth columns. The left operand from registers, in the order of `mma`'s, a warp's sixteen of the 64 rows: four for each 16 columns.
+// They may be written again once the products have been waited for.
+template <int N>
+DEVICE void multiply_held(float (&d)[N / 2], const uint32_t (&a)[16], const void* b, bool adds) {
+  const uint64_t first = matrix(b);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) multiply_step<N>(d, a + 4 * step, first + 2 * step, adds || step);  // 32 bytes on
+}
 
 // As multiply of tensor_cores.h; without `adds` the sums are not read.
 template <int N>

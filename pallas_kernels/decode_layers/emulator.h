@@ -65,6 +65,7 @@ struct Issued {  // a product of tensor cores that read shared memory: done when
   const char *a, *b;
   int columns, group;
   bool adds;
+  float left[2][16] = {};  // where there is no a: the thread's two rows of it
 };
 
 struct Grid;

@@ -20,6 +20,7 @@ constexpr int kDevices = 1;  // that share such memory: the emulator plays sever
 DEVICE constexpr int here() { return 0; }
 DEVICE float wide(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 DEVICE uint16_t narrow(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE float wide_f16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 DEVICE float exp_(float x) { return __expf(x); }
 // 0 below 2^-126: exp2f scales there and back, which the compiler does one number after the other.

@@ -62,7 +62,6 @@ DEVICE T shuffle_xor(T value, int mask) {
 DEVICE uint32_t add_to(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
 DEVICE void raise_to(uint32_t* at, uint32_t value) { atomicMax(at, value); }
 DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
-DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // not to be joined with what follows
 template <typename T>
 DEVICE T load_once(const T* from) {

@@ -1,0 +1,285 @@
+// out[m][n] = sum over k of x[m][k] * w[n][k] for up to ROWS rows of x and weights in 12 bits (bf12.py): of launched.cu, beside products.h.
+//
+// Weights are widened in registers, each warp a slab of 16 of w's rows, and are the tensor cores' left operand; rows of x are the
+// right one, from shared memory. A tile is SLABS slabs, four to a warpgroup, by all rows of x: the last warpgroup's warps without a
+// slab multiply zeros. While one stage's products run the next one's weights are widened. Two neighbouring blocks of the grid are a
+// cluster with tiles side by side along w, of which each loads half of x for both. The bits are those of products.h where depths are
+// cut alike: the same numbers, multiplied and added up in the same steps of 16.
+#pragma once
+#include "products.h"
+
+namespace {
+
+constexpr int kSlab = 16, kSlabBytes = 1552, kLaneBytes = 16, kPlane = 32 * kLaneBytes;  // rows; bytes: of a slab's 64 columns, of a lane
+
+template <int ROWS, int SLABS>
+struct PackedShape {
+  static constexpr int kGroups = (SLABS + 3) / 4, kComputing = 128 * kGroups;
+  // Registers are taken by fours of warps. Of four warpgroups they go from who copies to who multiplies, and where sums are many there are
+  // none for the next stage's weights while this one's are multiplied: then others' products run.
+  static constexpr bool kMoves = kGroups == 4, kTwice = kGroups < 3 || ROWS <= 64;
+  static constexpr int kThreads = kComputing + (kMoves ? 128 : 32), kRegisters = kMoves ? 96 : kGroups == 3 ? 128 : 168;
+  static constexpr int kRowBytes = ROWS * kDepth * 2, kSlotBytes = (kRowBytes + SLABS * kSlabBytes + 1023) / 1024 * 1024;
+  static constexpr int kFits = (kSharedBytes - int(sizeof(Barriers))) / kSlotBytes, kSlots = kFits < kMostSlots ? kFits : kMostSlots;
+  static constexpr int kRingAt = kSlots * kSlotBytes, kBytes = kRingAt + int(sizeof(Barriers));
+};
+
+DEVICE int slabs_of(const Product& p, const Tile& tile, int slabs) {
+  const int left = p.N / kSlab - tile.column * slabs;
+  return left < 0 ? 0 : left < slabs ? left : slabs;
+}
+
+// By a warp: a lane a copy, of the slabs of four that lie together in memory. A copy takes a warp some 36 ns, so there must be few.
+template <int ROWS, int SLABS>
+DEVICE void copy_packed(const Product& p, char* slots, Barriers& ring, int block, int lane) {
+  using S = PackedShape<ROWS, SLABS>;
+  const int rank = block % 2, across = p.K / kDepth;
+  Slot<S::kSlots> turn;
+  int asked = 0, ahead = -1;  // blocks of depth; of those, the first whose weights were asked for early
+  each_tile<kRows>(p, block, [&](const Tile& tile) {
+    const int slabs = slabs_of(p, tile, SLABS), all = tile.column * SLABS, four = all / 4 + lane;
+    const int begin = four * 4 < all ? all : four * 4, count = (four * 4 + 4 < all + slabs ? four * 4 + 4 : all + slabs) - begin;
+    const char* from = static_cast<const char*>(p.packed) + ((int64_t(four) * across + tile.first) * 4 + begin % 4) * kSlabBytes;
+    auto ask_for_weights = [&](int slot, int i, uint64_t* barrier) {
+      char* to = slots + slot * S::kSlotBytes + S::kRowBytes + (begin - all) * kSlabBytes;
+      if (count > 0) copy_in(to, from + int64_t(i) * 4 * kSlabBytes, count * kSlabBytes, barrier);
+    };
+    if (ahead < 0) {
+      ahead = tile.count < S::kSlots ? tile.count : S::kSlots;
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) {
+        if (i >= p.window) wait_for(&ring.first[i - p.window], 0);
+        if (lane == 0) expect_bytes(&ring.first[i], slabs * kSlabBytes);
+        sync_warp();
+        ask_for_weights(i, i, &ring.first[i]);
+      }
+      await_launch_before();
+      stamp(p.number, kWaited, lane);
+    }
+#pragma unroll 1
+    for (int i = 0; i < tile.count; ++i, ++asked, turn.next()) {
+      if (asked >= S::kSlots) wait_for(&ring.read[turn.slot], turn.phase ^ 1);
+      uint64_t* there = &ring.there[turn.slot];
+      if (lane == 0) expect_bytes(there, S::kRowBytes + (asked < ahead ? 0 : slabs * kSlabBytes));
+      sync_warp();
+      if (asked >= ahead) ask_for_weights(turn.slot, i, there);
+      char* to = slots + turn.slot * S::kSlotBytes;
+      if (lane == 31) copy_to_pair(to + rank * (S::kRowBytes / 2), &p.x, (tile.first + i) * kDepth, rank * (ROWS / 2), there);
+    }
+  });
+}
+
+// How far the pair of register j lies to the left in its words, and where its signs, mantissas and codes are once turned back. A number is
+// put together where it lies: with 112 as what its code is added to, for which a tile's sums make up.
+DEVICE constexpr int turn_of(int j) { return j % 2 * 8 + j / 2 * 4; }
+constexpr uint32_t kSignMantissa = 0x807f807f, kCodes = 0x07800780, kBase = 0x38003800;
+DEVICE constexpr uint32_t turned_left(uint32_t word, int by) { return by ? word << by | word >> (32 - by) : word; }
+DEVICE uint32_t turned_right(uint32_t word, int by) { return turned_left(word, (32 - by) % 32); }
+
+// Zeros, and numbers that lie at the slab's end: of few slabs any.
+DEVICE void mend(uint32_t (&a)[16], const uint32_t (&numbers)[12], uint32_t flags, const char* slab) {
+  const uint16_t* end = reinterpret_cast<const uint16_t*>(slab + 3 * kPlane);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    if (!(flags >> step & 1)) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t codes = turned_right(numbers[8 + step], turn_of(j)), pair = turned_right(numbers[2 * step + j / 2], turn_of(j));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (codes >> (16 * half + 7) & 15) continue;
+        const uint32_t bits = pair >> 16 * half & 0x807fu, index = bits & 0x7fu;
+        const uint32_t number = index ? end[index] : bits;
+        a[4 * step + j] = (a[4 * step + j] & (half ? 0x0000ffffu : 0xffff0000u)) | number << 16 * half;
+      }
+    }
+  }
+}
+
+// A lane's part of a slab's 64 columns, four registers for each 16.
+DEVICE void widen(uint32_t (&a)[16], const char* slab, int lane) {
+  uint32_t numbers[12];
+#pragma unroll
+  for (int plane = 0; plane < 3; ++plane) {
+    const uint4 of = *reinterpret_cast<const uint4*>(slab + plane * kPlane + lane * kLaneBytes);
+    numbers[4 * plane] = of.x, numbers[4 * plane + 1] = of.y, numbers[4 * plane + 2] = of.z, numbers[4 * plane + 3] = of.w;
+  }
+  const uint32_t flags = *reinterpret_cast<const uint32_t*>(slab + 3 * kPlane) & 15;
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int turn = turn_of(j);
+      const uint32_t exponents = (numbers[8 + step] & turned_left(kCodes, turn)) | turned_left(kBase, turn);
+      a[4 * step + j] = turned_right((numbers[2 * step + j / 2] & turned_left(kSignMantissa, turn)) | exponents, turn);
+    }
+  if (flags) mend(a, numbers, flags, slab);
+}
+
+// What numbers of a slab have to be multiplied by: two to the power of what its codes are added to, less 112.
+DEVICE float scale_of(const char* slab) {
+  const int base = *reinterpret_cast<const uint16_t*>(slab + 3 * kPlane) >> 7;
+  return as_float(uint32_t(base + 15) << 23);
+}
+
+// A warpgroup's sums to memory, as they are: a lane has two rows of w, and of each eight rows of x two.
+template <int ROWS>
+DEVICE void end_packed_sums(const Product& p, int split, int first_column, int lane, float scale, const float (&sums)[ROWS / 2]) {
+  float* to = static_cast<float*>(p.out) + int64_t(split) * p.M * p.N + first_column + lane / 4;
+#pragma unroll
+  for (int i = 0; i < ROWS / 2; ++i) {
+    const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (row < p.M) to[int64_t(row) * p.N + i / 2 % 2 * 8] = times(sums[i], scale);
+  }
+}
+
+// SwiGLU: a slab's first eight rows are gates, the others their ups. A lane has two rows of x and one column of what comes out; it
+// gives its neighbour in the next row of w one of them, and both have two columns.
+template <int ROWS>
+DEVICE void end_packed_gated(const Product& p, int first_column, int lane, float scale, const float (&sums)[ROWS / 2]) {
+  const int odd = lane / 4 % 2;
+  uint16_t* to = static_cast<uint16_t*>(p.out) + first_column + lane / 4 - odd;
+#pragma unroll
+  for (int i = 0; i < ROWS / 2; i += 4) {
+    auto sum = [&](int j) { return times(sums[i + j], scale); };
+    const float first = gated(sum(0), sum(2)), second = gated(sum(1), sum(3));
+    const float other = shuffle_xor(odd ? first : second, 4);
+    const int row = i / 4 * 8 + lane % 4 * 2 + odd;
+    if (row < p.M) *reinterpret_cast<uint32_t*>(to + int64_t(row) * (p.N / 2)) = odd ? narrow(other, second) : narrow(first, other);
+  }
+}
+
+template <int ROWS, int SLABS, int KIND>
+DEVICE void compute_packed(const Product& p, const char* slots, Barriers& ring, int block, int thread) {
+  using S = PackedShape<ROWS, SLABS>;
+  const int warp = thread / 32, lane = thread % 32;
+  Slot<S::kSlots> turn;
+  bool begins = true;
+  int left = 0;  // blocks of depth behind the last one released
+  each_tile<kRows>(p, block, [&](const Tile& tile) { left += tile.count; });
+  each_tile<kRows>(p, block, [&](const Tile& tile) {
+    const bool mine = warp < slabs_of(p, tile, SLABS);
+    float sums[ROWS / 2];
+    uint32_t even[16] = {}, odd[16] = {};
+    float scale = 0.f;
+    int before = 0;
+    auto release = [&] {  // as in products.h
+      if (--left >= S::kSlots && lane < 2) arrive_at(&ring.read[before], lane);
+    };
+    auto stage = [&](int i, uint32_t (&a)[16]) {
+      if (begins && i < S::kSlots) wait_for(&ring.first[i], 0);
+      wait_for(&ring.there[turn.slot], turn.phase);
+      if (i == 0) stamp(p.number, kFirst, thread);
+      if constexpr (!S::kTwice) {
+        await_products<0>();
+        if (i > 0) release();
+      }
+      const char* x = slots + turn.slot * S::kSlotBytes;
+      const char* slab = x + S::kRowBytes + warp * kSlabBytes;
+      if (mine) widen(a, slab, lane);
+      if (i == 0) scale = scale_of(slab);
+      begin_products();
+      multiply_held<ROWS>(sums, a, x, i > 0);
+      end_products();
+      if constexpr (S::kTwice) {
+        await_products<1>();
+        if (i > 0) release();
+      }
+      before = turn.slot, turn.next();
+    };
+#pragma unroll 1
+    for (int i = 0; i < tile.count; i += 1 + S::kTwice) {
+      stage(i, even);
+      if (S::kTwice && i + 1 < tile.count) stage(i + 1, odd);
+    }
+    await_products<0>();
+    hold(sums);
+    release();
+    begins = false;
+    stamp(p.number, kLast, thread);
+    if (!mine) return;
+    const int slab = tile.column * SLABS + warp;
+    if constexpr (KIND == kGated)
+      end_packed_gated<ROWS>(p, slab * (kSlab / 2), lane, scale, sums);
+    else
+      end_packed_sums<ROWS>(p, tile.split, slab * kSlab, lane, scale, sums);
+  });
+}
+
+template <int ROWS, int SLABS, int KIND>
+DEVICE void multiply_packed(const Product& p, char* slots, int block, int thread) {
+  using S = PackedShape<ROWS, SLABS>;
+  Barriers& ring = *reinterpret_cast<Barriers*>(slots + S::kRingAt);
+  if (thread == S::kComputing) {
+    for (int i = 0; i < S::kSlots; ++i) init_barrier(&ring.first[i], 1), init_barrier(&ring.there[i], 1), init_barrier(&ring.read[i], S::kGroups * 4 * 2);
+    publish_barriers();
+  }
+  stamp(p.number, kBegun, thread);
+  allow_launch_behind();
+  meet_cluster();  // barriers are there before others count on them
+  if (thread < S::kComputing) {
+    if (S::kMoves) take_registers<112>();
+    compute_packed<ROWS, SLABS, KIND>(p, slots, ring, block, thread);
+  } else {
+    if (S::kMoves) give_registers<24>();
+    if (thread < S::kComputing + 32) copy_packed<ROWS, SLABS>(p, slots, ring, block, thread - S::kComputing);
+  }
+  stamp(p.number, kEnded, thread);
+}
+
+#ifdef JAXLLM_EMULATED
+
+template <int ROWS, int SLABS, int KIND>
+std::string launch_packed(Stream stream, const Product& p, bool early) {
+  using S = PackedShape<ROWS, SLABS>;
+  return play_product<S>(stream, p, early, multiply_packed<ROWS, SLABS, KIND>);
+}
+
+#else
+
+template <int ROWS, int SLABS, int KIND>
+__global__ void __maxnreg__((PackedShape<ROWS, SLABS>::kRegisters)) packed_product(const __grid_constant__ Product p) {
+  extern __shared__ __align__(1024) char raw[];
+  multiply_packed<ROWS, SLABS, KIND>(p, raw, int(blockIdx.x), int(threadIdx.x));
+}
+
+template <int ROWS, int SLABS, int KIND>
+std::string launch_packed(Stream stream, const Product& p, bool early) {
+  using S = PackedShape<ROWS, SLABS>;
+  return launch_shaped<S>(stream, p, early, packed_product<ROWS, SLABS, KIND>);
+}
+
+#endif
+
+template <int ROWS>
+std::string launch_slabs(Stream stream, const Product& p, Kind kind, int slabs, bool early) {
+  switch (slabs * 10 + kind) {
+    case 40: return launch_packed<ROWS, 4, kSums>(stream, p, early);
+    case 80: return launch_packed<ROWS, 8, kSums>(stream, p, early);
+    case 120: return launch_packed<ROWS, 12, kSums>(stream, p, early);
+    case 81: return launch_packed<ROWS, 8, kGated>(stream, p, early);
+    case 141: return launch_packed<ROWS, 14, kGated>(stream, p, early);
+  }
+  return "no tile of " + std::to_string(slabs) + " packed slabs";
+}
+
+// `cut.width`: of a tile, rows of w.
+std::string launch_packed(Stream stream, const Product& p, Kind kind, const Cut& cut, bool early) {
+  const int slabs = cut.width / kSlab;
+  if (p.M <= 32) return launch_slabs<32>(stream, p, kind, slabs, early);
+  return p.M <= 64 ? launch_slabs<64>(stream, p, kind, slabs, early) : launch_slabs<128>(stream, p, kind, slabs, early);
+}
+
+// A product's numbers and its tensor map. `N`: of w, so of a gated product twice as many as come out. Host code.
+std::string describe_packed(Product& p, const void* x, const void* w, int M, int N, int K, const Cut& cut, Kind kind, int blocks) {
+  constexpr int kMost = 128;
+  if (M > kMost) return "more rows than packed weights are multiplied by";
+  p.M = M, p.N = N, p.K = K, p.splits = cut.splits, p.window = kMostSlots, p.packed = w;
+  const int slabs = cut.width / kSlab, tiles = (N / kSlab + slabs - 1) / slabs;
+  p.row_tiles = 1, p.run = 1, p.column_tiles = (tiles + 1) / 2;
+  const int units = p.column_tiles * cut.splits;
+  p.blocks = blocks / 2 < units ? blocks / 2 * 2 : units * 2;
+  return map_of(p.x, x, M, K, M <= 32 ? 16 : M <= 64 ? 32 : 64, false);
+}
+
+}  // namespace
