@@ -66,7 +66,6 @@ from jaxllm.graph.spread import Home, held_bytes, zeros
 from jaxllm.graph.steps import Graph
 from jaxllm.graph.weights import loader, random
 from jaxllm.graph.weights.kv_scales import with_scales
-from jaxllm.graph.weights.packed import with_twins
 from jaxllm.tokenizer import Tokenizer
 from sharding.axes import MeshConfig
 from sharding.mesh import stage_meshes
@@ -170,7 +169,7 @@ def start(
     report.devices = max(1, config.mesh.size // len(engines))
     report.total_s = time.perf_counter() - began
     log.info("%s", report)
-    residency = _residency(tuple(lanes), model_config, config, replicas, directory)
+    residency = _residency(tuple(lanes), model_config, config, replicas, directory, report)
     if len(engines) > 1:
         return ReplicatedEngine(tuple(engines), residency), report
     engines[0].residency = residency
@@ -226,22 +225,44 @@ def _residency(
     config: EngineConfig,
     replicas: list[tuple[Home, ...]],
     directory: Path,
+    report: StartReport,
 ) -> Residency | None:
     """None in a group of processes: what is done to arrays here would have to be done in all of them."""
     if jax.process_count() > 1:
         return None
 
-    twins = replicas[0][0].packed and packed_bytes(lanes[0][0].params) > 0
+    twins = {number for number, own in enumerate(lanes) if replicas[number][0].packed and packed_bytes(own[0].params)}
 
     def read(number: int, source: Path) -> Any:
         dummy = source == directory and config.model.load_format == "dummy"
         model = config.model if dummy else dataclasses.replace(config.model, load_format="auto")
         again = dataclasses.replace(config, model=model)
         found = _params(again, model_config, replicas[number], source, lambda phase, share: None)
-        found = [with_twins(own) for own in found] if twins else found  # steps are compiled for them, or without
+        if number in twins:
+            plain, found = found, packed(config, replicas[number], found)
+            if found is plain:
+                twins.remove(number)
+                _without_twins(config, replicas[number], lanes[number], plain, report)
         return found[0] if len(replicas[number]) == 1 else found
 
     return Residency(lanes, lambda source: loader.check(source, model_config), read, directory)
+
+
+def _without_twins(
+    config: EngineConfig,
+    homes: tuple[Home, ...],
+    runners: tuple[Runner, ...],
+    params: list[Params],
+    report: StartReport,
+) -> None:
+    """New weights that cannot be packed: steps that do not ask for twins, over the pages that are there."""
+    pages = None if report.memory is None else report.memory.num_pages
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, num_pages=pages))
+    again = StartReport(compile_cache=report.compile_cache)
+    executables, _, _ = _compile(config, homes, params, again, lambda phase, share: None)
+    for runner in runners:
+        runner.executables = executables
+        runner.all_compiled()
 
 
 def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | None:

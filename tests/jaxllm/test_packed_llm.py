@@ -165,4 +165,14 @@ def test_weights_too_odd_for_12_bits_go_on_without_twins_or_are_an_error(directo
         llm = made(folder, "auto")
     assert f"weights in 12 bits for decode steps: none, {why}" in caplog.text
     assert twins_of(llm) is None
-    assert said(llm) == said(made(folder, "auto", packed_weights=False))
+    expected = said(made(folder, "auto", packed_weights=False))
+    assert said(llm) == expected
+    good = checkpoint(tmp_path / "good", directory, 4)
+    llm = made(good, "auto")
+    assert twins_of(llm) is not None
+    before = said(llm)
+    for new, answer in ((folder, expected), (good, before), (folder, expected)):
+        llm.engine.residency.update(new, None)
+        assert twins_of(llm) is None
+        assert said(llm) == answer
+    llm.engine.check()
