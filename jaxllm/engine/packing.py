@@ -68,8 +68,10 @@ def _refusal(config: EngineConfig, homes: tuple[Home, ...], whole: tuple[int, in
     gpu = home.device.platform == "gpu"
     if not gpu and config.model.packed_weights is None:
         return f"on a {home.device.platform} they are made only where model.packed_weights = true"
-    if len(homes) > 1 or home.placement is not None:
-        return "not where several devices share a model yet"
+    if len(homes) > 1 or (home.placement is not None and (config.mesh.seq > 1 or config.mesh.attention_data)):
+        return f"not on a mesh of {config.mesh}"
+    if home.placement is not None and (config.model.packed_weights is None or kernels != "launched"):
+        return 'where devices share layers, only told so and with compile.kernels = "launched"'
     if config.scheduler.deterministic:
         return "scheduler.deterministic = true has no decode steps"
     few = [rows for rows in config.compile.decode_buckets if whole and whole[0] <= rows <= min(PACKED_ROWS, whole[1])]

@@ -132,7 +132,8 @@ class Home:
             quantised = isinstance(leaf, QuantisedWeight)
             return shape_of_quantised(placement, names, leaf) if quantised else placement.shape(names, leaf)
 
-        return jax.tree.map(laid_out, axes(self.model, self.ends), shapes, is_leaf=is_axes)
+        shapes = jax.tree.map(laid_out, axes(self.model, self.ends), shapes, is_leaf=is_axes)
+        return with_shapes(shapes) if self.packed else shapes
 
     def place(self, path: Path, leaf: Any) -> Any:
         """The leaf at a path of this model's parameters, where it belongs; its shape, if that is another process."""

@@ -94,10 +94,12 @@ def test_a_cpu_makes_none_unless_it_is_told_to(directory):
         ({}, {"dtype": "float32"}, "layer 0: qkv is float32, not bfloat16"),
         ({}, {"quantization": "int8"}, "layer 0: qkv is quantised"),
         ({}, {"kv_cache_dtype": "fp8"}, "pages of keys and values are fp8"),
-        ({"intermediate_size": 96}, {}, r"layer 0: down is \[64, 96\], not of multiples of 64"),
+        ({"intermediate_size": 96}, {}, r"layer 0: down is \[64, 96\] on a device, not of multiples of 64"),
         ({"sliding_window": 16, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}, {}, "a window"),
         ({}, {"deterministic": True, "decode_buckets": [], "token_buckets": []}, "has no decode steps"),
-        ({}, {"mesh": {"tensor": 2}}, "several devices"),
+        ({}, {"mesh": {"tensor": 2}}, "where devices share layers, only told so and with"),
+        ({}, {"mesh": {"pipe": 2}}, "not on a mesh of pp2"),
+        ({}, {"mesh": {"tensor": 4}, "kernels": "launched"}, r"qkv is \[48, 64\] on a device"),
     ],
 )
 def test_what_cannot_be_packed_is_an_error_where_it_was_asked_for(directory, tmp_path, changed, settings, why):
@@ -176,3 +178,15 @@ def test_weights_too_odd_for_12_bits_go_on_without_twins_or_are_an_error(directo
         assert twins_of(llm) is None
         assert said(llm) == answer
     llm.engine.check()
+
+
+def test_devices_that_share_layers_have_twins_of_their_parts(directory, tmp_path):
+    """Their steps are those of the launches, which a CPU does not have: here nobody reads them."""
+    shutil.copytree(directory, tmp_path / "model")
+    wider = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(TINY | wider))
+    how = {"kernels": "launched", "mesh": {"tensor": 2}}
+    llm = made(tmp_path / "model", packed_weights=True, **how)
+    qkv = twins_of(llm)["layers"][0]["qkv"]
+    assert qkv.sharding.shard_shape(qkv.shape)[:2] == (2, 2)
+    assert said(llm) == said(made(tmp_path / "model", **how))

@@ -1,18 +1,21 @@
 """A plain model's matrices once more, in 12 bits a weight without loss: what decode steps of few rows read.
 
-In: parameters, on their device or as shapes. Out: the same with their twins beside them, under a key that no model has:
-matrices of layers by their names, gate_up with its rows in turns, and the head's table. Twins come and go with the
-parameters they were made of, so that none is ever older. Knows nothing of steps, nor of when twins pay.
+In: parameters, on their devices or as shapes. Out: the same with their twins beside them, under a key that no model
+has: matrices of layers by their names, gate_up with its rows in turns, and on one device the head's table. Of a matrix
+that devices share, each packs its own part. Twins come and go with the parameters they were made of, so that none is
+ever older. Knows nothing of steps, nor of when twins pay.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.core import JaxLLMError
 from jaxllm.graph.models.config import ModelConfig
@@ -52,24 +55,25 @@ def _odd(weight: Any) -> str | None:
         return "quantised"
     if weight.dtype != jnp.bfloat16:
         return f"{weight.dtype}, not bfloat16"
-    if any(size % bf12.TILE for size in weight.shape):
-        return f"{list(weight.shape)}, not of multiples of {bf12.TILE}"
+    own = weight.shape if weight.sharding is None else weight.sharding.shard_shape(weight.shape)
+    if any(size % bf12.TILE for size in own):
+        return f"{list(own)} on a device, not of multiples of {bf12.TILE}"
     return None
 
 
 def with_shapes(params: Params) -> Params:
     """Shapes of parameters that `refusal` has nothing against, with those of their twins."""
 
-    def shape(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        words = jax.eval_shape(functools.partial(_pack, turned=name == "gate_up"), leaf)[0]
-        return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        N, K = leaf.shape
+        return jax.ShapeDtypeStruct(_tiles(N, K), jnp.int32, sharding=leaf.sharding)
 
-    return {**params, KEY: _tree({path: shape(path[-1], leaf) for path, leaf in _matrices(params)})}
+    return {**params, KEY: _tree({path: shape(leaf) for path, leaf in _matrices(params)})}
 
 
 def with_twins(params: Params) -> Params:
     """The parameters with their twins, made where they lie. PackingError where one is too odd for 12 bits."""
-    made = {path: _pack(leaf, turned=path[-1] == "gate_up") for path, leaf in _matrices(params)}
+    made = {path: _packer(leaf.sharding)(leaf, turned=path[-1] == "gate_up") for path, leaf in _matrices(params)}
     for path, (_, failed) in made.items():
         if int(failed):
             odd = f"{int(failed)} slab{'s' if int(failed) > 1 else ''} of {bf12.SLAB} x {bf12.TILE} weights"
@@ -87,7 +91,8 @@ def _matrices(params: Params) -> Iterator[tuple[tuple[Any, ...], Any]]:
         for name, place in PLACES.items():
             yield ("layers", number, name), layer[place][name]
     table = params["head"] if "head" in params else params["embed"]
-    if _odd(table) is None:  # of another vocabulary, it stays plain
+    # Of another vocabulary, or shared by devices, it is read as it is.
+    if _odd(table) is None and not isinstance(table.sharding, NamedSharding):
         yield (HEAD,), table
 
 
@@ -99,6 +104,29 @@ def _tree(leaves: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
             node = node.setdefault(key, {})
         node[last] = leaf
     return tree
+
+
+def _tiles(N: int, K: int) -> tuple[int, ...]:
+    return N // bf12.TILE, K // bf12.TILE, bf12.TILE // bf12.SLAB, bf12.WORDS
+
+
+def _packer(sharding: jax.sharding.Sharding) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    return _spread(sharding.mesh, sharding.spec) if isinstance(sharding, NamedSharding) else _pack
+
+
+@functools.cache
+def _spread(mesh: Mesh, spec: P) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`_pack` of each device's own part."""
+    cut = [name for along in spec if along is not None for name in ((along,) if isinstance(along, str) else along)]
+
+    def pack(weight: jax.Array, *, turned: bool) -> tuple[jax.Array, jax.Array]:
+        def own(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+            words, failed = _pack(part, turned=turned)
+            return words, jax.lax.psum(failed, tuple(cut)) if cut else failed
+
+        return jax.shard_map(own, mesh=mesh, in_specs=(spec,), out_specs=(spec, P()), check_vma=False)(weight)
+
+    return jax.jit(pack, static_argnames="turned")
 
 
 @functools.partial(jax.jit, static_argnames="turned")
@@ -115,5 +143,4 @@ def _pack(weight: jax.Array, *, turned: bool) -> tuple[jax.Array, jax.Array]:
         words, failed = bf12.pack(jax.lax.dynamic_slice_in_dim(weight, first, rows))
         return jax.lax.dynamic_update_slice_in_dim(made[0], words, first // bf12.TILE, axis=0), made[1] + failed
 
-    words = jnp.zeros((N // bf12.TILE, K // bf12.TILE, bf12.TILE // bf12.SLAB, bf12.WORDS), jnp.int32)
-    return jax.lax.fori_loop(0, -(-N // rows), some, (words, jnp.int32(0)))
+    return jax.lax.fori_loop(0, -(-N // rows), some, (jnp.zeros(_tiles(N, K), jnp.int32), jnp.int32(0)))

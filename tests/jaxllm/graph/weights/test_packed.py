@@ -1,5 +1,7 @@
 """Twins of a model's matrices in 12 bits: every bit of them, part by part, and why there are none."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract
+from jaxllm.graph.spread import Home
 from jaxllm.graph.weights import packed
 from jaxllm.graph.weights.random import dummy
 from pallas_kernels import bf12
+from sharding.axes import MeshConfig
+from sharding.mesh import stage_meshes
 
 SIZES = dict(vocab_size=128, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=320)
 CONFIG = ModelConfig(**SIZES)
@@ -73,3 +78,30 @@ def test_a_model_that_is_not_plain_is_refused_with_the_reason(changed, why):
 
 def test_a_plain_model_is_not_refused():
     assert packed.refusal(CONFIG, abstract(CONFIG)[1]) is None
+
+
+def test_devices_that_share_matrices_pack_their_own_parts():
+    """Rows of gate and up take turns within each device's share; what one cannot pack, all of them know."""
+    model = ModelConfig(**SIZES | dict(d_model=128, num_heads=8, num_kv_heads=4, d_ff=256))
+    config = MeshConfig(tensor=2)
+    (mesh,) = stage_meshes(config, jax.devices()[:2])[0]
+    home = Home.on(mesh, model, config)
+    home = dataclasses.replace(home, packed=True)
+    params = jax.tree.map_with_path(lambda path, leaf: home.place(tuple(part.key for part in path), leaf), dummy(model))
+    made, said = packed.with_twins(params), home.shapes(jnp.bfloat16)
+    assert jax.tree.structure(made) == jax.tree.structure(said)
+    for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(said), strict=True):
+        assert one.shape == other.shape
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+    assert made[packed.KEY].keys() == {"layers"}
+    for name, place in packed.PLACES.items():
+        words, plain = made[packed.KEY]["layers"][1][name], params["layers"][1][place][name]
+        for twin, own in zip(words.addressable_shards, plain.addressable_shards, strict=True):
+            weight = bf12.unpack(twin.data)
+            weight = bf12.in_order(weight) if name == "gate_up" else weight
+            np.testing.assert_array_equal(bits(weight), bits(own.data))
+    down = params["layers"][0]["mlp"]["down"]
+    odd = down.at[5, 200:208].set(jnp.asarray(2.0 ** -np.arange(40, 48), down.dtype))
+    params["layers"][0]["mlp"]["down"] = jax.device_put(odd, down.sharding)
+    with pytest.raises(packed.PackingError, match=r"layers\.0\.down: 1 slab"):
+        packed.with_twins(params)
