@@ -162,6 +162,8 @@ class ModelSource:
     max_model_len: int = _knob(AUTO, _integer(2, 2**31 - 1, auto=True))
     quantization: str = _knob("none", _choice("none", "int8", "int4", "fp8"))  # of plain weights, when they are loaded
     quantization_group: int = _knob(128, _one_of(32, 64, 128))  # int4: inputs that share a scale
+    # Plain matrices once more in 12 bits, without loss, for decode steps of few rows; None: on a GPU where they fit.
+    packed_weights: bool | None = _knob(None, lambda name, value: value if value is None else _flag(name, value))
 
     def __post_init__(self) -> None:
         _check_fields(self, "model.")
@@ -213,8 +215,7 @@ class CompileConfig:
     threads: int = _knob(AUTO, _integer(1, 256, auto=True))  # AUTO: one a core
     # auto: what measured fastest. apart: a kernel an op. layers, launched: decode steps as one op, of up to 128 rows in
     # one kernel where devices share layers, of up to 256 as launches that overlap (launched: always that one). chain:
-    # only what lies between two attentions so. reference: attention in plain jnp, whatever the device. Each where a
-    # kernel takes the model.
+    # only what lies between two attentions so. reference: attention in plain jnp. Each where a kernel takes the model.
     kernels: str = _knob("auto", _choice("auto", "apart", "layers", "chain", "launched", "reference"))
 
     def __post_init__(self) -> None:

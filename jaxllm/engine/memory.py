@@ -34,6 +34,7 @@ class MemoryPlan:
     num_pages: int
     page_size: int
     measured_bytes: int = 0  # of the workspace, what the compiled executables ask for
+    packed_bytes: int = 0  # of the weights, those that lie there a second time, for decode steps
 
     @property
     def cache_bytes(self) -> int:
@@ -43,6 +44,8 @@ class MemoryPlan:
         rows = [("weights", self.weights_bytes), ("workspace", self.workspace_bytes), ("KV pages", self.cache_bytes)]
         lines = [f"  {name:10s} {size / GIB:8.2f} GiB" for name, size in rows]
         limit = "no limit named" if self.limit_bytes is None else f"{self.limit_bytes / GIB:.2f} GiB usable"
+        if self.packed_bytes:
+            lines[0] += f"  ({self.packed_bytes / GIB:.2f} of it a second time, in 12 bits)"
         if self.measured_bytes:
             lines[1] += f"  (the executables need {self.measured_bytes / GIB:.2f})"
         tokens = self.num_pages * self.page_size
@@ -98,8 +101,10 @@ def plan_memory(
     weights_bytes: int,
     workspace: int,
     device: Device,
+    packed_bytes: int = 0,
 ) -> MemoryPlan:
-    """`spec.num_pages` is ignored: it is what this decides, unless config.cache.num_pages pins it."""
+    """`spec.num_pages` is ignored: it is what this decides, unless config.cache.num_pages pins it. `packed_bytes` are
+    part of `weights_bytes`."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     limit = int(stats["bytes_limit"] * config.cache.memory_fraction) if stats else None
     width = -(-config.model.max_model_len // spec.page_size)
@@ -108,7 +113,8 @@ def plan_memory(
     pages = config.cache.num_pages or min(useful, _coarse(room // spec.bytes_per_page))
     if limit is None and config.cache.num_pages:  # a CPU names no limit; asked for more than it has, it dies
         room = machine_bytes() - weights_bytes - workspace
-    plan = MemoryPlan(limit, weights_bytes, workspace, spec.bytes_per_page, pages, spec.page_size)
+    sizes = limit, weights_bytes, workspace, spec.bytes_per_page, pages, spec.page_size
+    plan = MemoryPlan(*sizes, packed_bytes=packed_bytes)
     if pages < 1 or plan.cache_bytes > room:
         raise DoesNotFitError(
             f"{plan}\nthe cache needs {max(pages, 1) * spec.bytes_per_page / GIB:.2f} GiB and {room / GIB:.2f} GiB "

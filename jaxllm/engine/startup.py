@@ -43,6 +43,7 @@ from jaxllm.engine.memory import (
 )
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.multi_step import with_decode_steps
+from jaxllm.engine.packing import packed, packed_bytes, with_packed
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.residency import Residency
@@ -138,6 +139,7 @@ def start(
         cost = step_cost(model_config, scheme.kind, scheme.group, jnp.dtype(config.model.dtype).itemsize)
         config = with_decode_steps(config, cost, device_kind)
         replicas = [homes_of(model_config, stages, config.mesh, scheme) for stages in meshes]
+        replicas = _with_packed(config, replicas)
         if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
             largest = tokenizer.vocab_size - 1
             raise ConfigError(
@@ -150,7 +152,7 @@ def start(
     if config.compile.directory is not None:
         with _timed(report, "compile cache"):
             report.compile_cache = open_cache(config.compile.directory)
-    _begin_libraries(config, scheme, meshes[0])
+    _begin_libraries(config, replicas[0])
     for homes in replicas:
         params, compiled = _loaded_and_compiled(config, model_config, homes, directory, report, tell)
         runners = tuple(_runners(config, homes, params, compiled, report))
@@ -167,16 +169,21 @@ def start(
     report.devices = max(1, config.mesh.size // len(engines))
     report.total_s = time.perf_counter() - began
     log.info("%s", report)
-    residency = _residency(tuple(lanes), model_config, config, replicas, directory)
+    residency = _residency(tuple(lanes), model_config, config, replicas, directory, report)
     if len(engines) > 1:
         return ReplicatedEngine(tuple(engines), residency), report
     engines[0].residency = residency
     return engines[0], report
 
 
-def _begin_libraries(config: EngineConfig, scheme: Scheme, stages: SequenceOf[jax.sharding.Mesh]) -> None:
-    devices = [device for stage in stages for device in stage.devices.flat]
-    libraries.begin(devices[0].platform, config.model.dtype, scheme.kind, len(devices))
+def _begin_libraries(config: EngineConfig, homes: tuple[Home, ...]) -> None:
+    first, devices = homes[0], sum(home.mesh.size for home in homes)
+    libraries.begin(first.device.platform, config.model.dtype, first.scheme.kind, devices, first.packed)
+
+
+def _with_packed(config: EngineConfig, replicas: list[tuple[Home, ...]]) -> list[tuple[Home, ...]]:
+    ops = fused(config.compile.kernels, config.mesh, replicas[0][0].device.platform)
+    return with_packed(config, replicas, ops.whole)
 
 
 def _loaded_and_compiled(
@@ -200,7 +207,10 @@ def _loaded_and_compiled(
         try:
             with _timed(report, "weights"):
                 params = _params(config, model_config, homes, directory, tell)
-            # A checkpoint's matrices may be quantised unalike: shapes are then not what was thought.
+            if homes[0].packed:
+                with _timed(report, "packing"):
+                    params = packed(config, homes, params)
+            # A checkpoint's matrices may be quantised unalike, or be none to pack: shapes are not what was thought.
             alike = jax.tree.structure(params) == jax.tree.structure(shapes)
             if alike:
                 loaded.set_result(None)
@@ -215,19 +225,44 @@ def _residency(
     config: EngineConfig,
     replicas: list[tuple[Home, ...]],
     directory: Path,
+    report: StartReport,
 ) -> Residency | None:
     """None in a group of processes: what is done to arrays here would have to be done in all of them."""
     if jax.process_count() > 1:
         return None
+
+    twins = {number for number, own in enumerate(lanes) if replicas[number][0].packed and packed_bytes(own[0].params)}
 
     def read(number: int, source: Path) -> Any:
         dummy = source == directory and config.model.load_format == "dummy"
         model = config.model if dummy else dataclasses.replace(config.model, load_format="auto")
         again = dataclasses.replace(config, model=model)
         found = _params(again, model_config, replicas[number], source, lambda phase, share: None)
+        if number in twins:
+            plain, found = found, packed(config, replicas[number], found)
+            if found is plain:
+                twins.remove(number)
+                _without_twins(config, replicas[number], lanes[number], plain, report)
         return found[0] if len(replicas[number]) == 1 else found
 
     return Residency(lanes, lambda source: loader.check(source, model_config), read, directory)
+
+
+def _without_twins(
+    config: EngineConfig,
+    homes: tuple[Home, ...],
+    runners: tuple[Runner, ...],
+    params: list[Params],
+    report: StartReport,
+) -> None:
+    """New weights that cannot be packed: steps that do not ask for twins, over the pages that are there."""
+    pages = None if report.memory is None else report.memory.num_pages
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, num_pages=pages))
+    again = StartReport(compile_cache=report.compile_cache)
+    executables, _, _ = _compile(config, homes, params, again, lambda phase, share: None)
+    for runner in runners:
+        runner.executables = executables
+        runner.all_compiled()
 
 
 def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | None:
@@ -310,7 +345,7 @@ def _plan(
         dtype = page_dtype(config.cache.kv_dtype, config.model.dtype)
         spec = KVCacheSpec(held.num_layers, held.num_kv_heads, held.head_dim, page_size, 0, dtype)
         needed = estimate_workspace_bytes(config, held) if workspace is None else workspace
-        plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.own_device))
+        plans.append(plan_memory(config, held, spec, held_bytes(own), needed, home.own_device, packed_bytes(own)))
         specs.append(spec)
     plan, deep = min(plans, key=lambda plan: plan.num_pages), config.mesh.seq
     lane = max(1, plan.num_pages // len(homes))
@@ -445,8 +480,8 @@ def build(config: EngineConfig, *, device: Device = None, progress: Progress | N
     if config.compile.directory is None:
         raise ConfigError("compile.cache_dir: must name the folder to build")
     report.compile_cache = open_cache(config.compile.directory)
-    _begin_libraries(config, scheme, meshes[0])
-    homes = homes_of(model_config, meshes[0], config.mesh, scheme)
+    (homes,) = _with_packed(config, [homes_of(model_config, meshes[0], config.mesh, scheme)])
+    _begin_libraries(config, homes)
     params = _shapes(config, homes)
     _compile(config, homes, params, report, progress or (lambda phase, share: None))
     if report.compile_cache.usable:

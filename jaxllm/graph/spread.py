@@ -25,6 +25,7 @@ from jaxllm.graph.models.decoder import WHOLE, Ends, Params, abstract, axes
 from jaxllm.graph.quant import stored
 from jaxllm.graph.quant.leaf import QuantisedWeight
 from jaxllm.graph.quant.scheme import PLAIN, Scheme
+from jaxllm.graph.weights.packed import with_shapes
 from sharding.axes import MeshConfig, tabled
 from sharding.hop import is_here
 from sharding.mesh import STAGE_AXES
@@ -55,13 +56,15 @@ def spread(
 
 @dataclass(frozen=True)
 class Home:
-    """`device` is the first of them: memory is planned by it. `model` has the layers that live here, with `ends`."""
+    """`device` is the first of them: memory is planned by it. `model` has the layers that live here, with `ends`;
+    `packed`: their matrices have twins, of jaxllm.graph.weights.packed."""
 
     model: ModelConfig
     device: Device
     placement: Placement | None = None
     ends: Ends = WHOLE
     scheme: Scheme = PLAIN
+    packed: bool = False
 
     @staticmethod
     def on(mesh: Mesh, model: ModelConfig, config: MeshConfig, ends: Ends = WHOLE, scheme: Scheme = PLAIN) -> Home:
@@ -122,13 +125,15 @@ class Home:
             shapes = self.scheme.shapes(shapes)
         placement = self.placement
         if placement is None:
-            return shapes_on(shapes, self.whole)
+            shapes = shapes_on(shapes, self.whole)
+            return with_shapes(shapes) if self.packed else shapes
 
         def laid_out(names: Any, leaf: Any) -> Any:
             quantised = isinstance(leaf, QuantisedWeight)
             return shape_of_quantised(placement, names, leaf) if quantised else placement.shape(names, leaf)
 
-        return jax.tree.map(laid_out, axes(self.model, self.ends), shapes, is_leaf=is_axes)
+        shapes = jax.tree.map(laid_out, axes(self.model, self.ends), shapes, is_leaf=is_axes)
+        return with_shapes(shapes) if self.packed else shapes
 
     def place(self, path: Path, leaf: Any) -> Any:
         """The leaf at a path of this model's parameters, where it belongs; its shape, if that is another process."""

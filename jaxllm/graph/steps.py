@@ -27,6 +27,7 @@ from jaxllm.graph.layers.joined import joined
 from jaxllm.graph.layers.whole import Through, sharing, through_all
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import Decoder, Onward, Params, merge, plainly
+from jaxllm.graph.weights import packed as twins
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_chain.api import decode_chain
 from pallas_kernels.norm.api import add_norm
@@ -100,7 +101,7 @@ class Graph:
 
     def model(self, params: Params) -> Decoder:
         """The module around these arrays; merging costs trace time only."""
-        return merge(self.graphdef, params)
+        return merge(self.graphdef, twins.without_twins(params))
 
     def exchange(self, shape: StepShape | None = None) -> Exchange:
         """How the shards meet: in a step of this shape, or at the head."""
@@ -259,7 +260,8 @@ def forward(
     exchange = graph.exchange(shape)
     x = model.begin(own(inputs.token_ids), exchange) if x is None else x
     groups = sharing(exchange) if graph.context is None and _among(graph.whole, shape) else None
-    done = None if groups is None else through_all(model, x, inputs, kv, groups, graph.whole_by)
+    packed = params.get(twins.KEY)
+    done = None if groups is None else through_all(model, x, inputs, kv, groups, graph.whole_by, packed)
     if done is None:
         attend, onward = paged_attend(graph, inputs, kv, share), graph.onward(exchange, shape)
         done = Through(model.through(x, own(inputs.positions), attend, onward, exchange), False, kv)

@@ -53,6 +53,7 @@ ENGINE_FLAGS = (
     "dtype",
     "load_format",
     "quantization",
+    "packed_weights",
     "scheduling_policy",
     "seed",
     "log_level",
@@ -174,6 +175,9 @@ def command(
     dtype: Annotated[str | None, typer.Option()] = None,
     load_format: Annotated[str | None, typer.Option(help="auto, or dummy for random weights.")] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", "-q", help="int8, int4 or fp8.")] = None,
+    packed_weights: Annotated[
+        bool | None, typer.Option("--packed-weights/--no-packed-weights", help="12 bits, lossless, for decode steps.")
+    ] = None,
     scheduling_policy: Annotated[str | None, typer.Option("--scheduling-policy", "--schedule-policy")] = None,
     data_parallel_size: Annotated[int | None, typer.Option("--data-parallel-size", "--dp-size", "-dp")] = None,
     pipeline_parallel_size: Annotated[int | None, typer.Option("--pipeline-parallel-size", "--pp-size", "-pp")] = None,

@@ -117,6 +117,7 @@ def test_two_names_of_one_setting_must_agree():
         ("memory_fraction", 1.5, "(0, 1]"),
         ("memory_fraction", float("nan"), "(0, 1]"),
         ("memory_fraction", "0.5", "(0, 1]"),
+        ("packed_weights", "yes", "model.packed_weights = 'yes': must be true or false"),
         ("prefix_cache", 1, "cache.prefix_cache = 1: must be true or false"),
         ("cpu_cache_bytes", 10, "cache.cpu_cache_bytes = 10: must be an integer in [1024,"),
         ("max_num_seqs", -1, "scheduler.max_num_seqs = -1: must be an integer in [1, 4096], or 0 for automatic"),

@@ -42,6 +42,7 @@ def prefill_side(config: EngineConfig) -> EngineConfig:
         config,
         disaggregation=DisaggregationConfig(),
         mesh=dataclasses.replace(config.mesh, tensor=own.prefill_tensor or config.mesh.tensor),
+        model=dataclasses.replace(config.model, packed_weights=False),
         scheduler=dataclasses.replace(config.scheduler, max_num_seqs=seqs, token_budget=budget, decode_steps=1),
         cache=dataclasses.replace(config.cache, num_pages=own.prefill_num_pages or config.cache.num_pages),
         compile=dataclasses.replace(

@@ -1,5 +1,5 @@
 """All layers of a decode step as one op, where they are plain: dense, alike, attending to everything. Weights may be
-quantised, as far as nothing about them is odd.
+quantised, as far as nothing about them is odd. Steps of few rows read twins of the weights in 12 bits, where there are.
 
 In: a model, the residual stream after the embedding, a step's rows and the pages. Out: the logits and the pages, or the
 residual stream where the head is not plain; None where a layer is of another kind or no kernel takes this shape. Then
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Weight, de
 from sharding.collectives import ALONE, Exchange, Spread
 
 log = logging.getLogger(__name__)
+PACKED_ROWS = 128  # the most of a step that reads twins: above, its products take as long as its reading
 
 
 class Through(NamedTuple):
@@ -47,9 +50,16 @@ def sharing(exchange: Exchange) -> Groups | None:
 
 
 def through_all(
-    model: Decoder, x: jax.Array, inputs: StepInputs, kv: KVCache, groups: Groups, by: str | None = None
+    model: Decoder,
+    x: jax.Array,
+    inputs: StepInputs,
+    kv: KVCache,
+    groups: Groups,
+    by: str | None = None,
+    packed: dict[str, Any] | None = None,
 ) -> Through | None:
-    """One query token a row. x[B, D]. `groups`: as `sharing` says; `by`: the one implementation to ask."""
+    """One query token a row. x[B, D]. `groups`: as `sharing` says; `by`: the one implementation to ask; `packed`: twins
+    of the weights, as jaxllm.graph.weights.packed makes them."""
     config = model.config
     found = [_weights(layer) for layer in model.layers]
     layers = [layer for layer in found if layer is not None]
@@ -58,16 +68,37 @@ def through_all(
         return None
     cosines, sines = rotations(inputs.positions, config.rope, config.head_dim)
     rows = inputs.page_table, inputs.kv_lens, cosines, sines
-    head, done = None if groups else _head(model, layers[0].qkv), None
     run = functools.partial(
-        decode_layers, eps=config.norm_eps, scale=config.attention_scale, head=head, groups=groups, implementation=by
+        decode_layers, eps=config.norm_eps, scale=config.attention_scale, groups=groups, implementation=by
     )
-    try:
-        out, kv = run(x, layers, kv, *rows)
-        done = Through(out, head is not None, kv)
-    except* NotImplementedError as reasons:
-        log.info("layers run one by one: %s", "; ".join(map(str, reasons.exceptions)))
+    forms = [(layers, None if groups else _head(model, layers[0].qkv))]
+    if packed is not None and len(x) <= PACKED_ROWS:
+        forms = [*_packed(layers, forms[0][1], packed), *forms]
+    done = None
+    for number, (form, head) in enumerate(forms, start=1):
+        if done is None:
+            try:
+                out, pages = run(x, form, kv, *rows, head=head)
+                done = Through(out, head is not None, pages)
+            except* NotImplementedError as reasons:
+                instead = "layers run one by one" if number == len(forms) else f"{len(x)} rows: not with these twins"
+                log.info("%s: %s", instead, "; ".join(map(str, reasons.exceptions)))
     return done
+
+
+def _packed(
+    layers: list[LayerWeights], head: Head | None, packed: dict[str, Any]
+) -> Iterator[tuple[list[LayerWeights], Head | None]]:
+    """What to ask for in turn: the kernel for few rows takes a head in the layers' form, that for more a plain one."""
+    twins = [
+        replace(layer, **{name: Few(words, None) for name, words in packed["layers"][number].items()})
+        for number, layer in enumerate(layers)
+    ]
+    if head is None or "head" not in packed:
+        yield twins, None
+    else:
+        yield twins, replace(head, table=Few(packed["head"], None))
+        yield twins, head
 
 
 def _head(model: Decoder, beside: Weight) -> Head | None:

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from jaxllm.graph.inputs import StepShape, pack
+from jaxllm.graph.layers import whole
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract
 from jaxllm.graph.quant.leaf import QuantisedWeight, StackedWeight
 from jaxllm.graph.quant.scheme import Scheme
 from jaxllm.graph.steps import Graph, step
+from jaxllm.graph.weights import packed
 from jaxllm.graph.weights.random import dummy
+from pallas_kernels.decode_layers.api import Few
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
@@ -23,7 +26,7 @@ PAGE, PAGES, ROWS = 8, 12, 4
 SIZES = dict(vocab_size=83, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96)
 
 
-def stepped(config, params, *, whole):
+def stepped(config, params, *, whole, dtype=jnp.float32):
     """Rows of 9, 1 and 20 tokens, and padding, over pages with something in them."""
     shape = StepShape(ROWS, ROWS, decode=True)
     table = np.zeros((4, 3), np.int32)
@@ -31,9 +34,9 @@ def stepped(config, params, *, whole):
     packed = jnp.asarray(pack(shape, [5, 80, -2], [1, 1, 1], [9, 1, 20], [0, 2, 1], [0, 1, 2], [], scratch_row=3))
     held = (PAGES, config.num_kv_heads, PAGE, config.head_dim)
     keys = jax.random.split(jax.random.key(1), (config.num_layers, 2))
-    kv = [tuple(jax.random.normal(key, held, jnp.float32) for key in pair) for pair in keys]
+    kv = [tuple(jax.random.normal(key, held, dtype) for key in pair) for pair in keys]
     graph = Graph(
-        abstract(config, jnp.float32)[0],
+        abstract(config, dtype)[0],
         config,
         PAGE,
         PAGES,
@@ -150,3 +153,57 @@ def test_padded_leaves_run_one_by_one(caplog):
         got, want = stepped(config, params, whole=True), stepped(config, params, whole=False)
     assert "weights of another form than the kernel's" in caplog.text
     np.testing.assert_array_equal(got.logits[:3], want.logits[:3])
+
+
+def asked_of(monkeypatch, takes, config, params):
+    """A step where only kernels for `takes`, kinds of layers and head, are there; the kinds it asked for, and it."""
+    asked, plainly = [], whole.decode_layers
+
+    def layers(x, layers, pages, *rows, head, **how):
+        table = None if head is None else head.table
+        kinds = [
+            each.kind if isinstance(each, Few) else "plain" for each in (layers[0].down, table) if each is not None
+        ]
+        asked.append(tuple(kinds))
+        if asked[-1] not in takes:
+            raise ExceptionGroup("nobody", [NotImplementedError("not these")])
+        return plainly(x, layers, pages, *rows, head=head, **how)
+
+    monkeypatch.setattr(whole, "decode_layers", layers)
+    return asked, stepped(config, params, whole=True, dtype=jnp.bfloat16)
+
+
+FEW, MANY, PLAIN = ("bf12", "bf12"), ("bf12", "plain"), ("plain", "plain")
+
+
+@pytest.mark.parametrize(
+    ("takes", "asks"),
+    [([FEW], [FEW]), ([MANY, PLAIN], [FEW, MANY]), ([PLAIN], [FEW, MANY, PLAIN]), ([], [FEW, MANY, PLAIN])],
+)
+def test_twins_are_asked_for_first_and_give_the_same_bits_whichever_is_taken(takes, asks, monkeypatch):
+    config = ModelConfig(**EVEN)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_weights(config))
+    want = stepped(config, params, whole=True, dtype=jnp.bfloat16)
+    asked, got = asked_of(monkeypatch, takes, config, packed.with_twins(params))
+    assert asked == asks
+    if takes:
+        np.testing.assert_array_equal(got.logits[:3], want.logits[:3])
+    else:
+        np.testing.assert_allclose(got.logits[:3], want.logits[:3], rtol=0.05, atol=0.1)
+
+
+def test_a_head_without_a_twin_comes_after_layers_that_have_them(monkeypatch):
+    config = ModelConfig(**EVEN | dict(vocab_size=100))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_weights(config))
+    want = stepped(config, params, whole=True, dtype=jnp.bfloat16)
+    asked, got = asked_of(monkeypatch, [("bf12",)], config, packed.with_twins(params))
+    assert asked == [("bf12",)]
+    np.testing.assert_allclose(got.logits[:3], want.logits[:3], rtol=0.05, atol=0.05)
+
+
+def test_steps_of_more_rows_read_plain_weights(monkeypatch):
+    config = ModelConfig(**EVEN)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_weights(config))
+    monkeypatch.setattr(whole, "PACKED_ROWS", ROWS - 1)
+    asked, _ = asked_of(monkeypatch, [FEW, MANY, PLAIN], config, packed.with_twins(params))
+    assert asked == [PLAIN]
