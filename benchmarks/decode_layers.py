@@ -166,6 +166,7 @@ def step_of(model: str, B: int, of: Kernel, where: str) -> tuple[Any, list[Any],
             contract = (((1,), (1,)), ((), ()))
             normed, table = rms_norm(out, head.norm, EPS), head.table
             if isinstance(table, Few):
+                assert table.scale is not None, "int8"
                 out = int8_matmul(normed, table.values, table.scale)
             else:
                 out = jax.lax.dot_general(normed, table, contract, preferred_element_type=jnp.float32)

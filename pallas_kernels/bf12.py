@@ -97,6 +97,11 @@ def in_turns(weight: jax.Array) -> jax.Array:
     return weight.reshape(2, -1, 8, weight.shape[1]).swapaxes(0, 1).reshape(weight.shape)
 
 
+def in_order(weight: jax.Array) -> jax.Array:
+    """What `in_turns` was given."""
+    return weight.reshape(-1, 2, 8, weight.shape[1]).swapaxes(0, 1).reshape(weight.shape)
+
+
 def _left(words: jax.Array, by: int) -> jax.Array:
     return words << by | words >> (32 - by) if by else words
 

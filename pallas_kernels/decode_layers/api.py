@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import bf12
 from pallas_kernels.dispatch import dispatch, imported, register
 from pallas_kernels.quant_matmul import packing
 
@@ -33,16 +34,20 @@ Pages = tuple[jax.Array, jax.Array]  # keys and values of a layer, each [P, K, p
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Few:
-    """A weight [outputs, inputs] in few bits: scale * q, as quant_matmul takes it."""
+    """A weight [outputs, inputs] in few bits: scale * q, as quant_matmul takes it, or bf16 without loss."""
 
-    values: jax.Array  # e4m3[N, K], or words i32[N / 64, K / 64, 8 or 4, 128] of int8 or int4 as packing.py lays them
-    scale: jax.Array  # f32[N]; of int4 bf16 or f16 [K / group, N]
+    # e4m3[N, K], or words i32[N / 64, K / 64, 8 or 4, 128] of int8 or int4 as packing.py lays them, or words
+    # i32[N / 64, K / 64, 4, 388] of bf16 as bf12.py does, of gate_up with its rows in turns.
+    values: jax.Array
+    scale: jax.Array | None  # f32[N]; of int4 bf16 or f16 [K / group, N]; of bf12 None
 
     @property
     def kind(self) -> str:
-        """fp8, int8 or int4."""
+        """fp8, int8, int4 or bf12."""
         if self.values.dtype != jnp.int32:
             return "fp8"
+        if self.values.shape[3] == bf12.WORDS:
+            return "bf12"
         return "int8" if self.values.shape[2] == packing.rows_of(8) else "int4"
 
     @property
@@ -53,22 +58,27 @@ class Few:
     @property
     def group(self) -> int:
         """Inputs that share a scale."""
-        return self.shape[1] // self.scale.shape[0] if self.kind == "int4" else self.shape[1]
+        if self.scale is None or self.kind != "int4":
+            return self.shape[1]
+        return self.shape[1] // self.scale.shape[0]
 
     def check(self, name: str) -> None:
         """ValueError for values or scales that are none of the above."""
-        rows = [packing.rows_of(bits) for bits in (4, 8)]
-        packed = self.values.ndim == 4 and self.values.shape[2] in rows and self.values.shape[3] == packing.LANES
+        tiles = [(packing.rows_of(bits), packing.LANES) for bits in (4, 8)] + [(bf12.TILE // bf12.SLAB, bf12.WORDS)]
+        packed = self.values.ndim == 4 and self.values.shape[2:] in tiles
         if not (packed if self.values.dtype == jnp.int32 else self.values.dtype == jnp.float8_e4m3fn):
             raise ValueError(f"{name}: need e4m3[N, K] or packed words, got {self.values.dtype}{self.values.shape}")
         N, K = self.shape
-        if self.kind == "int4":
+        if self.scale is None or self.kind == "bf12":
+            good = self.scale is None and self.kind == "bf12"
+        elif self.kind == "int4":
             good = self.scale.dtype in (jnp.bfloat16, jnp.float16) and self.scale.shape[1:] == (N,)
             good = good and K % self.scale.shape[0] == 0
         else:
             good = self.scale.dtype == jnp.float32 and self.scale.shape == (N,)
         if not good:
-            raise ValueError(f"{name}: {self.kind}[{N}, {K}] with scales {self.scale.dtype}{self.scale.shape}")
+            scales = "no scales" if self.scale is None else f"scales {self.scale.dtype}{self.scale.shape}"
+            raise ValueError(f"{name}: {self.kind}[{N}, {K}] with {scales}")
 
 
 Weight = jax.Array | Few

@@ -86,6 +86,8 @@ def refuse(
             raise NotImplementedError(f"everything but quantised weights must be bfloat16, got {array.dtype}")
     if len(kinds := {kind_of(each): None for each in matrices}) > 1:
         raise NotImplementedError(f"weights of one kind, got {' and '.join(kinds)}")
+    if not KINDS.keys() >= kinds.keys():
+        raise NotImplementedError(f"{' and '.join(kinds)} weights")
     if "int4" in kinds:
         _refuse_scales(few)
     if HEAD != H or page_size % UNIT or 128 % page_size:
@@ -104,7 +106,7 @@ def _refuse_scales(weights: Sequence[Few]) -> None:
     for group in {each.group for each in weights}:
         if group not in INT4_GROUPS:
             raise NotImplementedError(f"int4 in groups of 64 or 128 inputs, got {group}")
-    if len({each.group for each in weights}) > 1 or len({each.scale.dtype for each in weights}) > 1:
+    if len({each.group for each in weights}) > 1 or len({each.dtype for each in _stored(weights)[1]}) > 1:
         raise NotImplementedError("int4 with groups of several sizes, or scales of several dtypes")
 
 
@@ -163,7 +165,7 @@ def call(
         vocabulary = head.table.shape[0]
         result = jax.ShapeDtypeStruct((B, vocabulary), jnp.float32)
     group = 0
-    if isinstance(first.qkv, Few) and kind == "int4":
+    if isinstance(first.qkv, Few) and first.qkv.scale is not None and kind == "int4":
         group, has = first.qkv.group, has | F16_SCALES * (first.qkv.scale.dtype == jnp.float16)
     results = [result, work]
     results += [jax.ShapeDtypeStruct(page.shape, page.dtype) for own in pages for page in own]
@@ -176,6 +178,6 @@ def call(
 
 
 def _stored(weights: Sequence[Weight]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Values and scales; none of the latter where weights are plain."""
+    """Values and scales; none of the latter where weights are plain or bf12."""
     values = [each.values if isinstance(each, Few) else each for each in weights]
-    return values, [each.scale for each in weights if isinstance(each, Few)]
+    return values, [each.scale for each in weights if isinstance(each, Few) and each.scale is not None]

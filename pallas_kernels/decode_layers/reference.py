@@ -1,6 +1,6 @@
 """The layers in plain jnp, from the references of their parts: what the kernel must agree with.
 
-Weights in few bits are widened to f32 and multiplied with activations as they are.
+Weights in few bits are widened to f32, those without loss to bf16, and multiplied with activations as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import bf12
 from pallas_kernels.decode_chain.api import Dense, Following
 from pallas_kernels.decode_chain.reference import decode_chain, rms_norm
 from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Pages, Weight
@@ -54,20 +55,28 @@ def decode_layers(
         mixed = paged_attention_decode(
             q, *written[-1], page_table, kv_lens, scale=scale, window=None, soft_cap=None
         ).reshape(B, NH)
-        dense = Dense(widened(layer.o), layer.norms, widened(layer.gate_up), widened(layer.down), layer.o_bias)
+        dense = Dense(widened(layer.o), layer.norms, gates_and_ups(layer), widened(layer.down), layer.o_bias)
         after = None if following is None else Following(following.norms, widened(following.qkv), following.qkv_bias)
         x, qkv = decode_chain(x, mixed, dense, after, eps=eps)
     return x if head is None else _product(rms_norm(x, head.norm, eps), widened(head.table)), written
 
 
 def widened(weight: Weight) -> jax.Array:
-    """[outputs, inputs]: a plain weight as it is, others in f32."""
+    """[outputs, inputs]: a plain weight as it is, bf12 as the bf16 that it was, others in f32."""
     if not isinstance(weight, Few):
         return weight
+    if weight.scale is None:
+        return bf12.unpack(weight.values)
     if weight.kind == "int4":
         return int4_weight(weight.values, weight.scale, None)
     values = packing.unpack(weight.values, 8) if weight.kind == "int8" else weight.values
     return values.astype(jnp.float32) * weight.scale[:, None]
+
+
+def gates_and_ups(layer: LayerWeights) -> jax.Array:
+    """[2F, D]: all gates, then all ups."""
+    turned = isinstance(layer.gate_up, Few) and layer.gate_up.kind == "bf12"
+    return bf12.in_order(widened(layer.gate_up)) if turned else widened(layer.gate_up)
 
 
 def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

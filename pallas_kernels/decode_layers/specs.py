@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import bf12
 from pallas_kernels.decode_layers.api import Few, Head, LayerWeights
 from pallas_kernels.quant_matmul import packing
 
@@ -48,6 +49,12 @@ def few(weight: jax.Array, kind: str, group: int = 128, scales: str = "bfloat16"
     return Few(packing.pack(jnp.round(wide / (most / 127)[:, None]).astype(jnp.int8), 8), most / 127)
 
 
+@functools.partial(jax.jit, static_argnames="turned")
+def lossless(weight: jax.Array, turned: bool = False) -> Few:
+    """bf12, of gate_up with its rows in turns."""
+    return Few(bf12.pack(bf12.in_turns(weight) if turned else weight)[0], None)
+
+
 @dataclass(frozen=True)
 class LayersSpec:
     """`lengths` of the rows, this step's token included; 0 = padding."""
@@ -67,7 +74,7 @@ class LayersSpec:
     qk_norm: bool = False
     dtype: str = "bfloat16"
     V: int = 0  # rows of the head; 0: there is none
-    kind: str = "bf16"  # of weights: or fp8, int8, int4
+    kind: str = "bf16"  # of weights: or fp8, int8, int4, bf12
     group: int = 128  # int4: inputs that share a scale
     scales: str = "bfloat16"
 
@@ -84,6 +91,8 @@ class LayersSpec:
         """As the kernels get it: a matrix in this spec's kind; None stays None."""
         if array is None or self.kind == "bf16" or name not in MATRICES:
             return jax.tree.map(jnp.asarray, array)
+        if self.kind == "bf12":
+            return lossless(jnp.asarray(array), turned=name == "gate_up")
         return few(jnp.asarray(array), self.kind, self.group, self.scales)
 
     def dealt(self, layers: list[LayerWeights], ranks: int) -> list[LayerWeights]:
@@ -199,4 +208,10 @@ QUANTISED_SPECS = (
     replace(_SMALL, name="int8", kind="int8"),
     replace(_SMALL, name="int8_deep", kind="int8", F=3264, D=320, **_ODD),
     replace(_SMALL, name="int8_head", kind="int8", lengths=(33, 0, 5), L=1, V=1024),
+)
+
+BF12_SPECS = (
+    replace(_SMALL, name="bf12", kind="bf12"),
+    replace(_SMALL, name="bf12_deep", kind="bf12", F=3264, D=320, **_ODD),
+    replace(_SMALL, name="bf12_head", kind="bf12", lengths=(33, 0, 5), L=1, V=1024),
 )
