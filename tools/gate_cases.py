@@ -359,7 +359,8 @@ def quant_matmul_cases(kind: str) -> Iterator[Case]:
 
 # Bytes that a function of a CUDA source may spill, where it is not next to none: numbers kept over calls and around
 # loops. Of attention by mma inside wide.cu, whose kernel does everything; only devices that share layers run it.
-SOURCE_ALLOWANCES = {"wide.cu": 704}
+# Of decode_layers.cu for int4; for other kinds it spills nothing.
+SOURCE_ALLOWANCES = {"wide.cu": 704, "decode_layers.cu": 28}
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,

@@ -1,4 +1,7 @@
-"""All layers in one kernel with weights in few bits: the numbers are those of the weights they stand for."""
+"""All layers in one kernel with weights in few bits: the numbers are those of the weights they stand for.
+
+bf12's are bf16's, and so is each product; in which order these are added is not, as a lane reads other columns at once.
+"""
 
 import functools
 from dataclasses import replace
@@ -8,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.decode_layers import error, kernels, run, slot
+from helpers.kernel_backends import ON_GPU
 
+from pallas_kernels import bf12
 from pallas_kernels.decode_layers.api import Few, decode_layers
 from pallas_kernels.decode_layers.cuda import programs_for
 from pallas_kernels.decode_layers.reference import widened
-from pallas_kernels.decode_layers.specs import EPS, QUANTISED_SPECS, few
+from pallas_kernels.decode_layers.specs import BF12_SPECS, EPS, MATRICES, QUANTISED_SPECS, few, lossless
 from pallas_kernels.quant_matmul import packing
 
-BY_NAME = {spec.name: spec for spec in QUANTISED_SPECS}
+BY_NAME = {spec.name: spec for spec in (*QUANTISED_SPECS, *BF12_SPECS)}
 KINDS = ("int4", "fp8", "int8")
+ALONE = ("int4_deep", "fp8_head", "int8_head", "bf12_head")
 EXACT = {kind: replace(BY_NAME[kind], name=f"{kind}_one", lengths=(3, 5), L=1, F=256) for kind in KINDS}
 
 
@@ -25,7 +31,7 @@ def ours(specs):
     return [pair for pair in kernels(specs) if not pair.values[0].startswith(("wide", "launched"))]
 
 
-@pytest.mark.parametrize(("name", "spec"), ours(QUANTISED_SPECS))
+@pytest.mark.parametrize(("name", "spec"), ours(BY_NAME.values()))
 def test_quantised_layers_agree_with_the_reference(name, spec):
     given = spec.inputs()
     x, pages = run(name, spec, given)
@@ -38,7 +44,7 @@ def test_quantised_layers_agree_with_the_reference(name, spec):
             assert error(got[page, :, offset], want[page, :, offset]) < 1.5e-2
 
 
-@pytest.mark.parametrize(("name", "spec"), ours([BY_NAME["int4_deep"], BY_NAME["fp8_head"], BY_NAME["int8_head"]]))
+@pytest.mark.parametrize(("name", "spec"), ours([BY_NAME[each] for each in ALONE]))
 def test_a_row_has_the_same_bits_in_company_and_alone(name, spec):
     given = spec.inputs()
     together, _ = run(name, spec, given)
@@ -72,6 +78,55 @@ def test_every_weight_counts_for_what_it_is(name, spec):
         out, _ = decode_layers(jnp.zeros_like(x), [layer], pages[:1], *rows, eps=EPS, scale=1.0, implementation=name)
         want = np.asarray(widened(layer.o)[:, column].astype(jnp.bfloat16), np.float32)
         np.testing.assert_array_equal(np.asarray(out[0], np.float32), want)
+
+
+def with_escapes(weight):
+    """Zeros and numbers that have no code, in all steps of slabs and beside each other; a slab of zeros, an outlier."""
+    weight = weight.copy()
+    weight[::17, ::5] = 0
+    weight[32:48, 64:128] = 0
+    weight[3, [0, 9, 15]] = -0.0, 1e-39, -1e-30
+    weight[12, [9, 77, 110, 111, 126, 127]] = 1e-20, -3e-40, 1e-30, 1e-9, -1e-8, 1e-38
+    weight[12, 15] = 2
+    weight[22, :15] = 2.0 ** -np.arange(3, 18)
+    assert bf12.pack(jnp.asarray(weight))[1] == 0
+    return weight
+
+
+@pytest.mark.parametrize(("name", "spec"), ours([replace(BY_NAME["bf12"], lengths=(1,), L=1, N=2, qkv_bias=True)]))
+def test_every_weight_of_12_bits_counts_for_what_it_was_in_16(name, spec):
+    given = spec.inputs()
+    x, layers, pages, *rows = spec.arguments(given)
+    o = with_escapes(given["layers"][0]["o"])
+    nothing = jax.tree.map(jnp.zeros_like, layers[0])
+    for column in (0, 3, 9, 15, 77, 110, 111, 127, 254):
+        bias = np.zeros(3 * spec.N * spec.H, np.float32)
+        bias[2 * spec.N * spec.H + column] = 1
+        layer = replace(nothing, o=lossless(jnp.asarray(o)), qkv_bias=jnp.asarray(bias, jnp.bfloat16))
+        out, _ = decode_layers(jnp.zeros_like(x), [layer], pages[:1], *rows, eps=EPS, scale=1.0, implementation=name)
+        want = o[:, column].astype(np.float32)
+        if not ON_GPU:  # XLA's threads, which the emulator runs in, take subnormal numbers for 0
+            want = np.where(np.abs(want) < np.finfo(np.float32).tiny, 0, want)
+        np.testing.assert_array_equal(np.asarray(out[0], np.float32), want)
+
+
+@pytest.mark.parametrize(("name", "spec"), ours([replace(BY_NAME["bf12_head"], L=2, V=192), BY_NAME["bf12_deep"]]))
+def test_layers_in_12_bits_are_those_in_16_up_to_the_order_of_sums(name, spec):
+    given = spec.inputs()
+    for layer in given["layers"]:
+        layer.update({key: with_escapes(layer[key]) for key in MATRICES if key in layer})
+    norm, table = given["head"]
+    given["head"] = norm, with_escapes(table) if spec.V else table
+    x, pages = run(name, spec, given)
+    plain, written = run(name, replace(spec, kind="bf16"), given)
+    expected, _ = run("reference", spec, given)
+    live = [row for row, length in enumerate(spec.lengths) if length]
+    assert error(x[live], expected[live]) < 1.5e-2
+    assert error(x[live], plain[live]) < 3e-3
+    for got, want in zip(jax.tree.leaves(pages), jax.tree.leaves(written), strict=True):
+        for row in live:
+            page, offset = slot(spec, given, row)
+            assert error(got[page, :, offset], want[page, :, offset]) < 3e-3
 
 
 @pytest.mark.parametrize(("name", "spec"), ours([EXACT["int4"]]))
