@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import bf12
 from pallas_kernels.compiled import Handler
 from pallas_kernels.decode_chain.api import Dense, Following
 
@@ -24,7 +25,16 @@ SOURCE, INCLUDES = (
     (
         *(
             HERE / name
-            for name in ("launch.h", "chain.h", "products.h", "wide_products.h", "maps.h", "stamps.h", "tensor_cores.h")
+            for name in (
+                "launch.h",
+                "chain.h",
+                "packed_products.h",
+                "products.h",
+                "wide_products.h",
+                "maps.h",
+                "stamps.h",
+                "tensor_cores.h",
+            )
         ),
         HERE.parent / "decode_layers" / "primitives.h",
         HERE.parent / "decode_layers" / "emulator.h",
@@ -37,7 +47,13 @@ MOST_ROWS, DEPTH, WIDEST = 256, 64, 8192
 GROUP, TILE = 64, 128  # rows that a warpgroup multiplies; of one of two tiles
 ONE_TILE = 192  # up to so many rows are one tile, of three warpgroups at most
 WIDTHS = {False: (64, 96, 128), True: (64, 128, 224)}  # of tiles, by gated: what chain.h knows
-SHARED = ("weights", "rows")  # what two neighbouring blocks have in common
+SHARED = (
+    "weights",
+    "rows",
+    "packed",
+)  # what two neighbouring blocks have in common; packed: rows, of weights in 12 bits
+PACKED_WIDTHS = {False: (64, 128, 192), True: (128, 224)}  # the same of weights in 12 bits
+PACKED_ROWS = 32  # that these are multiplied by
 MOST_SPLITS, FEWEST_BLOCKS = 8, 4  # into which a depth is cut; blocks of depth that are worth a part
 
 
@@ -64,6 +80,22 @@ def cut_for(rows: int, columns: int, depth: int, gated: bool, blocks: int) -> Cu
 
     splits = [n for n in range(1, MOST_SPLITS + 1) if n == 1 or (not gated and count >= n * FEWEST_BLOCKS)]
     return min((Cut(width, n, shared) for width in WIDTHS[gated] for n in splits), key=bytes_of_one)
+
+
+@functools.cache
+def packed_cut_for(columns: int, depth: int, gated: bool, blocks: int) -> Cut:
+    """The same for weights in 12 bits, of which `columns` come out; rows are at most one tile."""
+    count, columns = depth // DEPTH, columns * 2 if gated else columns
+
+    def bytes_of_one(cut: Cut) -> tuple[float, int]:
+        pairs = -(-columns // cut.width // 2) * cut.splits
+        fetched = (
+            -(-pairs // (blocks // 2)) * -(-count // cut.splits) * (cut.width * bf12.BITS / 8 + PACKED_ROWS) * DEPTH
+        )
+        return fetched + (0 if gated else cut.splits * 2 * PACKED_ROWS * columns * 4 / blocks), cut.splits
+
+    splits = [n for n in range(1, MOST_SPLITS + 1) if n == 1 or (not gated and count >= n * FEWEST_BLOCKS)]
+    return min((Cut(width, n, "packed") for width in PACKED_WIDTHS[gated] for n in splits), key=bytes_of_one)
 
 
 def decode_chain(
@@ -101,10 +133,18 @@ def refuse_sizes(rows: int, sizes: dict[str, int]) -> None:
             raise NotImplementedError(f"{name} = {size} is no multiple of {DEPTH}")
 
 
-def cuts_for(rows: int, D: int, O: int, F: int, Q: int, blocks: int) -> tuple[np.ndarray, int]:  # noqa: E741
+def cuts_for(
+    rows: int,
+    D: int,
+    O: int,  # noqa: E741
+    F: int,
+    Q: int,
+    blocks: int,
+    packed: bool = False,
+) -> tuple[np.ndarray, int]:
     """Of o, gate and up, down and qkv, as the library takes them; and the most columns of f32 sums that a row wants."""
     products = ((D, O, False), (F, D, True), (D, F, False), (Q, D, False))
-    cuts = [cut_for(rows, *product, blocks) for product in products]
+    cuts = [packed_cut_for(*each, blocks) if packed else cut_for(rows, *each, blocks) for each in products]
     sums = max(cut.splits * columns for cut, (columns, _, gated) in zip(cuts, products, strict=True) if not gated)
     return np.array([(cut.width, cut.splits, SHARED.index(cut.shared)) for cut in cuts], np.int64).ravel(), sums
 

@@ -1,4 +1,4 @@
-// out[m][n] = sum over k of x[m][k] * w[n][k] for up to ROWS rows of x and weights in 12 bits (bf12.py): of launched.cu, beside products.h.
+// out[m][n] = sum over k of x[m][k] * w[n][k] for up to 32 rows of x and weights in 12 bits (bf12.py): of launched.cu, beside products.h.
 //
 // Weights are widened in registers, each warp a slab of 16 of w's rows, and are the tensor cores' left operand; rows of x are the
 // right one, from shared memory. A tile is SLABS slabs, four to a warpgroup, by all rows of x: the last warpgroup's warps without a
@@ -10,16 +10,16 @@
 
 namespace {
 
+constexpr int kPackedRows = 32;  // of x: with more, weights are widened more slowly than they come
 constexpr int kSlab = 16, kSlabBytes = 1552, kLaneBytes = 16, kPlane = 32 * kLaneBytes;  // rows; bytes: of a slab's 64 columns, of a lane
 
-template <int ROWS, int SLABS>
+template <int SLABS>
 struct PackedShape {
   static constexpr int kGroups = (SLABS + 3) / 4, kComputing = 128 * kGroups;
-  // Registers are taken by fours of warps. Of four warpgroups they go from who copies to who multiplies, and where sums are many there are
-  // none for the next stage's weights while this one's are multiplied: then others' products run.
-  static constexpr bool kMoves = kGroups == 4, kTwice = kGroups < 3 || ROWS <= 64;
+  // Registers are taken by fours of warps. Of four warpgroups they go from who copies to who multiplies.
+  static constexpr bool kMoves = kGroups == 4;
   static constexpr int kThreads = kComputing + (kMoves ? 128 : 32), kRegisters = kMoves ? 96 : kGroups == 3 ? 128 : 168;
-  static constexpr int kRowBytes = ROWS * kDepth * 2, kSlotBytes = (kRowBytes + SLABS * kSlabBytes + 1023) / 1024 * 1024;
+  static constexpr int kRowBytes = kPackedRows * kDepth * 2, kSlotBytes = (kRowBytes + SLABS * kSlabBytes + 1023) / 1024 * 1024;
   static constexpr int kFits = (kSharedBytes - int(sizeof(Barriers))) / kSlotBytes, kSlots = kFits < kMostSlots ? kFits : kMostSlots;
   static constexpr int kRingAt = kSlots * kSlotBytes, kBytes = kRingAt + int(sizeof(Barriers));
 };
@@ -30,9 +30,9 @@ DEVICE int slabs_of(const Product& p, const Tile& tile, int slabs) {
 }
 
 // By a warp: a lane a copy, of the slabs of four that lie together in memory. A copy takes a warp some 36 ns, so there must be few.
-template <int ROWS, int SLABS>
+template <int SLABS>
 DEVICE void copy_packed(const Product& p, char* slots, Barriers& ring, int block, int lane) {
-  using S = PackedShape<ROWS, SLABS>;
+  using S = PackedShape<SLABS>;
   const int rank = block % 2, across = p.K / kDepth;
   Slot<S::kSlots> turn;
   int asked = 0, ahead = -1;  // blocks of depth; of those, the first whose weights were asked for early
@@ -64,7 +64,7 @@ DEVICE void copy_packed(const Product& p, char* slots, Barriers& ring, int block
       sync_warp();
       if (asked >= ahead) ask_for_weights(turn.slot, i, there);
       char* to = slots + turn.slot * S::kSlotBytes;
-      if (lane == 31) copy_to_pair(to + rank * (S::kRowBytes / 2), &p.x, (tile.first + i) * kDepth, rank * (ROWS / 2), there);
+      if (lane == 31) copy_to_pair(to + rank * (S::kRowBytes / 2), &p.x, (tile.first + i) * kDepth, rank * (kPackedRows / 2), there);
     }
   });
 }
@@ -123,11 +123,10 @@ DEVICE float scale_of(const char* slab) {
 }
 
 // A warpgroup's sums to memory, as they are: a lane has two rows of w, and of each eight rows of x two.
-template <int ROWS>
-DEVICE void end_packed_sums(const Product& p, int split, int first_column, int lane, float scale, const float (&sums)[ROWS / 2]) {
+DEVICE void end_packed_sums(const Product& p, int split, int first_column, int lane, float scale, const float (&sums)[kPackedRows / 2]) {
   float* to = static_cast<float*>(p.out) + int64_t(split) * p.M * p.N + first_column + lane / 4;
 #pragma unroll
-  for (int i = 0; i < ROWS / 2; ++i) {
+  for (int i = 0; i < kPackedRows / 2; ++i) {
     const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
     if (row < p.M) to[int64_t(row) * p.N + i / 2 % 2 * 8] = times(sums[i], scale);
   }
@@ -135,12 +134,11 @@ DEVICE void end_packed_sums(const Product& p, int split, int first_column, int l
 
 // SwiGLU: a slab's first eight rows are gates, the others their ups. A lane has two rows of x and one column of what comes out; it
 // gives its neighbour in the next row of w one of them, and both have two columns.
-template <int ROWS>
-DEVICE void end_packed_gated(const Product& p, int first_column, int lane, float scale, const float (&sums)[ROWS / 2]) {
+DEVICE void end_packed_gated(const Product& p, int first_column, int lane, float scale, const float (&sums)[kPackedRows / 2]) {
   const int odd = lane / 4 % 2;
   uint16_t* to = static_cast<uint16_t*>(p.out) + first_column + lane / 4 - odd;
 #pragma unroll
-  for (int i = 0; i < ROWS / 2; i += 4) {
+  for (int i = 0; i < kPackedRows / 2; i += 4) {
     auto sum = [&](int j) { return times(sums[i + j], scale); };
     const float first = gated(sum(0), sum(2)), second = gated(sum(1), sum(3));
     const float other = shuffle_xor(odd ? first : second, 4);
@@ -149,9 +147,9 @@ DEVICE void end_packed_gated(const Product& p, int first_column, int lane, float
   }
 }
 
-template <int ROWS, int SLABS, int KIND>
+template <int SLABS, int KIND>
 DEVICE void compute_packed(const Product& p, const char* slots, Barriers& ring, int block, int thread) {
-  using S = PackedShape<ROWS, SLABS>;
+  using S = PackedShape<SLABS>;
   const int warp = thread / 32, lane = thread % 32;
   Slot<S::kSlots> turn;
   bool begins = true;
@@ -159,7 +157,7 @@ DEVICE void compute_packed(const Product& p, const char* slots, Barriers& ring, 
   each_tile<kRows>(p, block, [&](const Tile& tile) { left += tile.count; });
   each_tile<kRows>(p, block, [&](const Tile& tile) {
     const bool mine = warp < slabs_of(p, tile, SLABS);
-    float sums[ROWS / 2];
+    float sums[kPackedRows / 2];
     uint32_t even[16] = {}, odd[16] = {};
     float scale = 0.f;
     int before = 0;
@@ -170,27 +168,21 @@ DEVICE void compute_packed(const Product& p, const char* slots, Barriers& ring, 
       if (begins && i < S::kSlots) wait_for(&ring.first[i], 0);
       wait_for(&ring.there[turn.slot], turn.phase);
       if (i == 0) stamp(p.number, kFirst, thread);
-      if constexpr (!S::kTwice) {
-        await_products<0>();
-        if (i > 0) release();
-      }
       const char* x = slots + turn.slot * S::kSlotBytes;
       const char* slab = x + S::kRowBytes + warp * kSlabBytes;
       if (mine) widen(a, slab, lane);
       if (i == 0) scale = scale_of(slab);
       begin_products();
-      multiply_held<ROWS>(sums, a, x, i > 0);
+      multiply_held<kPackedRows>(sums, a, x, i > 0);
       end_products();
-      if constexpr (S::kTwice) {
-        await_products<1>();
-        if (i > 0) release();
-      }
+      await_products<1>();
+      if (i > 0) release();
       before = turn.slot, turn.next();
     };
 #pragma unroll 1
-    for (int i = 0; i < tile.count; i += 1 + S::kTwice) {
+    for (int i = 0; i < tile.count; i += 2) {
       stage(i, even);
-      if (S::kTwice && i + 1 < tile.count) stage(i + 1, odd);
+      if (i + 1 < tile.count) stage(i + 1, odd);
     }
     await_products<0>();
     hold(sums);
@@ -200,15 +192,15 @@ DEVICE void compute_packed(const Product& p, const char* slots, Barriers& ring, 
     if (!mine) return;
     const int slab = tile.column * SLABS + warp;
     if constexpr (KIND == kGated)
-      end_packed_gated<ROWS>(p, slab * (kSlab / 2), lane, scale, sums);
+      end_packed_gated(p, slab * (kSlab / 2), lane, scale, sums);
     else
-      end_packed_sums<ROWS>(p, tile.split, slab * kSlab, lane, scale, sums);
+      end_packed_sums(p, tile.split, slab * kSlab, lane, scale, sums);
   });
 }
 
-template <int ROWS, int SLABS, int KIND>
+template <int SLABS, int KIND>
 DEVICE void multiply_packed(const Product& p, char* slots, int block, int thread) {
-  using S = PackedShape<ROWS, SLABS>;
+  using S = PackedShape<SLABS>;
   Barriers& ring = *reinterpret_cast<Barriers*>(slots + S::kRingAt);
   if (thread == S::kComputing) {
     for (int i = 0; i < S::kSlots; ++i) init_barrier(&ring.first[i], 1), init_barrier(&ring.there[i], 1), init_barrier(&ring.read[i], S::kGroups * 4 * 2);
@@ -219,67 +211,59 @@ DEVICE void multiply_packed(const Product& p, char* slots, int block, int thread
   meet_cluster();  // barriers are there before others count on them
   if (thread < S::kComputing) {
     if (S::kMoves) take_registers<112>();
-    compute_packed<ROWS, SLABS, KIND>(p, slots, ring, block, thread);
+    compute_packed<SLABS, KIND>(p, slots, ring, block, thread);
   } else {
     if (S::kMoves) give_registers<24>();
-    if (thread < S::kComputing + 32) copy_packed<ROWS, SLABS>(p, slots, ring, block, thread - S::kComputing);
+    if (thread < S::kComputing + 32) copy_packed<SLABS>(p, slots, ring, block, thread - S::kComputing);
   }
   stamp(p.number, kEnded, thread);
 }
 
 #ifdef JAXLLM_EMULATED
 
-template <int ROWS, int SLABS, int KIND>
+template <int SLABS, int KIND>
 std::string launch_packed(Stream stream, const Product& p, bool early) {
-  using S = PackedShape<ROWS, SLABS>;
-  return play_product<S>(stream, p, early, multiply_packed<ROWS, SLABS, KIND>);
+  using S = PackedShape<SLABS>;
+  return play_product<S>(stream, p, early, multiply_packed<SLABS, KIND>);
 }
 
 #else
 
-template <int ROWS, int SLABS, int KIND>
-__global__ void __maxnreg__((PackedShape<ROWS, SLABS>::kRegisters)) packed_product(const __grid_constant__ Product p) {
+template <int SLABS, int KIND>
+__global__ void __maxnreg__((PackedShape<SLABS>::kRegisters)) packed_product(const __grid_constant__ Product p) {
   extern __shared__ __align__(1024) char raw[];
-  multiply_packed<ROWS, SLABS, KIND>(p, raw, int(blockIdx.x), int(threadIdx.x));
+  multiply_packed<SLABS, KIND>(p, raw, int(blockIdx.x), int(threadIdx.x));
 }
 
-template <int ROWS, int SLABS, int KIND>
+template <int SLABS, int KIND>
 std::string launch_packed(Stream stream, const Product& p, bool early) {
-  using S = PackedShape<ROWS, SLABS>;
-  return launch_shaped<S>(stream, p, early, packed_product<ROWS, SLABS, KIND>);
+  using S = PackedShape<SLABS>;
+  return launch_shaped<S>(stream, p, early, packed_product<SLABS, KIND>);
 }
 
 #endif
 
-template <int ROWS>
-std::string launch_slabs(Stream stream, const Product& p, Kind kind, int slabs, bool early) {
-  switch (slabs * 10 + kind) {
-    case 40: return launch_packed<ROWS, 4, kSums>(stream, p, early);
-    case 80: return launch_packed<ROWS, 8, kSums>(stream, p, early);
-    case 120: return launch_packed<ROWS, 12, kSums>(stream, p, early);
-    case 81: return launch_packed<ROWS, 8, kGated>(stream, p, early);
-    case 141: return launch_packed<ROWS, 14, kGated>(stream, p, early);
-  }
-  return "no tile of " + std::to_string(slabs) + " packed slabs";
-}
-
-// `cut.width`: of a tile, rows of w.
+// `cut.width`: of a tile, rows of w. The widths that cuda.py chooses from.
 std::string launch_packed(Stream stream, const Product& p, Kind kind, const Cut& cut, bool early) {
-  const int slabs = cut.width / kSlab;
-  if (p.M <= 32) return launch_slabs<32>(stream, p, kind, slabs, early);
-  return p.M <= 64 ? launch_slabs<64>(stream, p, kind, slabs, early) : launch_slabs<128>(stream, p, kind, slabs, early);
+  switch (cut.width * 10 + kind) {
+    case 640: return launch_packed<4, kSums>(stream, p, early);
+    case 1280: return launch_packed<8, kSums>(stream, p, early);
+    case 1920: return launch_packed<12, kSums>(stream, p, early);
+    case 1281: return launch_packed<8, kGated>(stream, p, early);
+    case 2241: return launch_packed<14, kGated>(stream, p, early);
+  }
+  return "no tile of packed weights that is " + std::to_string(cut.width) + " wide";
 }
 
 // A product's numbers and its tensor map. `N`: of w, so of a gated product twice as many as come out. Host code.
 std::string describe_packed(Product& p, const void* x, const void* w, int M, int N, int K, const Cut& cut, Kind kind, int blocks) {
-  constexpr int kMost = 128;
-  if (M > kMost) return "more rows than packed weights are multiplied by";
+  if (M > kPackedRows) return "more rows than packed weights are multiplied by";
   p.M = M, p.N = N, p.K = K, p.splits = cut.splits, p.window = kMostSlots, p.packed = w;
   const int slabs = cut.width / kSlab, tiles = (N / kSlab + slabs - 1) / slabs;
   p.row_tiles = 1, p.run = 1, p.column_tiles = (tiles + 1) / 2;
   const int units = p.column_tiles * cut.splits;
   p.blocks = blocks / 2 < units ? blocks / 2 * 2 : units * 2;
-  return map_of(p.x, x, M, K, M <= 32 ? 16 : M <= 64 ? 32 : 64, false);
+  return map_of(p.x, x, M, K, kPackedRows / 2, false);
 }
 
 }  // namespace

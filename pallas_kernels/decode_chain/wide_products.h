@@ -69,10 +69,6 @@ DEVICE uint32_t exchanged(uint32_t value, int mask) { return __shfl_xor_sync(~0u
 template <int N>
 DEVICE void multiply_step(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool adds);
 JAXLLM_MULTIPLY_HELD(32, JAXLLM_P16, "%16,%17,%18,%19", "20", "21", JAXLLM_R16(0))
-JAXLLM_MULTIPLY_HELD(64, JAXLLM_P32, "%32,%33,%34,%35", "36", "37", JAXLLM_R32(0))
-JAXLLM_MULTIPLY_HELD(128, JAXLLM_P64, "%64,%65,%66,%67", "68", "69", JAXLLM_R64)
-JAXLLM_MULTIPLY_HELD(192, JAXLLM_P96, "%96,%97,%98,%99", "100", "101", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64))
-JAXLLM_MULTIPLY_HELD(256, JAXLLM_P128, "%128,%129,%130,%131", "132", "133", JAXLLM_R64 JAXLLM_COMMA JAXLLM_R32(64) JAXLLM_COMMA JAXLLM_R32(96))
 
 // Of kDepth columns. The left operand from registers, in the order of `mma`'s, a warp's sixteen of the 64 rows: four for each 16 columns.
 // They may be written again once the products have been waited for.

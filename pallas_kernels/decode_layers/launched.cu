@@ -160,6 +160,8 @@ cudaError_t load_kernels() {
     for (int width : {64, 96, 128, 224})
       for (int groups : {1, 2, 3})
         for (int shared : {kWeights, kRows}) launch(nullptr, Product{}, kind, {width, 1, shared}, groups, false);  // those there are
+  for (Kind kind : {kSums, kGated})
+    for (int width : {64, 128, 192, 224}) launch_packed(nullptr, Product{}, kind, {width, 1, kOfPacked}, false);
   const uint16_t some = 0;
   for (int N : {1024, 4096, 8192})
     for (const uint16_t* norm : {static_cast<const uint16_t*>(nullptr), &some}) {

@@ -83,11 +83,16 @@ def refuse(
 ) -> None:
     """NotImplementedError for what the kernels do not do."""
     refuse_groups(groups, head)
-    matrices = [each for layer in layers for each in layer.matrices] + ([] if head is None else [head.table])
-    if any(isinstance(each, Few) for each in matrices):
-        raise NotImplementedError("quantised weights")
+    if head is not None and isinstance(head.table, Few):
+        raise NotImplementedError("a head that is quantised or in 12 bits")
+    kinds = {each.kind if isinstance(each, Few) else "plain" for layer in layers for each in layer.matrices}
+    if kinds not in ({"plain"}, {"bf12"}):
+        raise NotImplementedError(f"weights that are {' and '.join(sorted(kinds))}")
+    if kinds == {"bf12"} and len(x) > chain.PACKED_ROWS:
+        raise NotImplementedError(f"at most {chain.PACKED_ROWS} rows by weights in 12 bits, got {len(x)}")
+    words = {id(each.values) for layer in layers for each in layer.matrices if isinstance(each, Few)}
     for array in jax.tree.leaves((x, tuple(layers), tuple(pages), head)):
-        if array.dtype != jnp.bfloat16:
+        if id(array) not in words and array.dtype != jnp.bfloat16:
             raise NotImplementedError(f"everything must be bfloat16, got {array.dtype}")
     (B, D), first = x.shape, layers[0]
     sizes = {"D": D, "N * H": first.o.shape[1], "F": first.down.shape[1], "Q": first.qkv.shape[0]}
@@ -109,7 +114,8 @@ def call(
     """The FFI call, with the library's word on how much memory it works in."""
     (B, D), first, (_, K, page_size, _) = x.shape, layers[0], pages[0][0].shape
     NH, F = first.o.shape[1], first.down.shape[1]
-    cuts, sums = chain.cuts_for(B, D, NH, F, first.qkv.shape[0], kernel.blocks)
+    packed = isinstance(first.qkv, Few)
+    cuts, sums = chain.cuts_for(B, D, NH, F, first.qkv.shape[0], kernel.blocks, packed)
     sizes = dict(rows=B, blocks=kernel.blocks, D=D, F=F, heads=NH // HEAD, kv_heads=K)
     sizes |= dict(page_size=page_size, width=rows[0].shape[1], sums=sums)
     work = kernel.library.jaxllm_launched_layers_work(*map(ctypes.c_int64, sizes.values()))

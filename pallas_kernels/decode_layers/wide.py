@@ -192,7 +192,8 @@ def operands_of(
         ready = number == 0 and qkv is not None
         weights = (None if ready else layer.qkv, layer.o, layer.norms, layer.gate_up, layer.down)
         biases = (None if ready else layer.qkv_bias, layer.o_bias, layer.qk_norms)
-        operands += [array for array in (*weights, *biases) if isinstance(array, jax.Array)]
+        stored = [each.values if isinstance(each, Few) else each for each in weights]
+        operands += [array for array in (*stored, *biases) if array is not None]
         aliases |= {len(operands) + i: 2 + 2 * number + i for i in range(2)}
         operands += own
     return operands, aliases

@@ -28,7 +28,7 @@ from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Weight, de
 from sharding.collectives import ALONE, Exchange, Spread
 
 log = logging.getLogger(__name__)
-PACKED_ROWS = 128  # the most of a step that reads twins: above, its products take as long as its reading
+PACKED_ROWS = 32  # with more, kernels widen these weights more slowly than bf16 is read
 
 
 class Through(NamedTuple):
