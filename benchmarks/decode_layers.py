@@ -30,7 +30,7 @@ from pallas_kernels.compiled import NVCC, built
 from pallas_kernels.decode_chain.reference import rms_norm
 from pallas_kernels.decode_layers import cuda
 from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Weight, decode_layers
-from pallas_kernels.decode_layers.specs import BF12_SPECS, EPS, LAYERS_SPECS, QUANTISED_SPECS, LayersSpec, lossless
+from pallas_kernels.decode_layers.specs import EPS, LAYERS_SPECS, QUANTISED_SPECS, LayersSpec
 from pallas_kernels.quant_matmul import packing
 from pallas_kernels.quant_matmul.api import int8_matmul
 
@@ -46,12 +46,11 @@ VARIANTS = {  # slots on their way, slots of weights in registers before a stage
     "flight 2, held 1": (2, 1),
     "flight 3, held 3": (3, 3),
 }
-QUANTISED = ("int4", "fp8", "int8", "bf12")
+QUANTISED = ("int4", "fp8", "int8")
 QUANTISED_VARIANTS = {  # slots of activations, slots of weights in registers, slots on their way
     "int4": {"ahead 2, held 2": (2, 2, 2), "ahead 2, held 1, flight 3": (2, 1, 3)},
     "fp8": {"ahead 3, held 1": (3, 1, 2), "ahead 4, held 2": (4, 2, 2)},
     "int8": {"ahead 4, held 1": (4, 1, 2)},
-    "bf12": {"ahead 3, held 3, flight 2": (3, 3, 2), "ahead 3, held 2, flight 3": (3, 2, 3)},
 }
 MARKS = ("-DJAXLLM_TIMELINE",)
 
@@ -93,10 +92,7 @@ def random_few(key: jax.Array, shape: tuple[int, int], kind: str, group: int = 1
 
 
 def matrix(key: jax.Array, shape: tuple[int, int], kind: str) -> Weight:
-    if kind not in ("bf16", "bf12"):
-        return random_few(key, shape, kind)
-    plain = normal(key, shape, shape[1] ** -0.5)
-    return plain if kind == "bf16" else lossless(plain)
+    return normal(key, shape, shape[1] ** -0.5) if kind == "bf16" else random_few(key, shape, kind)
 
 
 @functools.lru_cache(maxsize=1)
@@ -213,7 +209,7 @@ def check() -> None:
 def check_quantised() -> None:
     """Likewise with weights in few bits: the emulator's cases, and two layers of 8B's shape for 8 rows and for one."""
     real = dataclasses.replace(MODELS["llama-3.1-8b"], L=2, width=68, lengths=(1088, 3, 0, 700, 64, 129, 16, 1), V=0)
-    compare(*QUANTISED_SPECS, *BF12_SPECS)
+    compare(*QUANTISED_SPECS)
     for kind in QUANTISED:
         eight = dataclasses.replace(real, name=f"8b, {kind}", kind=kind, V=0 if kind == "int4" else 8064)
         compare(eight, dataclasses.replace(eight, name=f"8b, {kind}, one row", lengths=(1088,)))

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.graph.kv_cache import page_dtype
-from jaxllm.graph.layers.whole import PACKED_ROWS
-from jaxllm.graph.libraries import PACKED
+from jaxllm.graph.layers import whole as layers
 from jaxllm.graph.models.decoder import Params
 from jaxllm.graph.spread import Home, held_bytes
 from jaxllm.graph.weights.packed import KEY, PackingError, refusal, with_shapes, with_twins
@@ -41,7 +40,7 @@ def with_packed(
     if why is not None:
         log.info("weights in 12 bits for decode steps: none, %s", why)
         return replicas
-    log.info("weights in 12 bits for decode steps of up to %d rows", PACKED_ROWS)
+    log.info("weights in 12 bits for decode steps of %s", _rows())
     return [tuple(dataclasses.replace(home, packed=True) for home in homes) for homes in replicas]
 
 
@@ -74,19 +73,21 @@ def _refusal(config: EngineConfig, homes: tuple[Home, ...], whole: tuple[int, in
         return 'where devices share layers, only told so and with compile.kernels = "launched"'
     if config.scheduler.deterministic:
         return "scheduler.deterministic = true has no decode steps"
-    few = [rows for rows in config.compile.decode_buckets if whole and whole[0] <= rows <= min(PACKED_ROWS, whole[1])]
+    few = [rows for rows in config.compile.decode_buckets if whole and whole[0] <= rows <= whole[1]]
     if whole is None:
         return f'compile.kernels = "{kernels}" runs no decode step as one op here; "layers" does'
-    if not few:
-        return f"no decode bucket has {PACKED_ROWS} rows or fewer"
+    if not set(few).intersection(layers.PACKED_ROWS):
+        return f"no decode bucket has {_rows()}"
     if page_dtype(config.cache.kv_dtype, config.model.dtype) == jnp.float8_e4m3fn:
         return "pages of keys and values are fp8"
-    if gpu and PACKED not in cuda.KINDS:
-        return "no kernel reads them"
     if gpu and home.model.head_dim != cuda.HEAD:
         return f"no kernel takes heads of {home.model.head_dim}"
     shapes = home.shapes(dtype)
     return refusal(home.model, shapes) or _too_large(config, home, shapes)
+
+
+def _rows() -> str:
+    return f"{layers.PACKED_ROWS.start} to {layers.PACKED_ROWS.stop - 1} rows"
 
 
 def _too_large(config: EngineConfig, home: Home, shapes: Params) -> str | None:

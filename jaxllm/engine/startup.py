@@ -178,7 +178,7 @@ def start(
 
 def _begin_libraries(config: EngineConfig, homes: tuple[Home, ...]) -> None:
     first, devices = homes[0], sum(home.mesh.size for home in homes)
-    libraries.begin(first.device.platform, config.model.dtype, first.scheme.kind, devices, first.packed)
+    libraries.begin(first.device.platform, config.model.dtype, first.scheme.kind, devices)
 
 
 def _with_packed(config: EngineConfig, replicas: list[tuple[Home, ...]]) -> list[tuple[Home, ...]]:

@@ -28,7 +28,7 @@ TARGET = "jaxllm_decode_layers"
 # A library for each kind of weights. None's name is in another's: a stored step is searched for them.
 KINDS = {"bf16": Handler(SOURCE, INCLUDES, TARGET)} | {
     kind: Handler(SOURCE, INCLUDES, TARGET, (f"-DJAXLLM_WEIGHTS={constant}",), f"jaxllm_{kind}_decode_layers")
-    for kind, constant in (("fp8", "kFp8"), ("int8", "kInt8"), ("int4", "kInt4"), ("bf12", "kBf12"))
+    for kind, constant in (("fp8", "kFp8"), ("int8", "kInt8"), ("int4", "kInt4"))
 }
 library, load, register = KINDS["bf16"].library, KINDS["bf16"].load, KINDS["bf16"].register
 ROWS, UNIT, DEPTH, HEAD, MAX_LAYERS, MAX_GROUP, MAX_K, KEPT = 8, 16, 64, 128, 80, 8, 32, 8

@@ -16,7 +16,7 @@
 //
 // The final norm and the head, where they are asked for, are one more layer of which there is only the first product.
 //
-// Weights are of one kind, a library each: bf16, or as weights.h says. A slot is as large in all, of bf12 less of it is used.
+// Weights are of one kind, a library each: bf16, or as weights.h says. A slot's bytes are the same in all.
 #ifndef JAXLLM_WEIGHTS
 #define JAXLLM_WEIGHTS kBf16
 #endif
@@ -30,13 +30,13 @@ namespace {
 #define JAXLLM_SLOTS 6
 #endif
 #ifndef JAXLLM_AHEAD
-#define JAXLLM_AHEAD (kBits == 4 ? 2 : kKind == kBf12 ? 3 : 4)
+#define JAXLLM_AHEAD (kBits == 4 ? 2 : 4)
 #endif
 #ifndef JAXLLM_FLIGHT
-#define JAXLLM_FLIGHT (kKind == kBf12 ? 3 : 2)  // bf12's slots have three quarters of the others' bytes
+#define JAXLLM_FLIGHT 2
 #endif
 #ifndef JAXLLM_HELD
-#define JAXLLM_HELD (kBits == 16 ? 3 : kKind == kInt8 ? 2 : 1)
+#define JAXLLM_HELD (kKind == kBf16 ? 3 : kKind == kInt8 ? 2 : 1)
 #endif
 #ifndef JAXLLM_FETCHERS
 #define JAXLLM_FETCHERS 4  // a warp issues a copy in some 36 ns: each lane's is an instruction of its own
@@ -90,7 +90,7 @@ struct Params {
   int V, rows, programs, D, F, heads, kv_heads, page_size, width, splits;
   float eps, scale;
   // Of each stage's weights: f32[outputs], or of int4 [groups][outputs] in bf16 or f16. A group is 64 inputs << group_shift.
-  const void* scales[kScaled ? kMaxLayers + 1 : 1][4];
+  const void* scales[kKind == kBf16 ? 1 : kMaxLayers + 1][4];
   int group_shift, f16;
 };
 
@@ -115,8 +115,8 @@ struct Product {
   const Stored* weights;
   int depth, rows, half;  // half: the row of W where `up` begins; 0 = rows as they are
   DEVICE int units() const { return (rows + kUnit - 1) / kUnit; }
-  // 16 rows of packed weights. Of a gated product's strips a unit of gate comes before what belongs to it in up.
-  DEVICE int strip(int unit) const { return !kStrips || half == 0 ? unit : unit / 2 + unit % 2 * (half / kUnit); }
+  // 16 rows of packed weights. Of a gated product a unit of gate comes before what belongs to it in up.
+  DEVICE int strip(int unit) const { return half == 0 ? unit : unit / 2 + unit % 2 * (half / kUnit); }
 };
 
 DEVICE Product product_of(const Params& p, int layer, Stage stage) {
@@ -143,7 +143,7 @@ struct Range {
 
 // This block's units. Strips of gate and up are not parted.
 DEVICE Range share_of(const Params& p, const Product& w, int program) {
-  const int together = kStrips && w.half ? 2 : 1, all = w.units() / together;
+  const int together = kPacked && w.half ? 2 : 1, all = w.units() / together;
   return {first_unit(p, all, program) * together, first_unit(p, all, program + 1) * together};
 }
 
@@ -377,12 +377,7 @@ DEVICE Chunk chunk_in(const Reader& r, const unsigned char* slot, int u, int h) 
   if constexpr (kPacked) {
     const int column = r.warp * kShare + h * kChunk;
     const unsigned char* at = slot + (2 * (column / kPieceInputs) + u) * kPiece + r.lane * 16;
-    c.low = *reinterpret_cast<const uint4*>(at);
-    c.high = *reinterpret_cast<const uint4*>(at + (kKind == kBf12 ? 512 : 2 * kPiece));
-    if constexpr (kKind == kBf12) {
-      c.codes = *reinterpret_cast<const uint4*>(at + 1024);
-      c.end = *reinterpret_cast<const uint4*>(at - r.lane * 16 + 1536);
-    }
+    c.low = *reinterpret_cast<const uint4*>(at), c.high = *reinterpret_cast<const uint4*>(at + 2 * kPiece);
     if constexpr (kByGroup)
 #pragma unroll
       for (int part = 0; part < kChunk / kGroupInputs; ++part) {
@@ -548,8 +543,8 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
     const bool there = u < units && b < p.rows;
     const float bias = there && biases != nullptr ? wide(biases[column]) : 0.f;
     const uint16_t norm = there && next != nullptr ? next[column] : 0;
-    const int hidden = kStrips ? unit / 2 * kUnit + row : (unit + u) * 8 + row;  // of this row of gate
-    const bool gated = stage == kGateUp, gate_row = kStrips ? u == 0 : row < 8;
+    const int hidden = kPacked ? unit / 2 * kUnit + row : (unit + u) * 8 + row;  // of this row of gate
+    const bool gated = stage == kGateUp, gate_row = kPacked ? u == 0 : row < 8;
     float factor = 1.f, up_factor = 1.f;
     if (kByOutput && there && (gated ? gate_row : column < w.rows)) {
       const auto* scales = static_cast<const float*>(p.scales[layer][stage]);
@@ -563,7 +558,7 @@ DEVICE void run_product(Reader& r, int layer, Stage stage, const uint32_t* befor
     if (unit == begin) mark(r, points + 2);
     if (there && gated && gate_row) {
       const float gate = sum_of(u, row, factor) * r.s.scales[b];
-      const float up = (kStrips ? sum_of(1, row, up_factor) : sum_of(u, row + 8, up_factor)) * r.s.scales[b];
+      const float up = (kPacked ? sum_of(1, row, up_factor) : sum_of(u, row + 8, up_factor)) * r.s.scales[b];
       p.work.hidden[int64_t(b) * p.F + placed(hidden)] = narrow(gate / (1.f + exp_(-gate)) * up);
     } else if (there && head) {
       if (column < p.V) p.logits[int64_t(b) * p.V + column] = sum_of(u, row, factor) * r.s.scales[b];

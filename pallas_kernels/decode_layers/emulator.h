@@ -283,7 +283,6 @@ inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) {
 inline uint32_t halves(uint32_t a, uint32_t b, bool high) {
   return bytes_of(a, b, high ? 0x7632 : 0x5410);
 }
-inline uint32_t rotated(uint32_t word, int right) { return right == 0 ? word : word >> right | word << (32 - right); }
 inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t flip) { return (a & mask) ^ flip; }
 inline uint32_t less_pair(uint32_t a, uint32_t b) {
   return narrow(wide(uint16_t(a)) - wide(uint16_t(b))) | uint32_t(narrow(wide(a >> 16) - wide(b >> 16))) << 16;

@@ -76,14 +76,14 @@ std::string fill(Params& p, const Sizes& z, ffi::RemainingArgs args, ffi::Remain
     l.qkv_bias = z.has & kQkvBias ? bits() : nullptr;
     l.o_bias = z.has & kOBias ? bits() : nullptr;
     l.qk_norms = z.has & kQkNorms ? bits() : nullptr;
-    if (kScaled)
+    if (kKind != kBf16)
       for (const void*& scales : p.scales[i]) scales = next();
     l.k_pages = bits(), l.v_pages = bits();  // the results are the same memory
   }
   if (z.has & kTheHead) {
     Layer& end = p.layers[p.num_layers] = {};
     end.norms = bits(), end.qkv = weights();
-    if (kScaled) p.scales[p.num_layers][kQkv] = next();
+    if (kKind != kBf16) p.scales[p.num_layers][kQkv] = next();
   }
   auto out = rets.get<ffi::AnyBuffer>(0), work = rets.get<ffi::AnyBuffer>(1);
   if (!good || at != args.size() || !out.has_value() || !work.has_value()) return "unexpected number of buffers";

@@ -132,8 +132,6 @@ DEVICE uint32_t times_pair(uint32_t a, uint32_t b) {
 // Four bytes of the eight in a (0 to 3) and b (4 to 7), the selector's lowest digit first.
 DEVICE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
-DEVICE uint32_t rotated(uint32_t word, int right) { return __funnelshift_r(word, word, right); }
-
 // Rows and columns of 8 x 8 halves swapped. A lane brings columns 2t and 2t + 1 of row g, and gets those of the other.
 DEVICE uint32_t transposed(uint32_t pair) {
   uint32_t other;

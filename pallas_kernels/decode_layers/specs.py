@@ -213,5 +213,4 @@ QUANTISED_SPECS = (
 BF12_SPECS = (
     replace(_SMALL, name="bf12", kind="bf12"),
     replace(_SMALL, name="bf12_deep", kind="bf12", F=3264, D=320, **_ODD),
-    replace(_SMALL, name="bf12_head", kind="bf12", lengths=(33, 0, 5), L=1, V=1024),
 )

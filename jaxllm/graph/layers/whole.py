@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from pallas_kernels.decode_layers.api import Few, Head, LayerWeights, Weight, de
 from sharding.collectives import ALONE, Exchange, Spread
 
 log = logging.getLogger(__name__)
-PACKED_ROWS = 32  # with more, kernels widen these weights more slowly than bf16 is read
+PACKED_ROWS = range(9, 33)  # with fewer, another kernel reads bf16 in less time; with more, so does the same
 
 
 class Through(NamedTuple):
@@ -72,8 +71,8 @@ def through_all(
         decode_layers, eps=config.norm_eps, scale=config.attention_scale, groups=groups, implementation=by
     )
     forms = [(layers, None if groups else _head(model, layers[0].qkv))]
-    if packed is not None and len(x) <= PACKED_ROWS:
-        forms = [*_packed(layers, forms[0][1], packed), *forms]
+    if packed is not None and len(x) in PACKED_ROWS:
+        forms = [(_twins(layers, packed), forms[0][1]), *forms]
     done = None
     for number, (form, head) in enumerate(forms, start=1):
         if done is None:
@@ -86,19 +85,11 @@ def through_all(
     return done
 
 
-def _packed(
-    layers: list[LayerWeights], head: Head | None, packed: dict[str, Any]
-) -> Iterator[tuple[list[LayerWeights], Head | None]]:
-    """What to ask for in turn: the kernel for few rows takes a head in the layers' form, that for more a plain one."""
-    twins = [
+def _twins(layers: list[LayerWeights], packed: dict[str, Any]) -> list[LayerWeights]:
+    return [
         replace(layer, **{name: Few(words, None) for name, words in packed["layers"][number].items()})
         for number, layer in enumerate(layers)
     ]
-    if head is None or "head" not in packed:
-        yield twins, None
-    else:
-        yield twins, replace(head, table=Few(packed["head"], None))
-        yield twins, head
 
 
 def _head(model: Decoder, beside: Weight) -> Head | None:

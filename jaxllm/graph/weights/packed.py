@@ -1,9 +1,9 @@
 """A plain model's matrices once more, in 12 bits a weight without loss: what decode steps of few rows read.
 
 In: parameters, on their devices or as shapes. Out: the same with their twins beside them, under a key that no model
-has: matrices of layers by their names, gate_up with its rows in turns, and on one device the head's table. Of a matrix
-that devices share, each packs its own part. Twins come and go with the parameters they were made of, so that none is
-ever older. Knows nothing of steps, nor of when twins pay.
+has: matrices of layers by their names, gate_up with its rows in turns. Of a matrix that devices share, each packs its
+own part. The head's table has none, as no kernel reads one. Twins come and go with the parameters they were made of, so
+that none is ever older. Knows nothing of steps, nor of when twins pay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from jaxllm.graph.models.decoder import Params
 from pallas_kernels import bf12
 
 KEY = "packed"  # sorts behind all that a model has: the first leaf stays the first
-HEAD = "head"
 PLACES = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
 AT_ONCE = 2**24  # weights: packing takes some 40 bytes of each beside them
 
@@ -38,8 +37,6 @@ def refusal(model: ModelConfig, params: Params) -> str | None:
         return "experts"
     if any(model.windows):
         return "attention within a window"
-    if "head" not in params and "embed" not in params:
-        return "a part without the head"
     for number, layer in params["layers"].items():
         if layer["mlp"].get("gate_up_bias") is not None:
             return "a bias of gate and up"
@@ -90,10 +87,6 @@ def _matrices(params: Params) -> Iterator[tuple[tuple[Any, ...], Any]]:
     for number, layer in params["layers"].items():
         for name, place in PLACES.items():
             yield ("layers", number, name), layer[place][name]
-    table = params["head"] if "head" in params else params["embed"]
-    # Of another vocabulary, or shared by devices, it is read as it is.
-    if _odd(table) is None and not isinstance(table.sharding, NamedSharding):
-        yield (HEAD,), table
 
 
 def _tree(leaves: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:

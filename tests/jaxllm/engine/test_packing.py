@@ -12,16 +12,9 @@ from jaxllm.config import ConfigError, EngineConfig, ModelSource, resolve
 from jaxllm.engine import packing
 from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.spread import Home
-from pallas_kernels.decode_layers import cuda
 
 MODEL = ModelConfig(vocab_size=128, num_layers=2, d_model=256, num_heads=2, num_kv_heads=1, head_dim=128, d_ff=512)
 WHOLE = (1, 256)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """As where the few-rows kernel is built for them."""
-    monkeypatch.setitem(cuda.KINDS, "bf12", cuda.KINDS["bf16"])
 
 
 def gpu(memory: int = 2**30) -> Any:
@@ -44,7 +37,6 @@ def decided(model=MODEL, device=None, whole=WHOLE, asked=None, **sections):
     return home.packed
 
 
-@pytest.mark.usefixtures("kernels")
 def test_a_gpu_makes_them_where_they_fit_or_it_is_told_to(caplog):
     assert decided()
     assert not decided(asked=False)
@@ -54,13 +46,12 @@ def test_a_gpu_makes_them_where_they_fit_or_it_is_told_to(caplog):
     assert decided(device=gpu(2**20), asked=True)
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("given", "why"),
     [
         (dict(model=replace(MODEL, head_dim=64)), "no kernel takes heads of 64"),
         (dict(whole=None), "runs no decode step as one op"),
-        (dict(whole=(200, 256)), "no decode bucket has 128 rows or fewer"),
+        (dict(whole=(200, 256)), "no decode bucket has 9 to 32 rows"),
         (dict(model=replace(MODEL, d_ff=96)), "not of multiples of 64"),
     ],
 )
@@ -71,10 +62,3 @@ def test_where_they_could_not_be_read_there_are_none_and_the_line_says_why(given
     assert why in caplog.text
     with pytest.raises(ConfigError, match=r"model\.packed_weights = true: "):
         decided(**given, asked=True)
-
-
-def test_no_kernel_no_twins(caplog, monkeypatch):
-    monkeypatch.delitem(cuda.KINDS, "bf12", raising=False)
-    with caplog.at_level(logging.INFO):
-        assert not decided()
-    assert "no kernel reads them" in caplog.text

@@ -35,13 +35,6 @@ def test_several_devices_build_what_they_add_up_with(begun):
 def test_every_library_of_a_plain_model_is_begun(begun):
     """Else the first start builds it when it meets it, and all others wait."""
     libraries.begin("gpu", "bfloat16", "none", 1)
-    others = ("jaxllm_fp8", "jaxllm_int", "jaxllm_bf12")
+    others = ("jaxllm_fp8", "jaxllm_int")
     plain = [each.library for name, each in libraries.LIBRARIES.items() if not name.startswith(others)]
     assert set(plain) == set(begun)
-
-
-def test_twins_of_the_weights_build_the_kernel_that_reads_them_beside_the_plain_one(begun, monkeypatch):
-    monkeypatch.setitem(decode_layers.KINDS, libraries.PACKED, decode_layers.KINDS["int4"])
-    libraries.begin("gpu", "bfloat16", "none", 1, packed=True)
-    assert decode_layers.KINDS[libraries.PACKED].library in begun
-    assert decode_layers.KINDS["bf16"].library in begun
