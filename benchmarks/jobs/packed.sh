@@ -8,7 +8,7 @@ timeout 90 python3 -m pytest -m gpu -p no:cacheprovider -o addopts="--strict-mar
 for model in ${MODELS:-llama-3.1-8b}; do
   for form in ${FORMS:-true false}; do
     echo "== $model packed_weights=$form"; date -u +%T
-    timeout "${LIMIT:-130}" python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py "$model" /tmp/shapes)" --batch "${BATCH:-1,8,16,32}" --prefill "${PREFILL:-1024}" \
+    timeout "${LIMIT:-130}" python3 -W ignore -m serve.cli bench latency "$(python3 benchmarks/shapes.py "$model" /tmp/shapes)" --batch "${BATCH:-16,32}" --prefill "${PREFILL:-1024}" \
       --repeats 2 --set max_model_len=8256 --set max_num_seqs=${SEQS:-32} --set packed_weights=$form --label "$COMMIT" --out "$OUT/$model-$form.json" \
       > "$OUT/$model-$form.log" 2>&1
     grep -E "12 bits|pack|phase|weights|ready|MiB|GiB" "$OUT/$model-$form.log" | cut -c1-200 | head -n 24; tail -n 14 "$OUT/$model-$form.log"
