@@ -43,7 +43,7 @@ from jaxllm.engine.memory import (
 )
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.multi_step import with_decode_steps
-from jaxllm.engine.packing import packed, packed_bytes, with_packed
+from jaxllm.engine.packing import begin_packing, packed, packed_bytes, with_packed
 from jaxllm.engine.policy import POLICIES
 from jaxllm.engine.replicas import ReplicatedEngine
 from jaxllm.engine.residency import Residency
@@ -201,6 +201,8 @@ def _loaded_and_compiled(
     alone = homes[0].device.platform == "gpu" and report.compile_cache.entries == 0
     if config.model.load_format != "dummy":
         loader.check(directory, model_config)  # what is wrong with the files is said before anything is begun
+    if homes[0].packed:
+        begin_packing(shapes)
     loaded: Future[None] = Future()
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         compiling = pool.submit(compile_, shapes, after=loaded if alone else None)

@@ -9,7 +9,9 @@ that none is ever older. Knows nothing of steps, nor of when twins pay.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -70,12 +72,41 @@ def with_shapes(params: Params) -> Params:
 
 def with_twins(params: Params) -> Params:
     """The parameters with their twins, made where they lie. PackingError where one is too odd for 12 bits."""
-    made = {path: _packer(leaf.sharding)(leaf, turned=path[-1] == "gate_up") for path, leaf in _matrices(params)}
+    programs = begin(params)
+    made = {path: programs[_program_of(path, leaf)].result()(leaf) for path, leaf in _matrices(params)}
     for path, (_, failed) in made.items():
         if int(failed):
             odd = f"{int(failed)} slab{'s' if int(failed) > 1 else ''} of {bf12.SLAB} x {bf12.TILE} weights"
             raise PackingError(f"{'.'.join(map(str, path))}: {odd} with exponents too far apart for 12 bits")
     return {**params, KEY: _tree({path: words for path, (words, _) in made.items()})}
+
+
+Program = tuple[tuple[int, ...], jax.sharding.Sharding, bool]  # of a matrix's shape, placement and turns
+_BEGUN: dict[Program, Future[Callable[[Any], tuple[jax.Array, jax.Array]]]] = {}
+_LOCK = threading.Lock()
+
+
+def begin(params: Params) -> dict[Program, Future[Callable[[Any], tuple[jax.Array, jax.Array]]]]:
+    """Compiles what packs these matrices, or those of these shapes: once a process, each kind in its own thread."""
+    with _LOCK:
+        for path, leaf in _matrices(params):
+            program = _program_of(path, leaf)
+            if program not in _BEGUN:
+                _BEGUN[program] = future = Future()
+                threading.Thread(target=_compile, args=(future, *program), daemon=True).start()
+        return dict(_BEGUN)
+
+
+def _program_of(path: tuple[Any, ...], leaf: Any) -> Program:
+    return leaf.shape, leaf.sharding, path[-1] == "gate_up"
+
+
+def _compile(future: Future[Any], shape: tuple[int, ...], sharding: jax.sharding.Sharding, turned: bool) -> None:
+    try:
+        weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+        future.set_result(_packer(sharding).lower(weight, turned=turned).compile())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def without_twins(params: Params) -> Params:
@@ -103,12 +134,12 @@ def _tiles(N: int, K: int) -> tuple[int, ...]:
     return N // bf12.TILE, K // bf12.TILE, bf12.TILE // bf12.SLAB, bf12.WORDS
 
 
-def _packer(sharding: jax.sharding.Sharding) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _packer(sharding: jax.sharding.Sharding) -> Any:
     return _spread(sharding.mesh, sharding.spec) if isinstance(sharding, NamedSharding) else _pack
 
 
 @functools.cache
-def _spread(mesh: Mesh, spec: P) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _spread(mesh: Mesh, spec: P) -> Any:
     """`_pack` of each device's own part."""
     cut = [name for along in spec if along is not None for name in ((along,) if isinstance(along, str) else along)]
 

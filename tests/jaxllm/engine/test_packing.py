@@ -30,6 +30,11 @@ class OnGpu(Home):
     own_device = property(lambda self: self.device)
 
 
+@pytest.fixture(autouse=True)
+def narrow_models_too(monkeypatch):
+    monkeypatch.setattr(packing, "LEAST_WIDTH", MODEL.d_model)
+
+
 def decided(model=MODEL, device=None, whole=WHOLE, asked=None, **sections):
     config = EngineConfig(model=ModelSource(packed_weights=asked), **sections)
     config = resolve(config, 128, "gpu")
@@ -44,6 +49,14 @@ def test_a_gpu_makes_them_where_they_fit_or_it_is_told_to(caplog):
         assert not decided(device=gpu(2**20))
     assert "more than 15% of the device's memory" in caplog.text
     assert decided(device=gpu(2**20), asked=True)
+
+
+def test_a_narrow_model_has_none_by_itself(caplog, monkeypatch):
+    monkeypatch.setattr(packing, "LEAST_WIDTH", MODEL.d_model + 1)
+    with caplog.at_level(logging.INFO):
+        assert not decided()
+    assert "a residual stream of 256 numbers, fewer than 257" in caplog.text
+    assert decided(asked=True)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def bits(array):
 @pytest.mark.parametrize("at_once", [1, 3 * 64 * 64, packed.AT_ONCE])
 def test_twins_made_some_rows_at_a_time_hold_every_bit(at_once, monkeypatch):
     monkeypatch.setattr(packed, "AT_ONCE", at_once)
+    monkeypatch.setattr(packed, "_BEGUN", {})
     jax.clear_caches()
     params = dummy(CONFIG)
     twins = packed.with_twins(params)
