@@ -162,8 +162,7 @@ class ModelSource:
     max_model_len: int = _knob(AUTO, _integer(2, 2**31 - 1, auto=True))
     quantization: str = _knob("none", _choice("none", "int8", "int4", "fp8"))  # of plain weights, when they are loaded
     quantization_group: int = _knob(128, _one_of(32, 64, 128))  # int4: inputs that share a scale
-    # Plain matrices once more in 12 bits, without loss, for decode steps of few rows; None: on a GPU where they fit.
-    packed_weights: bool | None = _knob(None, lambda name, value: value if value is None else _flag(name, value))
+    packed_weights: bool = _knob(False, _flag)  # plain matrices in 12 bits too, for decode steps of few rows
 
     def __post_init__(self) -> None:
         _check_fields(self, "model.")

@@ -212,7 +212,7 @@ def _loaded_and_compiled(
             if homes[0].packed:
                 with _timed(report, "packing"):
                     params = packed(config, homes, params)
-            # A checkpoint's matrices may be quantised unalike, or be none to pack: shapes are not what was thought.
+            # A checkpoint's matrices may be quantised unalike: shapes are then not what was thought.
             alike = jax.tree.structure(params) == jax.tree.structure(shapes)
             if alike:
                 loaded.set_result(None)
@@ -233,38 +233,15 @@ def _residency(
     if jax.process_count() > 1:
         return None
 
-    twins = {number for number, own in enumerate(lanes) if replicas[number][0].packed and packed_bytes(own[0].params)}
-
     def read(number: int, source: Path) -> Any:
         dummy = source == directory and config.model.load_format == "dummy"
         model = config.model if dummy else dataclasses.replace(config.model, load_format="auto")
         again = dataclasses.replace(config, model=model)
         found = _params(again, model_config, replicas[number], source, lambda phase, share: None)
-        if number in twins:
-            plain, found = found, packed(config, replicas[number], found)
-            if found is plain:
-                twins.remove(number)
-                _without_twins(config, replicas[number], lanes[number], plain, report)
+        found = packed(config, replicas[number], found)
         return found[0] if len(replicas[number]) == 1 else found
 
     return Residency(lanes, lambda source: loader.check(source, model_config), read, directory)
-
-
-def _without_twins(
-    config: EngineConfig,
-    homes: tuple[Home, ...],
-    runners: tuple[Runner, ...],
-    params: list[Params],
-    report: StartReport,
-) -> None:
-    """New weights that cannot be packed: steps that do not ask for twins, over the pages that are there."""
-    pages = None if report.memory is None else report.memory.num_pages
-    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, num_pages=pages))
-    again = StartReport(compile_cache=report.compile_cache)
-    executables, _, _ = _compile(config, homes, params, again, lambda phase, share: None)
-    for runner in runners:
-        runner.executables = executables
-        runner.all_compiled()
 
 
 def _balancer(config: EngineConfig, home: Home, runner: Runner) -> Balancer | None:

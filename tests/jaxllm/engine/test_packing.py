@@ -1,6 +1,5 @@
-"""When a model's matrices get twins by themselves: on a GPU whose kernels read them, and where they fit."""
+"""When a model's matrices get twins: where that is asked for and something reads them."""
 
-import logging
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +16,9 @@ MODEL = ModelConfig(vocab_size=128, num_layers=2, d_model=256, num_heads=2, num_
 WHOLE = (1, 256)
 
 
-def gpu(memory: int = 2**30) -> Any:
+def gpu() -> Any:
     """What is asked of one, on a machine that has none."""
-    stats = {"bytes_limit": memory}
-    return SimpleNamespace(platform="gpu", device_kind="H200", process_index=0, memory_stats=lambda: stats)
+    return SimpleNamespace(platform="gpu", device_kind="H200", process_index=0)
 
 
 class OnGpu(Home):
@@ -30,33 +28,16 @@ class OnGpu(Home):
     own_device = property(lambda self: self.device)
 
 
-@pytest.fixture(autouse=True)
-def narrow_models_too(monkeypatch):
-    monkeypatch.setattr(packing, "LEAST_WIDTH", MODEL.d_model)
-
-
-def decided(model=MODEL, device=None, whole=WHOLE, asked=None, **sections):
+def decided(model=MODEL, whole=WHOLE, asked=True, **sections):
     config = EngineConfig(model=ModelSource(packed_weights=asked), **sections)
     config = resolve(config, 128, "gpu")
-    ((home,),) = packing.with_packed(config, [(OnGpu(model, device or gpu()),)], whole)
+    ((home,),) = packing.with_packed(config, [(OnGpu(model, gpu()),)], whole)
     return home.packed
 
 
-def test_a_gpu_makes_them_where_they_fit_or_it_is_told_to(caplog):
+def test_a_gpu_makes_them_where_it_is_told_to():
     assert decided()
     assert not decided(asked=False)
-    with caplog.at_level(logging.INFO):
-        assert not decided(device=gpu(2**20))
-    assert "more than 15% of the device's memory" in caplog.text
-    assert decided(device=gpu(2**20), asked=True)
-
-
-def test_a_narrow_model_has_none_by_itself(caplog, monkeypatch):
-    monkeypatch.setattr(packing, "LEAST_WIDTH", MODEL.d_model + 1)
-    with caplog.at_level(logging.INFO):
-        assert not decided()
-    assert "a residual stream of 256 numbers, fewer than 257" in caplog.text
-    assert decided(asked=True)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +49,6 @@ def test_a_narrow_model_has_none_by_itself(caplog, monkeypatch):
         (dict(model=replace(MODEL, d_ff=96)), "not of multiples of 64"),
     ],
 )
-def test_where_they_could_not_be_read_there_are_none_and_the_line_says_why(given, why, caplog):
-    with caplog.at_level(logging.INFO):
-        assert not decided(**given)
-    assert "weights in 12 bits for decode steps: none" in caplog.text
-    assert why in caplog.text
-    with pytest.raises(ConfigError, match=r"model\.packed_weights = true: "):
-        decided(**given, asked=True)
+def test_where_they_could_not_be_read_the_error_says_why(given, why):
+    with pytest.raises(ConfigError, match=rf"model\.packed_weights = true: .*{why}"):
+        decided(**given)
