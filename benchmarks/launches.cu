@@ -1,5 +1,6 @@
 // Layers of a decode step of the 8B shape as launches that overlap, without JAX: us a layer for all of it, for attention and for
-// what lies between, eight distinct layers, 1,147 keys a row in pages of 16, cuts as cuda.py chooses them.
+// what lies between, eight distinct layers, 1,147 keys a row in pages of 16, cuts as cuda.py chooses them; up to 32 rows also by the same
+// weights in 12 bits, and first whether both give the same bits.
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -cudart static -I XLA_INCLUDES -o launches benchmarks/launches.cu
 //

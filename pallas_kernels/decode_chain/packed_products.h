@@ -171,7 +171,7 @@ DEVICE void compute_packed(const Product& p, const char* slots, Barriers& ring, 
       const char* x = slots + turn.slot * S::kSlotBytes;
       const char* slab = x + S::kRowBytes + warp * kSlabBytes;
       if (mine) widen(a, slab, lane);
-      if (i == 0) scale = scale_of(slab);
+      if (mine && i == 0) scale = scale_of(slab);
       begin_products();
       multiply_held<kPackedRows>(sums, a, x, i > 0);
       end_products();
