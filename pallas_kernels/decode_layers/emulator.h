@@ -12,9 +12,9 @@
 #include <functional>
 #include <memory>
 #include <numeric>
-#include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -82,8 +82,12 @@ struct Fiber {
   Grid* grid;
   int program, thread, lane, warp;
   bool done = false;
-  const void* awaited = nullptr;  // what it waits for, on its own stack, and whether that has come
+};
+
+// What a fiber waits for, beside those of its neighbours: they are looked at far more often than they have come.
+struct Wait {
   bool (*come)(const void*) = nullptr;
+  alignas(8) char what[24];
 };
 
 struct Copy {
@@ -104,6 +108,7 @@ struct Grid {  // a launch
   Grid* ahead = nullptr;
   std::vector<Meeting> clusters;
   std::vector<Fiber> fibers;
+  std::vector<Wait> waits;  // of each fiber
   std::vector<BlockState> blocks;
   size_t left = 1;  // fibers, once it has begun
   bool done() const { return left == 0; }
@@ -112,11 +117,20 @@ struct Grid {  // a launch
   }
 };
 
+struct Random {  // xorshift
+  uint32_t state = 1;
+  void seed(unsigned seed) { state = (seed + 1) * 2654435761u | 1; }
+  uint32_t operator()() {
+    state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+    return state;
+  }
+};
+
 struct Machine {
   jmp_buf left;  // where the scheduler is while a fiber has its turn
   std::vector<Copy> copies;
   Fiber* current = nullptr;
-  std::mt19937 random;
+  Random random;
   bool moved = false;  // something happened in this turn that a wait may end by
   std::string fault;
 };
@@ -131,12 +145,14 @@ __attribute__((noinline)) inline void yield() {
 // A fiber gets no turn before what it waits for has come: it would only look and give the turn back.
 template <typename Come>
 inline void wait_until(const Come& come) {
+  static_assert(sizeof(Come) <= sizeof(Wait::what) && std::is_trivially_copyable_v<Come>);
   if (come()) return;
   Fiber& own = *machine->current;
-  own.awaited = &come;
-  own.come = [](const void* what) { return (*static_cast<const Come*>(what))(); };
+  Wait& wait = own.grid->waits[&own - own.grid->fibers.data()];
+  std::memcpy(wait.what, &come, sizeof come);
+  wait.come = [](const void* what) { return (*static_cast<const Come*>(what))(); };
   yield();
-  own.come = nullptr;
+  wait.come = nullptr;
 }
 
 inline void meet(Meeting& meeting) {
@@ -147,7 +163,7 @@ inline void meet(Meeting& meeting) {
     ++meeting.rounds;
     return;
   }
-  wait_until([&] { return meeting.rounds != round; });
+  wait_until([rounds = &meeting.rounds, round] { return *rounds != round; });
 }
 
 inline void meet_cluster() { meet(machine->current->grid->clusters[machine->current->program / machine->current->grid->cluster]); }
@@ -386,6 +402,7 @@ inline void enter_fiber() {
     m.fault = fault.what();
   }
   m.current->done = m.moved = true;
+  m.current->grid->waits[m.current - m.current->grid->fibers.data()].come = [](const void*) { return false; };
   yield();
 }
 
@@ -410,6 +427,7 @@ inline void begin(Grid& grid) {
   for (Meeting& each : grid.clusters) each.size = grid.cluster * grid.threads;
   grid.blocks = std::vector<BlockState>(grid.programs);
   grid.fibers = std::vector<Fiber>(size_t(grid.programs) * grid.threads);
+  grid.waits = std::vector<Wait>(grid.fibers.size());
   grid.left = grid.fibers.size();
   for (size_t i = 0; i < grid.fibers.size(); ++i) {
     Fiber& fiber = grid.fibers[i];
@@ -459,11 +477,12 @@ inline std::string run_streams(const std::vector<std::vector<Grid>*>& streams, u
         BlockState& block = grid->blocks[m.random() % grid->blocks.size()];
         block.warps[m.random() % block.warps.size()].asleep = round + m.random() % 48;
       }
-      const size_t start = m.random() % grid->fibers.size();
-      for (size_t i = 0; i < grid->fibers.size(); ++i) {
-        Fiber& fiber = grid->fibers[(start + i) % grid->fibers.size()];
-        if (fiber.done || m.random() % 4 == 0 || fiber.block->warps[fiber.warp].asleep > round) continue;  // others do not wait unasked
-        if (fiber.come && !fiber.come(fiber.awaited)) continue;
+      size_t at = m.random() % grid->fibers.size();
+      for (size_t i = 0; i < grid->fibers.size(); ++i, at = at + 1 == grid->fibers.size() ? 0 : at + 1) {
+        const Wait& wait = grid->waits[at];
+        if (wait.come && !wait.come(wait.what)) continue;
+        Fiber& fiber = grid->fibers[at];
+        if (m.random() % 4 == 0 || fiber.block->warps[fiber.warp].asleep > round) continue;  // others do not wait unasked
         give_turn(m, fiber);
         grid->left -= fiber.done;
       }
