@@ -60,7 +60,7 @@ def children_compile_in_haste():
 
 @pytest.fixture(scope="module")
 def compiled_in_haste(children_compile_in_haste):
-    """This process and its children do: for modules that compile much. On a GPU, where speed is what is promised, no."""
+    """This process and its children do: for modules that compile much. Not on a GPU, where speed is promised."""
     import jax
 
     if jax.default_backend() == "gpu":
