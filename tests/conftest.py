@@ -1,7 +1,6 @@
 """Every test runs with strict dtype promotion; tests of host code never import JAX."""
 
 import os
-import sys
 
 import pytest
 from helpers import vocabularies
@@ -16,17 +15,16 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("NPROC", "16")
 # Devices to spread a model over; everything else runs on the first.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# XLA's newer emitters put each fusion through MLIR, half of all time to compile.
+# Compiling is most of what the suite takes. XLA's newer emitters put each fusion through MLIR, half of that time.
 QUICK = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-FLAGS = os.environ.get("XLA_FLAGS", "").replace(QUICK, "").strip()  # a worker of xdist has its parent's
-os.environ["XLA_FLAGS"] = f"{FLAGS} {QUICK}".strip()
+if QUICK not in (FLAGS := os.environ.get("XLA_FLAGS", "")):  # a worker of xdist has its parent's
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {QUICK}".strip()
 
 
-def pytest_collection_finish():
-    """XLA reads its flags once: here. Children do without: what the older emitters make is slower to serve with."""
-    if "jax" in sys.modules:
-        sys.modules["jax"].jit(lambda: 0)()
-    os.environ["XLA_FLAGS"] = FLAGS
+def pytest_configure(config):
+    """Without LLVM's costly passes, here and in children; not on a GPU, where speed is promised."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.hookimpl(trylast=True)
@@ -49,25 +47,13 @@ def tokenizers_by_kind(vocabulary_directories):
 
 
 @pytest.fixture(scope="module")
-def children_compile_in_haste():
-    """Processes that a module starts make machine code without LLVM's costly passes and by the older emitters: where
-    no bits are promised. Their starts are longer than what they serve."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        patch.setenv("XLA_FLAGS", f"{FLAGS} {QUICK}".strip())
-        yield
-
-
-@pytest.fixture(scope="module")
-def compiled_in_haste(children_compile_in_haste):
-    """This process and its children do: for modules that compile much. Not on a GPU, where speed is promised."""
+def compiled_as_served():
+    """With all passes, as for users: what a module runs that promises them bits."""
     import jax
 
-    if jax.default_backend() == "gpu":
-        yield
-        return
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # JAX would give this module what others compiled, and the next one what this one did
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # JAX would give the next module what this one compiled
+    jax.clear_caches()

@@ -25,7 +25,6 @@ from benchmarks.compare_serve import (
     verdicts,
 )
 
-pytestmark = pytest.mark.usefixtures("children_compile_in_haste")
 HELPERS = Path(__file__).parent.parent / "helpers"
 GOOD = {
     "completed": 8,

@@ -14,7 +14,6 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.weights import kv_scales
 from jaxllm.llm import LLM
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -8,8 +8,6 @@ import pytest
 from jaxllm.core import FinishReason, SamplingParams
 from jaxllm.llm import LLM
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -11,7 +11,6 @@ from jaxllm.graph import compile as compiling
 from jaxllm.graph.steps import SampleMode
 from jaxllm.llm import LLM
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 PARAMS = [
     SamplingParams(temperature=0.9, seed=7, max_tokens=9, ignore_eos=True),
     SamplingParams(temperature=0.9, seed=8, top_k=3, max_tokens=9, ignore_eos=True),

@@ -16,7 +16,6 @@ from jaxllm.graph.weights import packed
 from jaxllm.llm import LLM
 from pallas_kernels import bf12
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

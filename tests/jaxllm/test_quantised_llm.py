@@ -9,7 +9,6 @@ from jaxllm.config import ConfigError
 from jaxllm.core import SamplingParams
 from jaxllm.llm import LLM
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

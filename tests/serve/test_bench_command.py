@@ -9,7 +9,6 @@ from jaxllm.config import ConfigError
 from serve import cli
 from serve.commands.bench import numbers, process_age_s, with_defaults
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -27,8 +27,6 @@ from jaxllm.core import JaxLLMError
 from jaxllm.engine.process.main import build_engine
 from serve.texts import open_tokenizer
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 FEWEST = ("--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override", "64")  # executables
 NORM = "model.norm.weight"
 DOWN = "model.layers.3.mlp.down_proj.weight"

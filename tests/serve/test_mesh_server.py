@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 
 from jaxllm.config import BUNDLED_MODEL, bundled_model_dir
 
-pytestmark = pytest.mark.usefixtures("children_compile_in_haste")
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "bundled_greedy.json").read_text())["rows"]
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-pytestmark = pytest.mark.usefixtures("children_compile_in_haste")
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -18,7 +18,6 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract
 from jaxllm.graph.weights.names import to_checkpoint
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,

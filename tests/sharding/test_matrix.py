@@ -28,7 +28,6 @@ from jaxllm.graph.models.decoder import abstract
 from jaxllm.graph.weights.names import to_checkpoint
 from sharding.axes import MeshError
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 PAGE = Path(__file__).parent.parent.parent / "docs" / "parallelism.md"
 MODEL = {
     "architectures": ["LlamaForCausalLM"],

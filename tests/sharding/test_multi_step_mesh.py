@@ -9,8 +9,6 @@ from jaxllm.config import load
 from jaxllm.core import SamplingParams
 from jaxllm.engine.startup import start
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -18,7 +18,6 @@ from sharding.axes import MeshConfig, MeshError
 from sharding.mesh import stage_meshes
 from sharding.placement import Placement
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 ROWS, COLUMNS = ("qkv", "embed"), ("embed", "ffn")
 MODEL = functools.partial(ModelConfig, vocab_size=64, num_layers=1, num_kv_heads=2)
 SMALL = MODEL(d_model=192, num_heads=4, head_dim=24, d_ff=256)  # parts of packed tiles

@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.usefixtures("children_compile_in_haste")
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, sys

@@ -16,6 +16,8 @@ from jaxllm.graph import steps
 from jaxllm.graph.compile import compile_counter
 from pallas_kernels.dispatch import explain
 
+pytestmark = pytest.mark.usefixtures("compiled_as_served")
+
 VOCAB = 128
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,8 +15,6 @@ from jaxllm.engine.startup import start
 from jaxllm.graph.compile import compile_counter
 from jaxllm.llm import LLM
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

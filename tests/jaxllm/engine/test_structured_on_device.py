@@ -12,8 +12,6 @@ from jaxllm.engine.decoding import grammars
 from jaxllm.engine.startup import start
 from jaxllm.graph.compile import compile_counter
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -13,7 +13,6 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract, merge
 from jaxllm.graph.weights.loader import load
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 TOLERANCE = 1e-3
 
 

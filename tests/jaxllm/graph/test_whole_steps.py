@@ -20,8 +20,6 @@ from jaxllm.graph.weights import packed
 from jaxllm.graph.weights.random import dummy
 from pallas_kernels.decode_layers.api import Few
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 PAGE, PAGES, ROWS = 8, 12, 4
 SIZES = dict(vocab_size=83, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96)
 

@@ -39,7 +39,7 @@ timeout_s = 25
 token_file = "{token}"
 """
 # Groups are told apart, not their bits: compiling is the time.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("children_compile_in_haste")]
+pytestmark = pytest.mark.timeout(900)
 
 
 class Launched:

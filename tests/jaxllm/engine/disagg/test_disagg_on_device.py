@@ -15,8 +15,6 @@ from jaxllm.graph.compile import compile_counter
 from jaxllm.llm import LLM
 from sharding.axes import MeshError
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

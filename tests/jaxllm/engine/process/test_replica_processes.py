@@ -18,7 +18,6 @@ from jaxllm.engine.process.replicas import fleet, one_replica
 from jaxllm.llm import LLM
 from sharding.axes import MeshError
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 ROOT = Path(__file__).parents[4]
 SMALL = {"model": "first-light-draft", "max_num_seqs": 2, "decode_buckets": [2], "max_num_batched_tokens": 64}
 SMALL |= {"token_buckets": [64], "num_pages": 32, "max_model_len": 256}

@@ -11,8 +11,6 @@ from jaxllm.graph.models.config import ModelConfig
 from jaxllm.graph.models.decoder import abstract, merge
 from jaxllm.graph.weights.random import dummy
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_gives_random_weights_that_run(name):
