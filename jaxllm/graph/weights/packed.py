@@ -106,6 +106,8 @@ def _compile(future: Future[Any], shape: tuple[int, ...], sharding: jax.sharding
         weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
         future.set_result(_packer(sharding).lower(weight, turned=turned).compile())
     except BaseException as error:
+        with _LOCK:
+            _BEGUN.pop((shape, sharding, turned), None)  # whoever asks next tries again
         future.set_exception(error)
 
 

@@ -40,6 +40,20 @@ def test_twins_made_some_rows_at_a_time_hold_every_bit(at_once, monkeypatch):
     jax.clear_caches()
 
 
+def test_a_program_that_could_not_be_compiled_is_tried_again(monkeypatch):
+    params, packer = dummy(CONFIG), packed._packer
+
+    def full(_):
+        raise MemoryError("for once")
+
+    monkeypatch.setattr(packed, "_BEGUN", {})
+    monkeypatch.setattr(packed, "_packer", full)
+    begun = packed.begin(params).values()
+    assert all(isinstance(future.exception(), MemoryError) for future in begun)
+    monkeypatch.setattr(packed, "_packer", packer)
+    assert packed.KEY in packed.with_twins(params)
+
+
 def test_shapes_are_those_of_what_is_made():
     _, shapes = abstract(CONFIG)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
