@@ -48,7 +48,7 @@ def tokenizers_by_kind(vocabulary_directories):
 
 @pytest.fixture(scope="module")
 def compiled_as_served():
-    """With all passes, as for users: what a module runs that promises them bits."""
+    """With LLVM's costly passes, as for users: what a module runs here, not in children, that promises them bits."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")

@@ -47,12 +47,9 @@ MOST_ROWS, DEPTH, WIDEST = 256, 64, 8192
 GROUP, TILE = 64, 128  # rows that a warpgroup multiplies; of one of two tiles
 ONE_TILE = 192  # up to so many rows are one tile, of three warpgroups at most
 WIDTHS = {False: (64, 96, 128), True: (64, 128, 224)}  # of tiles, by gated: what chain.h knows
-SHARED = (
-    "weights",
-    "rows",
-    "packed",
-)  # what two neighbouring blocks have in common; packed: rows, of weights in 12 bits
-PACKED_WIDTHS = {False: (64, 128, 192), True: (128, 224)}  # the same of weights in 12 bits
+SHARED = "weights", "rows"  # what two neighbouring blocks have in common
+PACKED = "packed"  # or this: rows, and the weights are in 12 bits
+PACKED_WIDTHS = {False: (64, 128, 192), True: (128, 224)}  # of tiles of such weights, by gated
 PACKED_ROWS = 32  # that these are multiplied by
 MOST_SPLITS, FEWEST_BLOCKS = 8, 4  # into which a depth is cut; blocks of depth that are worth a part
 
@@ -62,7 +59,7 @@ class Cut(NamedTuple):
 
     width: int
     splits: int
-    shared: str  # of SHARED
+    shared: str  # of SHARED, or PACKED
 
 
 @functools.cache
@@ -95,7 +92,7 @@ def packed_cut_for(columns: int, depth: int, gated: bool, blocks: int) -> Cut:
         return fetched + (0 if gated else cut.splits * 2 * PACKED_ROWS * columns * 4 / blocks), cut.splits
 
     splits = [n for n in range(1, MOST_SPLITS + 1) if n == 1 or (not gated and count >= n * FEWEST_BLOCKS)]
-    return min((Cut(width, n, "packed") for width in PACKED_WIDTHS[gated] for n in splits), key=bytes_of_one)
+    return min((Cut(width, n, PACKED) for width in PACKED_WIDTHS[gated] for n in splits), key=bytes_of_one)
 
 
 def decode_chain(
@@ -146,7 +143,9 @@ def cuts_for(
     products = ((D, O, False), (F, D, True), (D, F, False), (Q, D, False))
     cuts = [packed_cut_for(*each, blocks) if packed else cut_for(rows, *each, blocks) for each in products]
     sums = max(cut.splits * columns for cut, (columns, _, gated) in zip(cuts, products, strict=True) if not gated)
-    return np.array([(cut.width, cut.splits, SHARED.index(cut.shared)) for cut in cuts], np.int64).ravel(), sums
+    return np.array(
+        [(cut.width, cut.splits, (*SHARED, PACKED).index(cut.shared)) for cut in cuts], np.int64
+    ).ravel(), sums
 
 
 def call(

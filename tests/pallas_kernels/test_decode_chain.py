@@ -74,7 +74,7 @@ DEALT = ChainSpec("dealt", T=70, D=192, O=1024, F=512, Q=320, biases=True)
 
 
 @pytest.mark.skipif(ON_GPU, reason="of the emulated machine")
-@pytest.mark.parametrize("shared", cuda.SHARED[:2])  # of weights in 12 bits: test_decode_layers_quantised.py
+@pytest.mark.parametrize("shared", cuda.SHARED)
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("width", cuda.WIDTHS[False])
 def test_however_a_product_is_dealt_out(monkeypatch, width, splits, shared):
