@@ -16,9 +16,10 @@
 namespace {
 
 constexpr int kStages = 4, kOfCut = 3;  // numbers of a stage's cut: width, splits, shared
-constexpr int kSettling = 256;  // threads of a row
+constexpr int kSettling = 256;  // threads of a row, of one block or of a cluster's
 constexpr int kTogether = 4;    // splits that a thread asks for at one time, of all its pieces of a row where rows are few
 constexpr int kFewRows = 64;    // what multiplies beside leaves more registers then
+constexpr int kPaired = 2;      // blocks of a row's threads behind packed products: each quarter of a multiprocessor has room for one warp
 constexpr int kWindow = 2;      // slots of first weights that come at one time behind settle(): its loads would wait for more
 constexpr int kPartFours = 2;   // pieces of four numbers that a thread has of a row's part, where there is no norm
 
@@ -31,6 +32,7 @@ struct Settle {
   Peers peers;               // who have other parts of the sums, and which of the two halves of their memory
   int turn;
   int M, N, splits, parts;  // of a row: one if there is a norm
+  int sharing = 1;          // blocks that a row's threads are those of: one or kPaired, where rows are few
   float eps;
   int number;  // of the launch, for stamps
 };
@@ -42,14 +44,26 @@ DEVICE uint2 narrow_four(const float4& v) { return {narrow(v.x, v.y), narrow(v.z
 DEVICE float4 plus(const float4& a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 DEVICE float square(const float4& v) { return times(v.x, v.x) + times(v.y, v.y) + (times(v.z, v.z) + times(v.w, v.w)); }
 
-// Of a block's threads, the same for all.
-DEVICE float sum_of_block(float value, float* room, int thread) {
+struct RowSums {  // in a block
+  float sums[kSettling / 32];  // of a row's warps
+  uint64_t there;              // where they come from several blocks
+};
+
+// Of a row's threads, the same for all, in one order however many blocks they are those of.
+template <int SHARING>
+DEVICE float sum_of_row(float value, RowSums& room, int thread) {
   for (int mask = 16; mask; mask /= 2) value += shuffle_xor(value, mask);
-  if (thread % 32 == 0) room[thread / 32] = value;
-  sync_all();
+  if (SHARING > 1) {
+    await_cluster();  // the others' barriers are there
+    if (thread % 32 < SHARING) tell(&room.sums[thread / 32], thread % 32, value, &room.there);
+    wait_for(&room.there, 0);
+  } else {
+    if (thread % 32 == 0) room.sums[thread / 32] = value;
+    sync_all();
+  }
   float sum = 0.f;
 #pragma unroll
-  for (int warp = 0; warp < kSettling / 32; ++warp) sum += room[warp];
+  for (int warp = 0; warp < kSettling / 32; ++warp) sum += room.sums[warp];
   return sum;
 }
 
@@ -104,10 +118,19 @@ DEVICE void add_peers(const Settle& p, float4 (&sums)[FOURS], int64_t at, const 
 }
 
 // A row or a part of it, of so many pieces of four numbers for a thread.
-template <int FOURS, bool FEW, bool PEERS>
-DEVICE void settle(const Settle& p, int block, float* room, int thread) {
+template <int FOURS, bool FEW, bool PEERS, int SHARING>
+DEVICE void settle(const Settle& p, int block, RowSums& room, int thread) {
   stamp(p.number, kBegun, thread);
   allow_launch_behind();
+  if (SHARING > 1) {
+    if (thread == 0) {
+      init_barrier(&room.there, 1);
+      publish_barriers();
+      expect_bytes(&room.there, sizeof room.sums);
+    }
+    arrive_at_cluster();
+  }
+  thread += block % SHARING * (kSettling / SHARING), block /= SHARING;
   const int64_t at = int64_t(block / p.parts) * p.N;
   const int first = block % p.parts * (FOURS * kSettling) + thread;
   const uint2* norms = reinterpret_cast<const uint2*>(p.norm);
@@ -147,7 +170,7 @@ DEVICE void settle(const Settle& p, int block, float* room, int thread) {
   if (norms == nullptr) return;
   uint2 weights[FOURS];
   each([&](int i, int four) { weights[i] = norms[four]; });
-  const float scale = reciprocal_root(divided(sum_of_block(squares, room, thread), float(p.N)) + p.eps);
+  const float scale = reciprocal_root(divided(sum_of_row<SHARING>(squares, room, thread), float(p.N)) + p.eps);
   each([&](int i, int four) {
     const float4 weight = wide_four(weights[i]), sum = wide_four(outs[i]);
     reinterpret_cast<uint2*>(p.normed + at)[four] =
@@ -159,45 +182,50 @@ DEVICE void settle(const Settle& p, int block, float* room, int thread) {
 
 #ifdef JAXLLM_EMULATED
 
-template <int FOURS, bool FEW, bool PEERS>
+template <int FOURS, bool FEW, bool PEERS, int SHARING>
 std::string launch_settle(Stream stream, const Settle& p, bool early) {
-  const int blocks = p.M * p.parts;
-  auto rooms = std::make_shared<std::vector<std::vector<float>>>(blocks, std::vector<float>(kSettling / 32, NAN));
-  if (blocks <= 32) {
-    Grid grid = {blocks, kSettling, kSettling};
-    grid.body = [p, rooms = rooms.get()](int block, int thread) { settle<FOURS, FEW, PEERS>(p, block, (*rooms)[block].data(), thread); };
-    grid.kept = rooms, grid.early = early;
+  const int clusters = p.M * p.parts, threads = kSettling / SHARING;
+  auto rooms = std::make_shared<std::vector<RowSums>>(clusters * SHARING);
+  std::vector<void*> shared;
+  for (RowSums& room : *rooms) shared.push_back(&room), std::fill_n(room.sums, kSettling / 32, NAN);
+  auto body = [p, rooms = rooms.get()](int block, int thread) { settle<FOURS, FEW, PEERS, SHARING>(p, block, (*rooms)[block], thread); };
+  if (clusters <= 32) {
+    Grid grid = {clusters * SHARING, threads, threads};
+    grid.body = body, grid.shared = shared, grid.kept = rooms, grid.early = early, grid.cluster = SHARING;
     return play(stream, std::move(grid), unsigned(p.M));
   }
   if (PEERS) return "more rows than the emulator plays on several devices";
-  std::string fault = play_recorded(stream, unsigned(p.M));  // more fibers than there is room for: block by block
-  for (int block = 0; block < blocks && fault.empty(); ++block)
-    fault = run_grid(1, kSettling, kSettling, unsigned(block), [&](int, int thread) { settle<FOURS, FEW, PEERS>(p, block, (*rooms)[block].data(), thread); });
+  std::string fault = play_recorded(stream, unsigned(p.M));  // more fibers than there is room for: cluster by cluster
+  for (int first = 0; first < clusters * SHARING && fault.empty(); first += SHARING)
+    fault = run_grid(SHARING, threads, threads, unsigned(first), [&](int block, int thread) { body(first + block, thread); }, &shared[first], 1 << 30, SHARING);
   return fault;
 }
 
 #else
 
-template <int FOURS, bool FEW, bool PEERS>
+template <int FOURS, bool FEW, bool PEERS, int SHARING>
 // Few registers, so that it finds room beside a product's block: what that leaves of them.
 __global__ void __maxnreg__((FOURS > 4 ? 255 : PEERS ? 128 : FEW ? 88 : 64)) settle_rows(const __grid_constant__ Settle p) {
-  __shared__ float room[kSettling / 32];
-  settle<FOURS, FEW, PEERS>(p, int(blockIdx.x), room, int(threadIdx.x));
+  __shared__ RowSums room;
+  settle<FOURS, FEW, PEERS, SHARING>(p, int(blockIdx.x), room, int(threadIdx.x));
 }
 
-template <int FOURS, bool FEW, bool PEERS>
+template <int FOURS, bool FEW, bool PEERS, int SHARING>
 std::string launch_settle(Stream stream, const Settle& p, bool early) {
-  return launch_kernel(settle_rows<FOURS, FEW, PEERS>, p.M * p.parts, kSettling, 0, stream, early, p);
+  return launch_kernel(settle_rows<FOURS, FEW, PEERS, SHARING>, p.M * p.parts * SHARING, kSettling / SHARING, 0, stream, early, p, SHARING);
 }
 
 #endif
 
 template <int FOURS>
 std::string launch_settle(Stream stream, const Settle& p, bool early) {
-  if (p.peers.ranks > 1) return launch_settle<FOURS, false, true>(stream, p, early);
-  if constexpr (FOURS == 4)
-    if (p.M <= kFewRows) return launch_settle<FOURS, true, false>(stream, p, early);
-  return launch_settle<FOURS, false, false>(stream, p, early);
+  if (p.peers.ranks > 1) return launch_settle<FOURS, false, true, 1>(stream, p, early);
+  if constexpr (FOURS <= 4) {
+    constexpr bool kFew = FOURS == 4;
+    if (p.sharing > 1 && p.norm != nullptr) return launch_settle<FOURS, kFew, false, kPaired>(stream, p, early);
+    if (p.M <= kFewRows) return launch_settle<FOURS, kFew, false, 1>(stream, p, early);
+  }
+  return launch_settle<FOURS, false, false, 1>(stream, p, early);
 }
 std::string launch(Stream stream, Settle p, bool early = true) {
   auto over = [&](int fours) { return (p.N + kSettling * 4 * fours - 1) / (kSettling * 4 * fours); };
@@ -298,6 +326,7 @@ struct Chain {  // what all its launches share
   }
   void add_up(int stage, Settle p, int N) {
     p.M = M, p.N = N, p.eps = eps, p.splits = splits(stage), p.number = number++;
+    if (cuts[stage * kOfCut + 2] == kOfPacked) p.sharing = kPaired;
     if (fault.empty()) fault = launch(stream, p);
   }
 };

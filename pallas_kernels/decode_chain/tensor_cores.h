@@ -60,6 +60,9 @@ DEVICE void arrive_at_cluster() { meet_cluster(); }
 DEVICE void leave_cluster() { meet_cluster(); }
 DEVICE void await_cluster() {}
 DEVICE void arrive_at(uint64_t* barrier, int peer) { arrive(of_peer(barrier, peer)); }
+DEVICE void tell(float* mine, int peer, float value, uint64_t* barrier) {
+  later({[to = of_peer(mine, peer), value] { *to = value; }, sizeof value, of_peer(barrier, peer)});
+}
 DEVICE void between_stores_and_copies() {}
 DEVICE void fetch(const void*) {}
 DEVICE void ask_for_map(const TileMap*) {}
@@ -108,6 +111,7 @@ DEVICE void await_products() {
   while (!mine.products.empty() && mine.products.front().group < mine.groups - LEFT) {
     const Issued p = mine.products.front();
     mine.products.erase(mine.products.begin());
+    if (p.held && !std::equal(p.held, p.held + 4, p.as_held)) throw std::logic_error("registers that a product still reads are written");
     const char* ground = static_cast<const char*>(mine.grid->shared[mine.program]);
     auto at = [&](const char* tile, int row, int k) {
       uint16_t bits;
@@ -187,6 +191,12 @@ DEVICE void leave_cluster() {
 // That what was in shared memory has been read. With .release.cluster it would be a fence of the whole device: 1.8 us.
 DEVICE void arrive_at(uint64_t* barrier, int peer) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(barrier, peer)) : "memory");
+}
+// A number for another block of the cluster, of which its barrier expects the bytes.
+DEVICE void tell(float* mine, int peer, float value, uint64_t* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address_at(mine, peer)),
+               "r"(__float_as_uint(value)), "r"(address_at(barrier, peer))
+               : "memory");
 }
 // Between ordinary stores to device memory and copies of tiles from there.
 DEVICE void between_stores_and_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -23,6 +23,7 @@ DEVICE void multiply_held(float (&sums)[N / 2], const uint32_t (&a)[16], const v
         const uint32_t pair = uint32_t(shuffle(int(a[4 * step + j]), mine.lane / 4 * 4 + t));
         for (int i = 0; i < 2; ++i) product.left[j % 2][j / 2 * 8 + 2 * t + i] = wide(uint16_t(pair >> 16 * i));
       }
+    product.held = a + 4 * step, std::copy_n(product.held, 4, product.as_held);
     mine.products.push_back(product);
   }
 }

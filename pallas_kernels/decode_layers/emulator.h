@@ -65,7 +65,9 @@ struct Issued {  // a product of tensor cores that read shared memory: done when
   const char *a, *b;
   int columns, group;
   bool adds;
-  float left[2][16] = {};  // where there is no a: the thread's two rows of it
+  float left[2][16] = {};  // where there is no a: the thread's two rows of it, of what its registers `held` hold until then
+  const uint32_t* held = nullptr;
+  uint32_t as_held[4] = {};
 };
 
 struct Grid;
