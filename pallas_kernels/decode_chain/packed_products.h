@@ -89,30 +89,22 @@ DEVICE void take(uint32_t (&numbers)[12], const char* slab, int lane) {
   }
 }
 
-#ifdef JAXLLM_EMULATED
-DEVICE int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
-#else
-DEVICE int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }
-#endif
-
-// Zeros, and numbers that lie at the slab's end: of codes that are 0. A slab of normally distributed weights has one every fifth time and
-// then most often one, so a lane looks for its own at once instead of at all.
+// Zeros, and numbers that lie at the slab's end: of few slabs any.
 DEVICE void mend(uint32_t (&a)[16], const uint32_t (&numbers)[12], uint32_t flags, const char* slab) {
   const uint16_t* end = reinterpret_cast<const uint16_t*>(slab + 3 * kPlane);
-  constexpr uint32_t kLow = 0x77777777;  // all but each code's highest bit
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     if (!(flags >> step & 1)) continue;
-    const uint32_t codes = turned_right(numbers[8 + step], 3);  // the lower number of pair 0 has bits 4 to 7
-    uint32_t found = ~(((codes & kLow) + kLow) | codes | kLow);
-#pragma unroll 1
-    for (; found; found &= found - 1) {
-      const int place = (lowest_bit(found) / 4 + 7) % 8, turn = place % 4 * 4, half = place / 4;
-      const uint32_t bits = turned_right(place % 2 ? numbers[2 * step + 1] : numbers[2 * step], turn + 16 * half) & 0x807fu, index = bits & 0x7fu;
-      const uint32_t number = (index ? end[index] : bits) << 16 * half, kept = half ? 0x0000ffffu : 0xffff0000u;
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (turn_of(j) == turn) a[4 * step + j] = (a[4 * step + j] & kept) | number;
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t codes = turned_right(numbers[8 + step], turn_of(j)), pair = turned_right(numbers[2 * step + j / 2], turn_of(j));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (codes >> (16 * half + 7) & 15) continue;
+        const uint32_t bits = pair >> 16 * half & 0x807fu, index = bits & 0x7fu;
+        const uint32_t number = index ? end[index] : bits;
+        a[4 * step + j] = (a[4 * step + j] & (half ? 0x0000ffffu : 0xffff0000u)) | number << 16 * half;
+      }
     }
   }
 }
