@@ -32,7 +32,7 @@ struct Settle {
   Peers peers;               // who have other parts of the sums, and which of the two halves of their memory
   int turn;
   int M, N, splits, parts;  // of a row: one if there is a norm
-  int sharing = 1;          // blocks that a row's threads are those of: one or kPaired, where rows are few
+  int sharing = 1;          // blocks that a row's threads are those of: kPaired where there is a norm and room for few
   float eps;
   int number;  // of the launch, for stamps
 };
@@ -220,11 +220,10 @@ std::string launch_settle(Stream stream, const Settle& p, bool early) {
 template <int FOURS>
 std::string launch_settle(Stream stream, const Settle& p, bool early) {
   if (p.peers.ranks > 1) return launch_settle<FOURS, false, true, 1>(stream, p, early);
-  if constexpr (FOURS <= 4) {
-    constexpr bool kFew = FOURS == 4;
-    if (p.sharing > 1 && p.norm != nullptr) return launch_settle<FOURS, kFew, false, kPaired>(stream, p, early);
-    if (p.M <= kFewRows) return launch_settle<FOURS, kFew, false, 1>(stream, p, early);
-  }
+  if constexpr (FOURS == 1 || FOURS == 4)
+    if (p.sharing > 1) return launch_settle<FOURS, FOURS == 4, false, kPaired>(stream, p, early);
+  if constexpr (FOURS == 4)
+    if (p.M <= kFewRows) return launch_settle<FOURS, true, false, 1>(stream, p, early);
   return launch_settle<FOURS, false, false, 1>(stream, p, early);
 }
 std::string launch(Stream stream, Settle p, bool early = true) {

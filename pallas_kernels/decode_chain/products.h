@@ -25,7 +25,7 @@ enum Kind { kSums = 0, kGated = 1 };
 struct Product {
   TileMap x, w;
   const void* packed;  // in place of w: packed_products.h
-  uint32_t base;       // kBase: a number that the compiler does not know stays in registers, and two masks in one instruction are one too many
+  uint32_t base;       // kBase, from here so that the compiler does not know it: of two known masks it makes an instruction more
   void* out;      // kSums: f32 [splits, M, N]; kGated: bf16 [M, N]
   int M, N, K;    // kGated: w has 2N rows
   int row_tiles, column_tiles;  // of a cluster: two tiles of the kind that it does not share
